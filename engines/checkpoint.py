@@ -1,0 +1,237 @@
+"""Makes tiny checkpoints with random weights, in the ordinary Hugging Face folder form.
+
+For demos and tests: a few million parameters, fixed seeds, a byte-level tokenizer, chat template and processor files, so
+that any engine that serves the real family serves the folder too. The head dimension is 64, which is what CPU attention
+kernels of other engines ask for. Nothing is downloaded and nothing is trained: the text is noise, but always the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+HIDDEN, HEAD_DIM, HEADS, KV_HEADS, LAYERS = 256, 64, 4, 2, 4
+MAX_POSITIONS = 8192
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+PRINTABLE = range(0x20, 0x7F)
+
+# The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token between
+# vision markers.
+CHAT_TEMPLATE = """\
+{%- macro parts(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' or 'video' in part -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- elif 'text' in part -%}{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if tools -%}
+{{ '<|im_start|>system\\n' }}
+{%- for tool in tools -%}{{ tool | tojson }}{{ '\\n' }}{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + parts(message.content or '') + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+def byte_tokens() -> list[str]:
+    """The 256 printable stand-ins that byte-level BPE uses for bytes, in byte order."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in visible}
+    table |= {byte: chr(256 + n) for n, byte in enumerate(b for b in range(256) if b not in table)}
+    tokens = [table[byte] for byte in range(256)]
+    assert set(tokens) == set(alphabet), "the byte-level alphabet of tokenizers changed"
+    return tokens
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, plus the special tokens of the Qwen-VL families."""
+    vocab = {token: byte for byte, token in enumerate(byte_tokens())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def special(token: str) -> int:
+    return 256 + SPECIAL_TOKENS.index(token)
+
+
+def shared_config() -> dict[str, Any]:
+    return {
+        "image_token_id": special("<|image_pad|>"),
+        "video_token_id": special("<|video_pad|>"),
+        "vision_start_token_id": special("<|vision_start|>"),
+        "vision_end_token_id": special("<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
+
+
+def text_config(mrope_section: list[int], rope: Mapping[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
+    rope = rope or {}
+    return {
+        "vocab_size": 256 + len(SPECIAL_TOKENS),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 512,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": MAX_POSITIONS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": mrope_section, **rope},
+        "bos_token_id": special("<|endoftext|>"),
+        "eos_token_id": special("<|im_end|>"),
+        "pad_token_id": special("<|endoftext|>"),
+        **extra,
+    }  # fmt: skip
+
+
+def qwen2_vl() -> PreTrainedModel:
+    vision = {"depth": 3, "embed_dim": 128, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 14}
+    config = Qwen2VLConfig(text_config=text_config([8, 12, 12]), vision_config=vision, **shared_config())
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> PreTrainedModel:
+    vision = {
+        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "patch_size": 14, "window_size": 56,
+        "fullatt_block_indexes": [1], "out_hidden_size": HIDDEN, "tokens_per_second": 2,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text_config([8, 12, 12]), vision_config=vision, **shared_config())
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> PreTrainedModel:
+    vision = {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "patch_size": 16,
+        "out_hidden_size": HIDDEN, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
+    }  # fmt: skip
+    text = text_config([12, 10, 10], head_dim=HEAD_DIM, rope={"mrope_interleaved": True})
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **shared_config()))
+
+
+FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+
+
+def randomise(model: PreTrainedModel, seed: int) -> None:
+    """Weights that make the tokens depend on everything before them.
+
+    The usual initialisation (normal, 0.02) leaves a tiny model repeating one token whatever the image, which no test could
+    tell from a lost embedding. Matrices are scaled by their fan-in instead. Bytes outside printable ASCII and the special
+    tokens get small output rows, so that answers are readable and seldom end early.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.copy_(noise + parameter)
+            else:
+                fan_in = math.prod(parameter.shape[1:])
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
+        model.get_input_embeddings().weight.mul_(math.sqrt(HIDDEN))
+        head = model.get_output_embeddings().weight
+        head.mul_(2)
+        quiet = [token for token in range(head.shape[0]) if token not in PRINTABLE]
+        head[quiet] *= 0.25
+
+
+def processor_files(family: str, patch_size: int) -> dict[str, dict[str, Any]]:
+    image = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": PROCESSORS[family],
+        "patch_size": patch_size,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": (2 * patch_size) ** 2 * 4, "longest_edge": (2 * patch_size) ** 2 * 1024},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073] if family != "qwen3_vl" else [0.5, 0.5, 0.5],
+        "image_std": [0.26862954, 0.26130258, 0.27577711] if family != "qwen3_vl" else [0.5, 0.5, 0.5],
+    }
+    video_type = "Qwen3VLVideoProcessor" if family == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    video = {**image, "video_processor_type": video_type}
+    del video["image_processor_type"]
+    return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
+
+
+def make(family: str, out: Path, seed: int = 0) -> Path:
+    """Write a checkpoint folder; the same family and seed always give the same bytes of weights.
+
+    :raises KeyError: `family` is none of `FAMILIES`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FAMILIES[family]().to(torch.float32).eval()
+    randomise(model, seed)
+    model.generation_config = GenerationConfig(
+        bos_token_id=special("<|endoftext|>"), eos_token_id=[special("<|im_end|>"), special("<|endoftext|>")],
+        pad_token_id=special("<|endoftext|>"), do_sample=False,
+    )  # fmt: skip
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    make_tokenizer().save_pretrained(partial)
+    for name, content in processor_files(family, model.config.vision_config.patch_size).items():
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m engines.checkpoint", description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen3_vl")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder = make(arguments.family, arguments.out, arguments.seed)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    sys.stdout.write(f"{folder}: {arguments.family}, {size / 1e6:.1f} MB\n")
+
+
+if __name__ == "__main__":
+    main()
