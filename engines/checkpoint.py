@@ -1,8 +1,9 @@
 """Makes tiny checkpoints with random weights, in the ordinary Hugging Face folder form.
 
-For demos and tests: a few million parameters, fixed seeds, a byte-level tokenizer, chat template and processor files, so
-that any engine that serves the real family serves the folder too. The head dimension is 64, which is what CPU attention
-kernels of other engines ask for. Nothing is downloaded and nothing is trained: the text is noise, but always the same noise.
+For demos and tests: a few million parameters, fixed seeds, a byte-level tokenizer, chat template and processor files,
+so that any engine that serves the real family serves the folder too. The head dimension is 64, which is what the CPU
+attention kernels of other engines ask for. Nothing is downloaded and nothing is trained: the text is noise, but always
+the same noise.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ SPECIAL_TOKENS = (
 )
 PRINTABLE = range(0x20, 0x7F)
 
-# The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token between
-# vision markers.
+# The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token
+# between vision markers.
 CHAT_TEMPLATE = """\
 {%- macro parts(content) -%}
 {%- if content is string -%}{{ content }}
@@ -161,9 +162,9 @@ PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor
 def randomise(model: PreTrainedModel, seed: int) -> None:
     """Weights that make the tokens depend on everything before them.
 
-    The usual initialisation (normal, 0.02) leaves a tiny model repeating one token whatever the image, which no test could
-    tell from a lost embedding. Matrices are scaled by their fan-in instead. Bytes outside printable ASCII and the special
-    tokens get small output rows, so that answers are readable and seldom end early.
+    The usual initialisation (normal, 0.02) leaves a tiny model repeating one token whatever the image, which no test
+    could tell from a lost embedding. Matrices are scaled by their fan-in instead. Bytes outside printable ASCII and the
+    special tokens get small output rows, so that answers are readable and seldom end early.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

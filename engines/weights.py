@@ -100,8 +100,8 @@ def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
 def load(module: nn.Module, folder: Path, part: Part, dtype: torch.dtype, device: str = "cpu") -> LoadReport:
     """Fill `module` (built `on_meta`) with one part's tensors.
 
-    For `language` the module has a text model as `.model` and the head as `.lm_head`; a checkpoint without a head tensor is
-    one that ties it to the embedding.
+    For `language` the module has a text model as `.model` and the head as `.lm_head`; a checkpoint without a head
+    tensor is one that ties it to the embedding.
 
     :raises WeightsError: tensors are missing, unexpected, of another shape, or quantised.
     """
