@@ -1,0 +1,221 @@
+"""Every flag of the engines, and the only reader of flags, environment and YAML among them. It starts nothing.
+
+A field `kv_blocks` is the flag `--kv-blocks`, the variable `TRIPTYCH_KV_BLOCKS` and the key `kv_blocks` (or
+`kv-blocks`) of the YAML file named by `--config`. The first of these that sets it wins, in that order. Settings
+are frozen: whatever else an engine needs to know is derived from them.
+
+    settings = load(EncoderSettings, sys.argv[1:], prog="triptych encoder")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from engines.errors import SetupError
+
+PREFIX = "TRIPTYCH_"
+
+
+def _positive(size: ByteSize) -> ByteSize:
+    if size <= 0:
+        raise ValueError("must be more than 0 bytes")
+    return size
+
+
+def _split(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Bytes = Annotated[ByteSize, AfterValidator(_positive)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+
+TransferName = Literal["shm", "mooncake", "zmq", "storage"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class EngineSettings(BaseSettings):
+    """What the encoder and the language engine have in common."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=PREFIX,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        protected_namespaces=(),
+    )
+
+    config: Path | None = Field(
+        None, description="YAML file with any of these settings; flags and environment win over it"
+    )
+    model: Path = Field(
+        description="checkpoint folder in the Hugging Face form: config.json, *.safetensors, processor files"
+    )
+    served_model_name: str = Field("", description="name that requests use; default: the folder's name")
+    host: str = Field("127.0.0.1", description="address to serve HTTP on; 0.0.0.0 for every interface")
+    port: int = Field(
+        8100, ge=0, le=65535, description="port to serve HTTP on; 0 lets the kernel choose (see the READY line)"
+    )
+    dtype: Dtype = Field("auto", description="dtype of weights and activations; auto takes the checkpoint's")
+    device: str = Field("cpu", description="torch device of the model, e.g. cpu or cuda:0")
+    threads: int = Field(0, ge=0, description="threads that torch may use; 0 leaves torch's own choice")
+
+    transfer: TransferName = Field(
+        "shm", description="how tensor bytes travel between engines; the same on every engine"
+    )
+    transfer_host: str = Field("127.0.0.1", description="address of this machine that other engines can reach")
+    transfer_port: int = Field(0, ge=0, le=65535, description="port of the transfer's control channel; 0: any free one")
+    transfer_timeout: Seconds = Field(30.0, description="seconds for one transfer to settle before it fails")
+    rdma: bool = Field(False, description="with --transfer mooncake: use RDMA, and refuse to start without it")
+    storage_path: Path | None = Field(None, description="with --transfer storage: folder that all engines share")
+
+    max_body_bytes: Bytes = Field(
+        ByteSize(256 << 20), description="largest request body, e.g. 256MiB; larger ones get a 413"
+    )
+    grace: Seconds = Field(10.0, description="seconds that requests in flight get to finish after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line shown")
+
+    @model_validator(mode="after")
+    def _check_transfer(self) -> EngineSettings:
+        if self.transfer == "storage" and self.storage_path is None:
+            raise ValueError("--transfer storage needs --storage-path, a folder that all engines share")
+        if self.rdma and self.transfer != "mooncake":
+            raise ValueError(f"--rdma needs --transfer mooncake, not {self.transfer}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The model's name on the wire."""
+        return self.served_model_name or self.model.resolve().name
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)  # `load` merges the others, so that a settings object made in code is what it was told
+
+
+class EncoderSettings(EngineSettings):
+    """`triptych encoder`: the vision tower, its media pool, its batches and its cache of embeddings."""
+
+    cache_bytes: Bytes = Field(
+        ByteSize(512 << 20), description="arena for embeddings: cached, published and being written"
+    )
+    handle_ttl: Seconds = Field(
+        60.0, description="seconds that a handle stays readable after the last answer that named it"
+    )
+    max_batch_patches: Count = Field(16384, description="patches of one forward; a larger item runs alone")
+    max_queue_items: Count = Field(
+        1024, description="items decoding or waiting for the model; beyond it requests get a 503"
+    )
+    max_items: Count = Field(64, description="items in one request")
+    encode_timeout: Seconds = Field(120.0, description="seconds from request to embeddings")
+
+    media_workers: Count = Field(2, description="threads that decode and preprocess images")
+    max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest encoded image")
+    max_media_pixels: Count = Field(64_000_000, description="largest image in pixels, checked before it is decoded")
+    decode_timeout: Seconds = Field(20.0, description="seconds to decode and preprocess one image once a worker has it")
+    fetch_timeout: Seconds = Field(10.0, description="seconds to fetch one http(s) image")
+    max_redirects: int = Field(3, ge=0, description="redirects to follow when fetching an image")
+    max_fetches: Count = Field(32, description="http(s) images fetched at the same time")
+    allow_remote_media: bool = Field(True, description="fetch http(s) images at all")
+    allow_private_hosts: bool = Field(
+        False, description="fetch http(s) images from loopback, private and link-local addresses too"
+    )
+    allowed_media_roots: Paths = Field(
+        (), description="folders that file:// URLs may name, comma-separated; none by default"
+    )
+
+
+class LanguageSettings(EngineSettings):
+    """`triptych language`: continuous batching over a paged KV cache, alone or as prefill or decode."""
+
+    role: Literal["both", "prefill", "decode"] = Field("both", description="which stages this engine runs")
+    block_size: Count = Field(16, description="tokens in one KV block; the same on prefill and decode")
+    kv_blocks: Count | None = Field(None, description="KV blocks to allocate; default: what --kv-bytes holds")
+    kv_bytes: Bytes = Field(ByteSize(1 << 30), description="memory for KV blocks where --kv-blocks is not given")
+    max_model_len: Count | None = Field(
+        None, description="longest prompt plus answer in tokens; default: the checkpoint's"
+    )
+    max_num_seqs: Count = Field(64, description="sequences running at the same time")
+    max_batched_tokens: Count = Field(2048, description="tokens of one step; longer prompts run in chunks of it")
+    max_queue: Count = Field(1024, description="requests waiting to be scheduled; beyond it requests get a 503")
+    embedding_bytes: Bytes = Field(ByteSize(256 << 20), description="arena for embeddings fetched from encoders")
+    layers_per_push: Count = Field(4, description="layers whose KV is sent together while later layers are computed")
+    kv_lease: Seconds = Field(30.0, description="seconds that prefilled blocks wait for the decode engine to read them")
+    metaserver_timeout: Seconds = Field(
+        60.0, description="seconds for the metaserver (and prefill behind it) to answer"
+    )
+    handoff_timeout: Seconds = Field(60.0, description="seconds for KV to arrive once blocks are reserved for it")
+    request_timeout: Seconds = Field(600.0, description="seconds from request to last token")
+
+
+SettingsT = TypeVar("SettingsT", bound=EngineSettings)
+
+
+def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
+    """Settings from flags, environment and YAML. Exits on --help.
+
+    Raises SetupError with one line per mistake, each naming its flag.
+    """
+    cli = CliSettingsSource[Any](cls, cli_prog_name=prog, cli_parse_args=list(argv), cli_shortcuts=None)
+    environment = _environment(cls)
+    try:
+        flags = cli()
+        path = flags.get("config") or environment.get("config")
+        return cls(**{**_yaml(cls, Path(path) if path else None), **environment, **flags})
+    except ValidationError as error:
+        raise SetupError("\n".join(_explain(entry) for entry in error.errors())) from None
+    except SettingsError as error:
+        raise SetupError(str(error)) from None
+
+
+def _environment(cls: type[SettingsT]) -> dict[str, str]:
+    names = {f"{PREFIX}{name.upper()}": name for name in cls.model_fields}
+    return {names[key]: value for key, value in os.environ.items() if key in names}  # noqa: TID251 - the one reader
+
+
+def _yaml(cls: type[SettingsT], path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SetupError(f"--config {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise SetupError(f"--config {path}: expected a mapping of settings, got {type(content).__name__}")
+    keys = {str(key).replace("-", "_"): value for key, value in content.items()}
+    if unknown := sorted(keys.keys() - cls.model_fields.keys()):
+        raise SetupError(f"--config {path}: unknown setting {', '.join(unknown)}; --help lists them all")
+    return keys
+
+
+def _explain(entry: Any) -> str:
+    flag = "--" + ".".join(str(part) for part in entry["loc"][:1]).replace("_", "-")
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "missing":
+        return f"{flag} is required"
+    return f"{flag}: {message}, got {entry['input']!r}" if entry["loc"] else message
