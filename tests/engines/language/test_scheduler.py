@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engines.language.scheduler import Limits, NeverFits, Scheduler, Step
+from engines.language.sequence import Handoff, SamplingParams, Sequence, Status
+from tests.support.fake_runner import FakeCache, FakeRunner, expected
+
+
+def make(name: str, prompt: int, max_tokens: int = 4, n: int = 1, handoff: Handoff = Handoff.NONE) -> Sequence:
+    tokens = [(7 * i + len(name) + prompt) % 100 for i in range(prompt)]
+    return Sequence(name, tokens, prompt, SamplingParams(max_tokens=max_tokens, n=n), handoff=handoff)
+
+
+class Machine:
+    """The engine's loop without its thread: schedule, swap, run, advance."""
+
+    def __init__(self, num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, budget: int = 8) -> None:
+        self.scheduler = Scheduler(Limits(num_blocks, block_size, 64, max_num_seqs, budget))
+        self.cache = FakeCache(num_blocks, block_size)
+        self.runner = FakeRunner(self.cache)
+        self.done: list[Sequence] = []
+
+    def step(self) -> Step:
+        step = self.scheduler.schedule()
+        for swap in step.swap_out:
+            swap.seq.host_copy = self.cache.save(swap.blocks)
+        for swap in step.swap_in:
+            self.cache.restore(swap.seq.host_copy, swap.blocks)  # type: ignore[arg-type]
+            swap.seq.host_copy = None
+        tokens = iter(self.runner.run(step.scheduled))
+        for entry in step.scheduled:
+            self.scheduler.advance(entry, next(tokens).token_id if entry.sample else None)
+        for entry in step.scheduled:
+            self._finish(entry.seq)
+        return step
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.num_output_tokens == 1 and seq.spare_blocks:
+            for source, target in self.scheduler.fork(seq)[1]:
+                self.cache.copy_block(source, target)
+        if seq.num_output_tokens == seq.params.max_tokens:
+            self.scheduler.drop(seq)
+            self.done.append(seq)
+
+    def fill(self, seq: Sequence) -> None:
+        """What the other engine does to a remote sequence's blocks."""
+        for position, token in enumerate(seq.token_ids):
+            self.cache.write(seq.block_table, position, token)
+
+    def run(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.step():
+                return
+        raise AssertionError(f"still busy after {limit} steps: {self.scheduler!r}")
+
+
+def check_answers(machine: Machine) -> None:
+    for seq in machine.done:
+        prompt = seq.token_ids[: seq.num_prompt_tokens]
+        assert seq.output_ids == expected(prompt, seq.params.max_tokens), seq
+
+
+def test_decodes_go_before_chunks_and_chunks_fill_the_budget() -> None:
+    machine = Machine(num_blocks=16)
+    machine.scheduler.add(make("a", 3))
+    machine.step()
+    machine.scheduler.add(make("b", 12))
+    machine.scheduler.add(make("c", 2))
+    assert [(s.seq.id, s.start, s.count, s.sample) for s in machine.step().scheduled] == [
+        ("a", 3, 1, True),
+        ("b", 0, 7, False),
+    ]
+    assert [(s.seq.id, s.start, s.count, s.sample) for s in machine.step().scheduled] == [
+        ("a", 4, 1, True),
+        ("b", 7, 5, True),
+        ("c", 0, 2, True),
+    ]
+    machine.run()
+    check_answers(machine)
+
+
+def test_a_full_cache_preempts_the_newest_and_brings_it_back() -> None:
+    machine = Machine(num_blocks=4)
+    first, second = make("a", 7, max_tokens=9), make("b", 4, max_tokens=12)
+    machine.scheduler.add(first)
+    machine.scheduler.add(second)
+    machine.run()
+    assert machine.scheduler.preemptions > 0
+    assert machine.done == [first, second]
+    check_answers(machine)
+    assert machine.scheduler.blocks.num_free == 4
+
+
+def test_nobody_new_is_admitted_while_a_preempted_one_waits() -> None:
+    machine = Machine(num_blocks=4)
+    machine.scheduler.add(make("a", 7, max_tokens=9))
+    machine.scheduler.add(second := make("b", 4, max_tokens=12))
+    while second.status is not Status.SWAPPED:
+        machine.step()
+    machine.scheduler.add(third := make("c", 1))
+    while second.status is Status.SWAPPED:
+        assert third.status is Status.WAITING
+        machine.step()
+    machine.run()
+    check_answers(machine)
+
+
+def test_a_remote_sequence_holds_blocks_and_is_not_run_until_its_kv_is_there() -> None:
+    machine = Machine()
+    seq = make("a", 9, handoff=Handoff.RECEIVE)
+    machine.scheduler.add(seq)
+    step = machine.step()
+    assert step.admitted == (seq,)
+    assert step.scheduled == ()
+    assert len(seq.block_table) == 3
+    assert not machine.step()
+    machine.fill(seq)
+    machine.scheduler.arrived(seq)
+    machine.scheduler.unpin(seq)
+    assert [(s.start, s.count, s.sample) for s in machine.step().scheduled] == [(8, 1, True)]
+    machine.run()
+    check_answers(machine)
+
+
+def test_an_aborted_sequence_keeps_pinned_blocks_until_the_transfer_lets_go() -> None:
+    machine = Machine()
+    seq = make("a", 9, handoff=Handoff.RECEIVE)
+    machine.scheduler.add(seq)
+    machine.step()
+    machine.scheduler.drop(seq)
+    machine.scheduler.arrived(seq)
+    machine.scheduler.check()
+    assert machine.scheduler.blocks.num_free == 5
+    machine.scheduler.unpin(seq)
+    machine.scheduler.unpin(seq)
+    assert machine.scheduler.blocks.num_free == 8
+    assert machine.scheduler.idle
+
+
+def test_a_finished_prefill_keeps_its_blocks_until_they_are_read() -> None:
+    machine = Machine()
+    seq = make("a", 9, max_tokens=1, handoff=Handoff.SEND)
+    machine.scheduler.add(seq)
+    machine.run()
+    assert seq.status is Status.FINISHED
+    assert machine.scheduler.blocks.num_free == 5
+    machine.scheduler.unpin(seq)
+    assert machine.scheduler.blocks.num_free == 8
+
+
+@pytest.mark.parametrize("prompt", [7, 8, 9])
+def test_choices_share_the_prompt_and_copy_one_block(prompt: int) -> None:
+    machine = Machine()
+    machine.scheduler.add(make("a", prompt, max_tokens=3, n=3))
+    machine.step()
+    machine.step()
+    machine.scheduler.check()
+    machine.run()
+    assert sorted(seq.index for seq in machine.done) == [0, 1, 2]
+    check_answers(machine)
+    assert machine.scheduler.blocks.num_free == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "n", "limit"),
+    [(60, 5, 1, "context length is 64"), (20, 14, 1, "holds 8 blocks of 4"), (29, 1, 2, "holds 8 blocks of 4")],
+)
+def test_what_can_never_fit_is_refused_with_the_limit(prompt: int, max_tokens: int, n: int, limit: str) -> None:
+    machine = Machine()
+    with pytest.raises(NeverFits, match=limit):
+        machine.scheduler.add(make("a", prompt, max_tokens, n))
+    assert machine.scheduler.idle
+    machine.scheduler.limits.check(20, 13)
+
+
+class RandomLife(RuleBasedStateMachine):
+    """Any order of arrivals, steps, aborts, transfers that end: no block is lost, no answer is wrong, nothing hangs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = Machine(num_blocks=6, block_size=2, max_num_seqs=3, budget=5)
+        self.scheduler = self.machine.scheduler
+        self.seqs: list[Sequence] = []
+
+    @rule(
+        prompt=st.integers(1, 10),
+        max_tokens=st.integers(1, 8),
+        n=st.integers(1, 3),
+        handoff=st.sampled_from(Handoff),
+    )
+    def add(self, prompt: int, max_tokens: int, n: int, handoff: Handoff) -> None:
+        if handoff is Handoff.SEND:
+            max_tokens, n = 1, 1
+        seq = make(f"s{len(self.seqs)}", prompt, max_tokens, n, handoff)
+        try:
+            self.scheduler.add(seq)
+        except NeverFits:
+            return
+        self.seqs.append(seq)
+
+    @rule()
+    def step(self) -> None:
+        self.machine.step()
+
+    @precondition(lambda self: list(self.scheduler.sequences()))
+    @rule(which=st.integers(0, 20))
+    def abort(self, which: int) -> None:
+        alive = list(self.scheduler.sequences())
+        self.scheduler.drop(alive[which % len(alive)])
+
+    @precondition(lambda self: self.scheduler.remote)
+    @rule(which=st.integers(0, 20))
+    def arrive(self, which: int) -> None:
+        seq = self.scheduler.remote[which % len(self.scheduler.remote)]
+        self.machine.fill(seq)
+        self.scheduler.arrived(seq)
+
+    @precondition(lambda self: self.seqs)
+    @rule(which=st.integers(0, 20))
+    def unpin(self, which: int) -> None:
+        seq = self.seqs[which % len(self.seqs)]
+        if seq.status is not Status.REMOTE and (seq.handoff is Handoff.RECEIVE or seq.status is Status.FINISHED):
+            self.scheduler.unpin(seq)
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        self.scheduler.check()
+
+    @invariant()
+    def answers_are_right(self) -> None:
+        check_answers(self.machine)
+
+    def teardown(self) -> None:
+        for _ in range(50):
+            self.machine.run()
+            for seq in list(self.scheduler.remote):
+                self.machine.fill(seq)
+                self.scheduler.arrived(seq)
+            for seq in self.seqs:
+                self.scheduler.unpin(seq)
+        assert self.scheduler.idle, self.scheduler
+        assert self.scheduler.blocks.num_free == 6
+        check_answers(self.machine)
+
+
+TestRandomLife = RandomLife.TestCase
+TestRandomLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
