@@ -1,0 +1,220 @@
+"""Attention over a paged KV cache, for many sequences packed into one row of tokens. It knows no model: transformers'
+own layers call it by name (`NAME`) and pass the `Step` of the moment through.
+
+A step's tokens lie in one `[1, T]` row, single-token queries (decodes) first:
+
+    | decode | decode | … | prefill chunk …………… | prefill chunk …… |
+
+Each layer first writes the keys and values of all T tokens to their places in the cache. Decodes then attend in
+groups of similar length, one gather and one kernel per group. A prefill chunk attends by itself: over its own keys
+when it begins its sequence, else over everything gathered from the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from engines.language.kv import KVCache
+
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+NAME = "triptych_paged"
+
+# Padding a group's shorter members costs at most as much as their own work; below this many blocks it is cheaper than
+# a kernel call.
+SMALL_GROUP_BLOCKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One sequence's share of a step: `count` tokens from index `start` on, with the blocks that hold its KV."""
+
+    block_table: Sequence[int]
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Which rows of the pack attend to which blocks. `keys` and `values` index `KVCache.layers[i]`, `width` blocks
+    per sequence.
+
+    `mask` is added to the scores and broadcasts over heads; None when every gathered token counts.
+    """
+
+    first: int
+    last: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    length: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer needs in one step. Built once, read by all layers; valid for that step only."""
+
+    cache: KVCache
+    key_rows: torch.Tensor
+    value_rows: torch.Tensor
+    decodes: tuple[Gather, ...]
+    chunks: tuple[Gather, ...]  # prefill that continues a sequence
+    starts: tuple[tuple[int, int], ...]  # first and last row of each prefill that begins a sequence
+    written: Callable[[int], None]  # told each layer's index when its KV of the whole step is in the cache
+
+
+def plan(cache: KVCache, queries: Sequence[Query], written: Callable[[int], None]) -> Step:
+    """Lay out a step. `queries` are in pack order: single tokens first, of these the longest sequence first.
+
+    :raises IndexError: a block table is too short for its sequence.
+    """
+    device, size = cache.pool.device, cache.layout.block_size
+    rows = torch.from_numpy(np.concatenate([key_rows(cache, query) for query in queries])).to(device)
+    singles = sum(query.count == 1 for query in queries)
+    decodes = [gather_decodes(cache, queries[a:b], a) for a, b in groups([blocks(q, size) for q in queries[:singles]])]
+    chunks, starts, first = [], [], singles
+    for query in queries[singles:]:
+        if query.start:
+            chunks.append(gather_chunk(cache, query, first))
+        else:
+            starts.append((first, first + query.count))
+        first += query.count
+    return Step(cache, rows, rows + size, tuple(decodes), tuple(chunks), tuple(starts), written)
+
+
+def blocks(query: Query, block_size: int) -> int:
+    """How many blocks hold the sequence up to the end of this query."""
+    return -(-query.stop // block_size)
+
+
+def groups(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut a descending list of block counts where padding to the longest would more than double the work.
+
+    >>> list(groups([100, 90, 40, 20, 3]))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    first = 0
+    for index in range(1, len(counts) + 1):
+        if index == len(counts) or max(2 * counts[index], SMALL_GROUP_BLOCKS) < counts[first]:
+            yield first, index
+            first = index
+
+
+def key_rows(cache: KVCache, query: Query) -> Indices:
+    """The rows of `KVCache.rows` for the keys of each token of a query."""
+    size = cache.layout.block_size
+    if query.stop > len(query.block_table) * size:
+        raise IndexError(f"{len(query.block_table)} blocks of {size} cannot hold {query.stop} tokens")
+    if query.count == 1:
+        block, offset = divmod(query.start, size)
+        return np.array([cache.key_row(query.block_table[block], offset)])
+    token = np.arange(query.start, query.stop)
+    return np.asarray(query.block_table, np.int64)[token // size] * (2 * size) + token % size
+
+
+def gather_decodes(cache: KVCache, queries: Sequence[Query], first: int) -> Gather:
+    size = cache.layout.block_size
+    counts = [blocks(query, size) for query in queries]
+    table = np.zeros((len(queries), counts[0]), np.int64)
+    for row, query, count in zip(table, queries, counts, strict=True):
+        row[:count] = query.block_table[:count]
+    length = counts[0] * size
+    stops = torch.tensor([query.stop for query in queries])
+    mask = None
+    if int(stops.min()) < length:
+        beyond = torch.arange(length) >= stops[:, None]
+        mask = torch.zeros(beyond.shape, dtype=cache.layout.dtype).masked_fill_(beyond, float("-inf"))[:, None, None]
+    return located(cache, table, (first, first + len(queries)), length, mask)
+
+
+def gather_chunk(cache: KVCache, query: Query, first: int) -> Gather:
+    table = np.asarray(query.block_table[: blocks(query, cache.layout.block_size)], np.int64)
+    mask = torch.full((query.count, query.stop), float("-inf"), dtype=cache.layout.dtype).triu_(query.start + 1)
+    return located(cache, table, (first, first + query.count), query.stop, mask)
+
+
+def located(
+    cache: KVCache,
+    table: Indices,
+    rows: tuple[int, int],
+    length: int,
+    mask: torch.Tensor | None,
+) -> Gather:
+    device = cache.pool.device
+    keys = torch.from_numpy(2 * table.ravel()).to(device)
+    return Gather(*rows, keys, keys + 1, length, mask if mask is None else mask.to(device))
+
+
+def gather(layer: torch.Tensor, rows: torch.Tensor, sequences: int, length: int) -> torch.Tensor:
+    """Copy blocks out of the cache: `[sequences, kv_heads, length, head_dim]`."""
+    held = layer.index_select(0, rows)
+    return held.view(sequences, -1, *layer.shape[2:])[:, :length].transpose(1, 2)
+
+
+def attend_decodes(layer: torch.Tensor, query: torch.Tensor, group: Gather, scaling: float) -> torch.Tensor:
+    """`query` is `[n, heads, head_dim]`; so is the result. Query heads that share a KV head ride in the query axis:
+    no copies of KV.
+    """
+    n, heads, head_dim = query.shape
+    keys = gather(layer, group.keys, n, group.length)
+    values = gather(layer, group.values, n, group.length)
+    packed = query.view(n, layer.shape[2], -1, head_dim)
+    out = scaled_dot_product_attention(packed, keys, values, attn_mask=group.mask, scale=scaling)
+    return out.reshape(n, heads, head_dim)
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    step: Step,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: `query` is `[1, heads, T, head_dim]`, the result `[1, T, heads, head_dim]`.
+
+    Causality comes from the step; `attention_mask` must be None.
+    """
+    index: int = module.layer_idx  # type: ignore[assignment]
+    rows, layer = step.cache.rows[index], step.cache.layers[index]
+    rows.index_copy_(0, step.key_rows, key[0].transpose(0, 1))
+    rows.index_copy_(0, step.value_rows, value[0].transpose(0, 1))
+    step.written(index)
+
+    tokens = query[0].transpose(0, 1)  # [T, heads, head_dim]
+    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    for group in step.decodes:
+        rows_of = slice(group.first, group.last)
+        out[rows_of] = attend_decodes(layer, tokens[rows_of], group, scaling)
+    for first, last in step.starts:
+        part = slice(first, last)
+        attended = scaled_dot_product_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scaling, enable_gqa=True
+        )
+        out[part] = attended[0].transpose(0, 1)
+    for chunk in step.chunks:
+        part = slice(chunk.first, chunk.last)
+        keys, values = gather(layer, chunk.keys, 1, chunk.length), gather(layer, chunk.values, 1, chunk.length)
+        attended = scaled_dot_product_attention(
+            query[:, :, part], keys, values, attn_mask=chunk.mask, scale=scaling, enable_gqa=True
+        )
+        out[part] = attended[0].transpose(0, 1)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, paged_attention)

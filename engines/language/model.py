@@ -1,0 +1,167 @@
+"""The language half of a vision-language checkpoint: transformers' own text model and head, with our attention. It
+loads no tensor of the vision tower, keeps no KV, and samples nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, GenerationConfig
+
+from engines import weights
+from engines.errors import SetupError
+from engines.language import attention
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the rest of the engine needs to know of a checkpoint. `deepstack_levels` is 0 for families without."""
+
+    family: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    merge_size: int
+    deepstack_levels: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns of an item's embedding: the main one first, then one per deepstack level."""
+        return self.hidden_size * (1 + self.deepstack_levels)
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelFacts:
+        """Facts from the configuration files alone.
+
+        :raises SetupError: this engine cannot serve the model; the message says why.
+        """
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in FAMILIES:
+            raise SetupError(f"{folder} holds a {config.model_type} model; this engine serves {', '.join(FAMILIES)}")
+        text = config.text_config
+        refuse_unsupported(folder, text)
+        return cls(
+            family=config.model_type,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            max_positions=text.max_position_embeddings,
+            merge_size=config.vision_config.spatial_merge_size,
+            deepstack_levels=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+            image_token_id=config.image_token_id,
+            eos_token_ids=eos_token_ids(folder, text),
+        )
+
+
+def refuse_unsupported(folder: Path, text: Any) -> None:
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise SetupError(
+            f"{folder} uses sliding-window attention, which this engine has not; set use_sliding_window to false"
+        )
+    rope = (text.rope_parameters or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise SetupError(f"{folder} scales its rotary embedding by the longest sequence of a batch (rope_type {rope})")
+
+
+def eos_token_ids(folder: Path, text: Any) -> tuple[int, ...]:
+    """The ids that end a text: the generation config's, as `generate` has it, else the model's."""
+    ids = None
+    if (folder / "generation_config.json").exists():
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+    if ids is None:
+        ids = getattr(text, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, Iterable) else (int(ids),)
+
+
+class LanguageModel(nn.Module):
+    """A text model and its head. `facts` describes it, `report` tells which tensors were read."""
+
+    facts: ModelFacts
+    report: weights.LoadReport
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.model = AutoModel.from_config(config.text_config, attn_implementation=attention.NAME)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    @classmethod
+    def load(cls, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
+        """Read the language tensors of a Hugging Face folder.
+
+        :raises SetupError: the model is of another kind.
+        :raises engines.weights.WeightsError: tensors are missing or misshapen.
+        """
+        folder = Path(folder)
+        facts = ModelFacts.read(folder)
+        model = weights.on_meta(lambda: cls(AutoConfig.from_pretrained(folder)))
+        model.facts = facts
+        model.report = weights.load(model, folder, "language", dtype, device)
+        return model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, `[T]` → `[T, hidden]`; fresh memory that the caller may write to."""
+        hidden: torch.Tensor = self.model.embed_tokens(token_ids)
+        return hidden
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, step: attention.Step, deepstack: Sequence[Deepstack] = ()
+    ) -> torch.Tensor:
+        """Run all layers over packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]`; returns `[T, hidden]`
+        before the norm.
+
+        The layers are driven here and not by transformers' `forward`, which would build masks that paged attention
+        has no use for.
+        """
+        hidden = hidden[None]
+        rotary = self.model.rotary_emb(hidden, positions[:, None])
+        for index, layer in enumerate(self.model.layers):
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, step=step)
+            for extra in deepstack:
+                extra.add(hidden[0], index)
+        return hidden[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[n, hidden]` as `forward` returns it → `[n, vocab]`."""
+        logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Deepstack:
+    """An item's deeper vision features: level i is added to its rows of the pack after layer i. `levels` is `[rows,
+    n, hidden]`.
+    """
+
+    first: int
+    levels: torch.Tensor
+
+    def add(self, hidden: torch.Tensor, layer: int) -> None:
+        rows, count, _ = self.levels.shape
+        if layer < count:
+            hidden[self.first : self.first + rows] += self.levels[:, layer]

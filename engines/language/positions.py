@@ -1,0 +1,85 @@
+"""M-RoPE positions: the (temporal, height, width) index of every token, from the grids alone. It reads no token ids
+and runs no model.
+
+Text counts up, the same in all three rows. An image of t × h × w merged patches starts at the next free number `p`:
+its tokens have (p + t, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w). The numbers
+therefore run behind the token index by `delta` from the last image on, decoded tokens included. Qwen2-VL, Qwen2.5-VL
+and Qwen3-VL agree on this for images (`get_rope_index` in transformers); they differ only in how they interleave the
+three rows, which is the model's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.language.sequence import Item
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """The positions of one sequence, for every token it has or ever will have. Immutable; forks share it.
+
+    `prefix` covers the tokens up to the end of the last image, `[3, n]`; from there on a token's position is its
+    index + `delta`.
+    """
+
+    prefix: Indices
+    delta: int
+
+    @classmethod
+    def build(cls, items: Sequence[Item], merge_size: int) -> Positions:
+        """Positions from the items of a prompt, in the order of their offsets.
+
+        :raises ValueError: an item is no image, overlaps the one before it, or its grid does not make its number of
+        tokens.
+        """
+        parts: list[Indices] = []
+        index, position = 0, 0  # of the next token
+        for item in items:
+            if item.offset < index:
+                raise ValueError(f"item {item.mm_hash} begins at token {item.offset}, inside the item before it")
+            gap = item.offset - index
+            image = image_positions(item, merge_size)
+            parts += [count_up(position, gap), image + (position + gap)]
+            position += gap + max(item.grid[1], item.grid[2]) // merge_size
+            index = item.offset + item.num_tokens
+        prefix = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
+        return cls(prefix, position - index)
+
+    def fill(self, out: Indices, start: int) -> None:
+        """Write the positions of the tokens from `start` on into `out`, `[3, n]`; n may reach beyond the prompt."""
+        stop = start + out.shape[1]
+        held = self.prefix.shape[1]
+        middle = min(max(held, start), stop)
+        if start < middle:
+            out[:, : middle - start] = self.prefix[:, start:middle]
+        if middle < stop:
+            out[:, middle - start :] = np.arange(middle + self.delta, stop + self.delta)
+
+    def slice(self, start: int, stop: int) -> Indices:
+        """The positions of tokens `start` to `stop`, `[3, stop - start]`."""
+        out = np.empty((3, stop - start), np.int64)
+        self.fill(out, start)
+        return out
+
+
+def count_up(start: int, count: int) -> Indices:
+    return np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1))
+
+
+def image_positions(item: Item, merge_size: int) -> Indices:
+    """The positions of one image's tokens, counted from its own start."""
+    if item.modality != "image":
+        raise ValueError(f"item {item.mm_hash} is {item.modality}; this engine has positions for images only")
+    t, h, w = item.grid[0], item.grid[1] // merge_size, item.grid[2] // merge_size
+    if t * h * w != item.num_tokens:
+        raise ValueError(
+            f"item {item.mm_hash}: grid {item.grid} makes {t * h * w} tokens, its prompt holds {item.num_tokens}"
+        )
+    return np.indices((t, h, w), dtype=np.int64).reshape(3, -1)

@@ -1,0 +1,173 @@
+"""Runs one step: packs what was scheduled into one row of tokens, runs the model over it, and samples where a
+sequence ends. It decides nothing about what runs, and changes no sequence except to give it dice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+
+from engines.language.attention import Query, plan
+from engines.language.kv import KVCache
+from engines.language.model import Deepstack, LanguageModel
+from engines.language.positions import Positions
+from engines.language.sampler import Sampled, Sampler
+from engines.language.sequence import Scheduled, Sequence
+
+OnLayers = Callable[[int, int], None]
+
+
+class BadEmbeddings(Exception):
+    """A sequence's vision embeddings are missing or do not fit its prompt. Raised before the model runs; fails
+    `sequence` alone.
+    """
+
+    def __init__(self, sequence: Sequence, message: str) -> None:
+        super().__init__(f"{sequence.id}: {message}")
+        self.sequence = sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Rows of the pack, from `first` on, that an item's embedding replaces; `[n, hidden * (1 + levels)]`."""
+
+    first: int
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One step's inputs, in pack order. `last_rows[i]` is the row whose logits the i-th sampling sequence of the
+    batch needs.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    queries: tuple[Query, ...]
+    patches: tuple[Patch, ...]
+    last_rows: tuple[int, ...]
+
+
+class Runner:
+    """Owns the use of one model and one cache. Not thread safe: one step at a time, in one thread."""
+
+    def __init__(
+        self, model: LanguageModel, cache: KVCache, layers_per_push: int = 1, sampler: Sampler | None = None
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.layers_per_push = layers_per_push
+        self.sampler = sampler or Sampler(model.facts.eos_token_ids)
+
+    @torch.inference_mode()
+    def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None = None) -> list[Sampled]:
+        """Compute the KV of every scheduled token; one `Sampled` per entry with `sample`, in the batch's order.
+
+        `on_layers(first, last)` is called in this thread once the KV of layers `first` to `last - 1` is in the cache
+        for the whole batch, a group of `layers_per_push` layers at a time, while later layers are still to be
+        computed.
+
+        :raises BadEmbeddings: before anything is computed.
+        """
+        if not batch:
+            return []
+        pack = self.pack(batch)
+        step = plan(self.cache, pack.queries, self._groups(on_layers))
+        hidden, deepstack = self._embed(pack)
+        hidden = self.model(hidden, pack.positions, step, deepstack)
+        sequences = [entry.seq for entry in batch if entry.sample]
+        if not sequences:
+            return []
+        rows = torch.tensor(pack.last_rows, device=hidden.device)
+        return self.sampler.sample(self.model.logits(hidden.index_select(0, rows)), sequences)
+
+    def pack(self, batch: Listing[Scheduled]) -> Pack:
+        """Order the batch as attention wants it (single tokens first, longest first) and gather the inputs of every
+        token.
+        """
+        order = sorted(range(len(batch)), key=lambda i: (batch[i].count > 1, -batch[i].start))
+        total = sum(entry.count for entry in batch)
+        ids: list[int] = []
+        positions = np.empty((3, total), np.int64)
+        patches: list[Patch] = []
+        last_row: dict[int, int] = {}
+        for index in order:
+            entry, first = batch[index], len(ids)
+            stop = entry.start + entry.count
+            ids += entry.seq.token_ids[entry.start : stop]
+            self._positions(entry.seq).fill(positions[:, first : first + entry.count], entry.start)
+            patches += patches_of(entry, first, self.model.facts.embedding_width)
+            last_row[index] = len(ids) - 1
+        device = self.model.device
+        return Pack(
+            token_ids=torch.tensor(ids, device=device),
+            positions=torch.from_numpy(positions).to(device),
+            queries=tuple(Query(batch[i].seq.block_table, batch[i].start, batch[i].count) for i in order),
+            patches=tuple(patches),
+            last_rows=tuple(last_row[i] for i, entry in enumerate(batch) if entry.sample),
+        )
+
+    def _positions(self, seq: Sequence) -> Positions:
+        if seq.positions is None:
+            seq.positions = Positions.build(seq.items, self.model.facts.merge_size)
+        return cast(Positions, seq.positions)
+
+    def _embed(self, pack: Pack) -> tuple[torch.Tensor, list[Deepstack]]:
+        hidden = self.model.embed(pack.token_ids)
+        size, levels = self.model.facts.hidden_size, self.model.facts.deepstack_levels
+        deepstack = []
+        for patch in pack.patches:
+            rows = patch.rows.to(device=hidden.device, dtype=hidden.dtype)
+            hidden[patch.first : patch.first + len(rows)] = rows[:, :size]
+            if levels:
+                deepstack.append(Deepstack(patch.first, rows[:, size:].view(len(rows), levels, size)))
+        return hidden, deepstack
+
+    def _groups(self, on_layers: OnLayers | None) -> Callable[[int], None]:
+        """Turn "layer i is written" into "this group of layers is written"."""
+        if on_layers is None:
+            return lambda layer: None
+        last, size = self.model.facts.num_layers - 1, self.layers_per_push
+
+        def written(layer: int) -> None:
+            if layer == last or (layer + 1) % size == 0:
+                on_layers(layer - layer % size, layer + 1)
+
+        return written
+
+
+def patches_of(entry: Scheduled, first: int, width: int) -> Iterator[Patch]:
+    """The item rows that fall into a chunk; an item may begin before it and end behind it.
+
+    :raises BadEmbeddings: an item of the chunk has no embedding, one of another shape, or one with infinite or
+    undefined numbers.
+    """
+    seq, stop = entry.seq, entry.start + entry.count
+    for number, item in enumerate(seq.items):
+        begin, end = max(item.offset, entry.start), min(item.offset + item.num_tokens, stop)
+        if begin >= end:
+            continue
+        embedding = embedding_of(seq, number)
+        if embedding is None:
+            raise BadEmbeddings(
+                seq, f"tokens {begin} to {end - 1} belong to item {item.mm_hash}, whose embedding is not here"
+            )
+        if embedding.shape != (item.num_tokens, width):
+            told = f"is {list(embedding.shape)}, the model needs {[item.num_tokens, width]}"
+            raise BadEmbeddings(seq, f"the embedding of item {item.mm_hash} {told}")
+        rows = embedding[begin - item.offset : end - item.offset]
+        # A NaN here would stay in the freed blocks and, through the masked tail of a block, reach the next sequence
+        # that gets them.
+        if not bool(torch.isfinite(rows).all()):
+            raise BadEmbeddings(seq, f"the embedding of item {item.mm_hash} holds numbers that are not finite")
+        yield Patch(first + begin - entry.start, rows)
+
+
+def embedding_of(seq: Sequence, number: int) -> torch.Tensor | None:
+    held = cast("Listing[torch.Tensor | None] | None", seq.embeddings)
+    return held[number] if held is not None and number < len(held) else None
