@@ -1,0 +1,1 @@
+"""Which stages a request takes. Pure: no instance is chosen here, nothing is sent."""

@@ -1,0 +1,116 @@
+"""The instances and their lives. One table says how states move; no probe is sent and no clock read here.
+
+   ┌────────── HEALTHY ─────────┐
+JOINING ── FAILED ──▶ DOWN ─ HEALTHY ─▶ READY ── FAILED ──▶ DOWN
+   any but GONE ── DRAIN ──▶ DRAINING ── IDLE ──▶ GONE        JOIN brings DRAINING back
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+
+from proxy.core import Instance, Role, State
+
+
+class Event(StrEnum):
+    HEALTHY = "HEALTHY"  # a probe was answered as a member of its role should
+    FAILED = "FAILED"  # enough probes in a row were not
+    DRAIN = "DRAIN"  # no new legs, please
+    IDLE = "IDLE"  # the last lease was returned
+    JOIN = "JOIN"  # registered again
+
+
+TRANSITIONS: dict[State, dict[Event, State]] = {
+    State.JOINING: {
+        Event.HEALTHY: State.READY,
+        Event.FAILED: State.DOWN,
+        Event.DRAIN: State.DRAINING,
+        Event.JOIN: State.JOINING,
+    },
+    State.READY: {
+        Event.HEALTHY: State.READY,
+        Event.FAILED: State.DOWN,
+        Event.DRAIN: State.DRAINING,
+        Event.JOIN: State.READY,
+    },
+    State.DOWN: {
+        Event.HEALTHY: State.READY,
+        Event.FAILED: State.DOWN,
+        Event.DRAIN: State.DRAINING,
+        Event.JOIN: State.JOINING,
+    },
+    State.DRAINING: {
+        Event.HEALTHY: State.DRAINING,
+        Event.FAILED: State.DRAINING,
+        Event.DRAIN: State.DRAINING,
+        Event.IDLE: State.GONE,
+        Event.JOIN: State.JOINING,
+    },
+    State.GONE: {},
+}
+
+
+class IllegalTransition(RuntimeError):
+    """An event that the instance's state does not know: a mistake in this program."""
+
+
+class Fleet:
+    """Every instance by its URL, which is unique: an engine has one role."""
+
+    def __init__(self) -> None:
+        self._instances: dict[str, Instance] = {}
+
+    def __iter__(self) -> Iterator[Instance]:
+        return iter(list(self._instances.values()))
+
+    def __repr__(self) -> str:
+        return "<Fleet " + ", ".join(f"{i.role.label} {i.netloc} {i.state}" for i in self) + ">"
+
+    def get(self, url: str) -> Instance | None:
+        return self._instances.get(url)
+
+    def join(self, url: str, role: Role, dialect: str) -> Instance:
+        """Add an instance, or bring one back that was draining. Raises ValueError if it is known with another role."""
+        known = self._instances.get(url)
+        if known is None:
+            known = self._instances[url] = Instance(url, role, dialect)
+        elif known.role != role:
+            raise ValueError(f"{url} is already known as {known.role.label}")
+        else:
+            self.apply(known, Event.JOIN, known.reason)
+        return known
+
+    def remove(self, url: str) -> Instance | None:
+        """Forget an instance at once: legs that run there go on, none begins. None if it is unknown."""
+        instance = self._instances.get(url)
+        if instance is not None:
+            self.apply(instance, Event.DRAIN, "removed")
+            self.apply(instance, Event.IDLE, "removed")
+        return instance
+
+    def apply(self, instance: Instance, event: Event, reason: str) -> bool:
+        """Move `instance` by the table; True if its state changed. A GONE one leaves the fleet.
+
+        Raises IllegalTransition, with nothing changed.
+        """
+        state = TRANSITIONS[instance.state].get(event)
+        if state is None:
+            raise IllegalTransition(f"{event} means nothing to {instance.url}, which is {instance.state}")
+        changed = state is not instance.state
+        instance.state, instance.reason = state, reason
+        if state is State.GONE:
+            self._instances.pop(instance.url, None)
+        return changed
+
+    def ready(self, role: Role) -> list[Instance]:
+        """Those that may be given a leg of exactly this role."""
+        return [i for i in self._instances.values() if i.role == role and i.state is State.READY]
+
+    def census(self) -> dict[Role, Counter[State]]:
+        """How many instances of each role are in each state; roles nobody has are absent."""
+        counted: dict[Role, Counter[State]] = {}
+        for instance in self._instances.values():
+            counted.setdefault(instance.role, Counter())[instance.state] += 1
+        return counted

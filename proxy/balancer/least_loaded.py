@@ -1,0 +1,64 @@
+"""The instance with the fewest active tokens, from a priority queue. Charges nothing itself: the ledger does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush
+from itertools import count
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """Heap order: least load, then least recently chosen, then the name for a first choice."""
+
+    load: int
+    used: int
+    key: str
+
+
+class LeastLoaded:
+    """A heap with lazy deletion: a changed instance gets a new entry, and the old one is dropped when it surfaces.
+
+    Filtering a heap's list in place breaks its order (up to 10 % wrong picks at 64 servers); here stale entries are
+    recognised by comparing with `_current`, and the heap is rebuilt only when most of it is stale.
+    """
+
+    def __init__(self) -> None:
+        self._turns = count(1)
+        self._current: dict[str, Entry] = {}
+        self._heap: list[Entry] = []
+
+    def __repr__(self) -> str:
+        return f"<LeastLoaded {sorted(self._current.values())}>"
+
+    def choose(self, candidates: Collection[str]) -> str:
+        wanted = set(candidates)
+        for key in wanted - self._current.keys():
+            self._put(Entry(0, 0, key))
+        passed_over = []
+        while True:
+            entry = heappop(self._heap)
+            if self._current.get(entry.key) != entry:
+                continue
+            if entry.key in wanted:
+                break
+            passed_over.append(entry)
+        for other in passed_over:
+            heappush(self._heap, other)
+        self._put(entry._replace(used=next(self._turns)))
+        return entry.key
+
+    def changed(self, key: str, load: int) -> None:
+        entry = self._current.get(key)  # None: it has left the fleet, and its last leases come back
+        if entry is not None and entry.load != load:
+            self._put(entry._replace(load=load))
+
+    def forget(self, key: str) -> None:
+        self._current.pop(key, None)
+
+    def _put(self, entry: Entry) -> None:
+        self._current[entry.key] = entry
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._current) + 8:
+            self._heap = list(self._current.values())
+            heapify(self._heap)

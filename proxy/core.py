@@ -1,0 +1,184 @@
+"""The proxy's nouns, once. This module imports nobody, awaits nothing and knows no engine family's wire format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, Flag, StrEnum, auto
+from typing import Any
+
+Body = Mapping[str, Any]
+"""A parsed OpenAI request or answer: derived from, never mutated."""
+
+
+class Role(Flag):
+    """What an instance does; a combined engine is `PREFILL | DECODE`."""
+
+    ENCODE = auto()
+    PREFILL = auto()
+    DECODE = auto()
+
+    @property
+    def label(self) -> str:
+        """The word of flags, headers, metrics and `/info`; the combined role is `both` there."""
+        return _LABELS[self]
+
+    @classmethod
+    def named(cls, label: str) -> Role:
+        """The role behind a label or one of its synonyms. Raises KeyError."""
+        return _SYNONYMS[label]
+
+
+BOTH = Role.PREFILL | Role.DECODE
+_LABELS = {Role.ENCODE: "encode", Role.PREFILL: "prefill", Role.DECODE: "decode", BOTH: "both"}
+_SYNONYMS = {label: role for role, label in _LABELS.items()} | {"prefill_decode": BOTH}
+ROLES: tuple[Role, ...] = tuple(_LABELS)
+"""Every role an instance can have here, in the order of the stages."""
+
+
+class Stage(StrEnum):
+    """Where an error arose."""
+
+    PROXY = "proxy"
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class State(StrEnum):
+    """An instance's life; `balancer.fleet.TRANSITIONS` says how it moves."""
+
+    JOINING = "JOINING"
+    READY = "READY"
+    DOWN = "DOWN"
+    DRAINING = "DRAINING"
+    GONE = "GONE"
+
+
+class Order(Enum):
+    """How a dialect's prefill and decode are sent."""
+
+    SEQUENTIAL = auto()  # P answers with the handoff, then D is called with it (pull)
+    DECODE_FIRST = auto()  # D is called, calls the metaserver with its descriptor, then P is called with that (push)
+
+
+class Api(StrEnum):
+    """A generation route: the value is its path, the same on the proxy and on every engine."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+class Path(Enum):
+    """Which stages a request takes apart, as the roles of its legs in order."""
+
+    E_P_D = ("E-P-D", (Role.ENCODE, Role.PREFILL, Role.DECODE))
+    E_PD = ("E-PD", (Role.ENCODE, BOTH))
+    P_D = ("P-D", (Role.PREFILL, Role.DECODE))
+    PD = ("PD", (BOTH,))
+
+    def __init__(self, label: str, roles: tuple[Role, ...]) -> None:
+        self.label = label
+        self.roles = roles
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One multimodal part of a request, at `messages[message].content[part]`."""
+
+    index: int  # among the request's items, in reading order
+    message: int
+    part: int
+    modality: str  # image | video | audio
+    content: Mapping[str, Any]  # the part as an encoder gets it: the client's, with our uuid or none
+    mm_hash: str | None  # None: the media is a URL whose bytes the encoder fetches and hashes
+    identity: str  # equal for two items only if they are the same media: mm_hash, else the URL
+    tokens: int  # predicted vision (or audio) tokens
+
+    @property
+    def param(self) -> str:
+        """The client's own name for this part, for `error.param`."""
+        return f"messages[{self.message}].content[{self.part}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One parsed request. `body` is as the client sent it, except for what `openai.parse` refuses or replaces."""
+
+    id: str
+    api: Api
+    body: Body
+    items: tuple[Item, ...]
+    text_tokens: int
+    output_tokens: int  # predicted, of all choices together
+    stream: bool
+    headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Predicted prompt length in tokens, media included."""
+        return self.text_tokens + sum(item.tokens for item in self.items)
+
+
+@dataclass(slots=True)
+class Instance:
+    """One engine process behind a URL. Only `balancer.fleet` changes `state`; the probe fills in what `/info` says."""
+
+    url: str
+    role: Role
+    dialect: str  # a name of proxy.dialects, or "auto" until the probe has found it
+    state: State = State.JOINING
+    reason: str = "not probed yet"  # why it is in this state, for people
+    model: str = ""
+    failures: int = 0  # probes failed in a row
+
+    @property
+    def netloc(self) -> str:
+        return self.url.partition("://")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """Where one item's embedding is, as its encoder reported it; `entry` is opaque and goes to prefill verbatim."""
+
+    mm_hash: str
+    modality: str
+    metadata: Mapping[str, Any]  # the grids
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One stage of one request on one instance; an encode leg carries the items sent there."""
+
+    role: Role
+    instance: Instance
+    items: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The path and all its legs, chosen before the first byte is sent."""
+
+    path: Path
+    reason: str
+    legs: tuple[Leg, ...]
+
+    def leg(self, role: Role) -> Leg:
+        """The one leg with this role. Raises LookupError if the path has none."""
+        for leg in self.legs:
+            if leg.role == role:
+                return leg
+        raise LookupError(f"path {self.path.label} has no {role.label} leg")
+
+    @property
+    def encodes(self) -> Sequence[Leg]:
+        return [leg for leg in self.legs if leg.role == Role.ENCODE]
+
+    def __str__(self) -> str:
+        """The route receipt of `x-triptych-route`."""
+        parts = [self.path.label]
+        for role in self.path.roles:
+            where = ",".join(leg.instance.netloc for leg in self.legs if leg.role == role)
+            parts.append(f"{role.label}={where}")
+        return "; ".join([*parts, f"reason={self.reason}"])

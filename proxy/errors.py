@@ -1,0 +1,188 @@
+"""What can go wrong, as the client sees it. Nothing here logs, retries or sends.
+
+ProxyError                    500  the tree's root; a class carries status, type, code
+├─ BadRequest                 400  the client's mistake, found before any engine was called
+│  ├─ ForbiddenField          400  a field that only the proxy may set
+│  └─ TooLarge                413
+├─ NotFound                   404
+├─ Conflict                   409
+├─ Unauthorized               401
+├─ NoInstance                 503  nobody can take this stage now
+├─ EngineFailed               502  an engine was called and did not do its part
+│  ├─ Unreachable             502  no connection
+│  ├─ Broken                  502  reset, truncated, or not the promised format
+│  ├─ StageTimeout            504  the stage's deadline passed
+│  └─ Refused                 the engine's own status and message, kept
+└─ ShuttingDown               503
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from proxy.core import Stage
+
+
+class ProxyError(Exception):
+    """`retryable` says that the same request may succeed if sent again; `stage` says where it failed."""
+
+    status = 500
+    type = "internal_error"
+    code: str | int | None = "internal_error"
+    retryable = False
+    stage = Stage.PROXY
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | int | None = None,
+        stage: Stage | None = None,
+        retryable: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = type(self).code if code is None else code
+        self.stage = type(self).stage if stage is None else stage
+        self.retryable = type(self).retryable if retryable is None else retryable
+        self.attempts = 1
+
+    def body(self) -> dict[str, Any]:
+        """The error object of DESIGN's contract."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+                "stage": str(self.stage),
+                "retryable": self.retryable,
+                "attempts": self.attempts,
+            }
+        }
+
+    def json(self) -> bytes:
+        return orjson.dumps(self.body())
+
+    def event(self) -> bytes:
+        """The last event of a stream that broke after its first byte."""
+        return b"data: " + self.json() + b"\n\n"
+
+
+class BadRequest(ProxyError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ForbiddenField(BadRequest):
+    code = "forbidden_field"
+
+
+class TooLarge(BadRequest):
+    status = 413
+    code = "body_too_large"
+
+
+class NotFound(ProxyError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(ProxyError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class Unauthorized(ProxyError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_admin_key"
+
+
+class NoInstance(ProxyError):
+    status = 503
+    type = "service_unavailable"
+    code = "no_instance"
+    retryable = True
+
+
+class ShuttingDown(ProxyError):
+    status = 503
+    type = "service_unavailable"
+    code = "shutting_down"
+    retryable = True
+
+
+class EngineFailed(ProxyError):
+    status = 502
+    type = "engine_error"
+    code = "engine_failed"
+    retryable = True
+
+
+class Unreachable(EngineFailed):
+    code = "engine_unreachable"
+
+
+class Broken(EngineFailed):
+    code = "engine_broken"
+
+
+class StageTimeout(EngineFailed):
+    status = 504
+    type = "timeout_error"
+    code = "stage_timeout"
+
+
+class Refused(EngineFailed):
+    """An engine's own error answer: its status, message, type, param and code are kept."""
+
+    def __init__(self, status: int, answer: bytes, *, stage: Stage) -> None:
+        said = _said(answer)
+        super().__init__(
+            str(said.get("message") or f"the {stage} engine answered {status} and said nothing"),
+            param=_text(said.get("param")),
+            code=said.get("code") if isinstance(said.get("code"), str | int) else status,
+            stage=_stage(said.get("stage"), stage),
+            retryable=bool(said.get("retryable", status >= 500 or status == 429)),
+        )
+        self.status = status if 400 <= status <= 599 else 502
+        self.type = _text(said.get("type")) or ("invalid_request_error" if status < 500 else "engine_error")
+
+
+def _said(answer: bytes) -> Mapping[str, Any]:
+    """The error object in an engine's answer: OpenAI's form, an older flat form, FastAPI's `detail`, or plain text."""
+    try:
+        parsed = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        return {"message": answer[:500].decode("utf-8", "replace").strip()}
+    if not isinstance(parsed, dict):
+        return {"message": str(parsed)[:500]}
+    inner = parsed.get("error", parsed)
+    if isinstance(inner, dict):
+        return inner if "message" in inner else {"message": str(inner.get("detail", inner))[:500]}
+    return {"message": str(inner)[:500]}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _stage(value: Any, default: Stage) -> Stage:
+    return Stage(value) if value in set(Stage) else default
+
+
+def streamed(event: Mapping[str, Any], *, stage: Stage) -> Refused:
+    """The failure that an error event inside a stream with status 200 tells of."""
+    inner = event.get("error")
+    code = inner.get("code") if isinstance(inner, dict) else None
+    status = code if isinstance(code, int) and 400 <= code <= 599 else 502
+    return Refused(status, orjson.dumps(event), stage=stage)

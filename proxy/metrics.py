@@ -1,0 +1,58 @@
+"""Every Prometheus object of the proxy. Values come from elsewhere: nothing is timed or counted twice here."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from proxy.balancer.fleet import Fleet
+from proxy.balancer.ledger import Ledger
+from proxy.core import ROLES, State
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """A registry of its own, so that two proxies in one process do not collide."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._stages = {
+            name: Histogram(f"triptych_{name}_seconds", what, buckets=_SECONDS, registry=registry)
+            for name, what in {
+                "encode": "From the first encode call of a request to the last encoder's answer",
+                "prefill": "From the prefill call to the prefill engine's answer",
+                "decode": "From the first byte of an answer to its last",
+                "ttft": "From the request's arrival to the first byte that proves success",
+                "e2e": "From the request's arrival to the end of its answer",
+            }.items()
+        }
+        self.requests = Counter(
+            "triptych_requests", "Requests ended, by path and status", ["path", "status"], registry=registry
+        )
+        self.failures = Counter(
+            "triptych_failures", "Legs that failed, by stage and error code", ["stage", "code"], registry=registry
+        )
+        self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)
+        self.items = Counter("triptych_items", "Media items received, by modality", ["modality"], registry=registry)
+        self.in_flight = Gauge("triptych_requests_in_flight", "Requests not yet ended", registry=registry)
+        self._leases = Gauge("triptych_leases", "Open leases, by role", ["role"], registry=registry)
+        self._load = Gauge("triptych_load_tokens", "Predicted tokens in work", ["role", "instance"], registry=registry)
+        self._instances = Gauge(
+            "triptych_instances", "Instances by role and state", ["role", "state"], registry=registry
+        )
+
+    def observe(self, stage: str, seconds: float) -> None:
+        """`stage` is encode, prefill, decode, ttft or e2e."""
+        self._stages[stage].observe(seconds)
+
+    def render(self, fleet: Fleet, ledger: Ledger) -> bytes:
+        """The exposition text, with the gauges read from their owners now."""
+        census = fleet.census()
+        self._load.clear()
+        for role in ROLES:
+            self._leases.labels(role.label).set(ledger.leases(role=role))
+            for state in set(State) - {State.GONE}:
+                self._instances.labels(role.label, state).set(census.get(role, {}).get(state, 0))
+        for instance in fleet:
+            self._load.labels(instance.role.label, instance.netloc).set(ledger.load(instance.url))
+        return generate_latest(self._registry)

@@ -1,0 +1,203 @@
+"""An OpenAI request, read once: its items in order, what it will cost, and nothing in it that a client must not say.
+
+Unknown fields and the order of keys survive. Media are hashed here and never decoded; URLs are never fetched.
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from blake3 import blake3
+
+from proxy import media
+from proxy.core import Api, Body, Item, Job
+from proxy.errors import BadRequest, ForbiddenField
+
+# Part kinds with their modality; a part without `type` is known by the key it has, as vLLM does.
+_MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
+_RESERVED = ("kv_transfer_params", "ec_transfer_params")
+_CHARS_PER_TOKEN = 4
+_DEFAULT_OUTPUT_TOKENS = 256  # predicted for balancing, never sent
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose media this is. A salt keeps one tenant from learning by timing what another has sent."""
+
+    salt: bytes = b""
+    trust_client: bool = False  # keep client uuids, accept *_embeds and transfer parameters
+
+
+def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None) -> Job:
+    """The job in a request's bytes. Raises BadRequest, ForbiddenField.
+
+    Takes milliseconds per megabyte of media; large bodies belong in a thread.
+    """
+    body = _load(raw)
+    if not identity.trust_client:
+        _refuse_reserved(body)
+    items = tuple(_items(body, identity)) if api is Api.CHAT else ()
+    if api is Api.CHAT and not isinstance(body.get("messages"), list):
+        raise BadRequest("`messages` must be a list", param="messages")
+    if api is Api.COMPLETIONS and "prompt" not in body and "prompt_embeds" not in body:
+        raise BadRequest("`prompt` is missing", param="prompt")
+    return Job(
+        id=request_id,
+        api=api,
+        body=body,
+        items=items,
+        text_tokens=_text_tokens(body),
+        output_tokens=_output_tokens(body),
+        stream=body.get("stream") is True,
+        headers=headers or {},
+    )
+
+
+def _load(raw: bytes) -> Body:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    if not isinstance(body.get("stream", False), bool | None):
+        raise BadRequest("`stream` must be true or false", param="stream")
+    return body
+
+
+def _refuse_reserved(body: Body) -> None:
+    for name in body:
+        if name in _RESERVED or name.endswith("_embeds"):
+            raise ForbiddenField(f"`{name}` is set by the proxy and not accepted from clients", param=name)
+
+
+def parts(body: Body) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """(message index, part index, part) of each content part that is an object, in reading order."""
+    messages = body.get("messages")
+    for m, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        for p, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict):
+                yield m, p, part
+
+
+def _kind(part: Mapping[str, Any]) -> str | None:
+    named = part.get("type")
+    if named is not None:
+        return named if named in _MEDIA else None
+    return next((key for key in _MEDIA if key in part), None)
+
+
+def _items(body: Body, identity: Identity) -> Iterator[Item]:
+    salt = _salt(body, identity)
+    index = 0
+    for m, p, part in parts(body):
+        param = f"messages[{m}].content[{p}]"
+        if not identity.trust_client:
+            _refuse_embeds(part, param)
+        kind = _kind(part)
+        if kind is not None:
+            yield _item(index, m, p, part, kind, salt, identity)
+            index += 1
+
+
+def _refuse_embeds(part: Mapping[str, Any], param: str) -> None:
+    names = [*part, part.get("type")]
+    name = next((name for name in names if isinstance(name, str) and name.endswith("_embeds")), None)
+    if name is not None:
+        raise ForbiddenField(f"`{name}` is set by the proxy and not accepted from clients", param=param)
+
+
+def _item(index: int, m: int, p: int, part: Mapping[str, Any], kind: str, salt: bytes, identity: Identity) -> Item:
+    modality = _MEDIA[kind]
+    value = part.get(kind)
+    url = _url(value, kind, f"messages[{m}].content[{p}]")
+    data = _decoded(url, kind)
+    content = {"type": kind, **part}
+    if identity.trust_client and isinstance(part.get("uuid"), str):
+        mm_hash: str | None = part["uuid"]
+    else:
+        mm_hash = None if data is None else _hash(data, salt)
+        content.pop("uuid", None)
+        if mm_hash is not None:
+            content["uuid"] = mm_hash
+    return Item(index, m, p, modality, content, mm_hash, mm_hash or url, media.tokens(modality, data))
+
+
+def _url(value: Any, kind: str, param: str) -> str:
+    """The media's URL, or its base64 text for `input_audio`. A null value would name media by a client's uuid alone."""
+    field = "data" if kind == "input_audio" else "url"
+    url = value.get(field) if isinstance(value, dict) else value
+    if not isinstance(url, str) or not url:
+        raise BadRequest(f"`{kind}` must hold the media: a URL, or an object with `{field}`", param=param)
+    return url
+
+
+def _decoded(url: str, kind: str) -> bytes | None:
+    """The media's bytes, or None if they are not here.
+
+    Only strict base64 is hashed here: where a decoder could read the same text in two ways, the encoder's own reading
+    must decide the hash, or one image could be cached under another's name.
+    """
+    payload = url
+    if kind != "input_audio":
+        head, comma, payload = url.partition(",")
+        if not comma or head[:5].lower() != "data:" or not head.lower().endswith(";base64"):
+            return None
+    try:
+        return binascii.a2b_base64(payload, strict_mode=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _hash(data: bytes, salt: bytes) -> str:
+    return (blake3(data, key=salt) if salt else blake3(data)).hexdigest()
+
+
+def _salt(body: Body, identity: Identity) -> bytes:
+    """A BLAKE3 key from all that changes the embedding besides the media; empty where nothing does.
+
+    Without it, one client's `mm_processor_kwargs` would decide what another gets for the same image.
+    """
+    factors = [body.get(name) for name in ("mm_processor_kwargs", "media_io_kwargs")]
+    if not identity.salt and not any(factors):
+        return b""
+    material = identity.salt + b"\0" + orjson.dumps(factors, option=orjson.OPT_SORT_KEYS)
+    return blake3(material, derive_key_context="triptych mm_hash v1").digest()
+
+
+def _text_tokens(body: Body) -> int:
+    size = 0
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            size += _size(content)
+    size += sum(_size(part["text"]) for _, _, part in parts(body) if isinstance(part.get("text"), str))
+    if body.get("tools"):
+        size += len(orjson.dumps(body["tools"]))
+    return max(1, size // _CHARS_PER_TOKEN + _prompt_tokens(body.get("prompt")))
+
+
+def _prompt_tokens(prompt: Any) -> int:
+    """Of a text, a list of token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return _size(prompt) // _CHARS_PER_TOKEN
+    if isinstance(prompt, Sequence):
+        return sum(1 if isinstance(entry, int) else _prompt_tokens(entry) for entry in prompt)
+    return 0
+
+
+def _size(text: str) -> int:
+    """Bytes in UTF-8: a CJK character is three of them and about one token, which fits the four bytes of a token."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def _output_tokens(body: Body) -> int:
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    choices = body.get("n")
+    per_choice = min(asked, _DEFAULT_OUTPUT_TOKENS) if isinstance(asked, int) and asked > 0 else _DEFAULT_OUTPUT_TOKENS
+    return per_choice * (choices if isinstance(choices, int) and choices > 0 else 1)

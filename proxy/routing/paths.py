@@ -1,0 +1,12 @@
+"""The paths in order of preference: apart where the fleet can, text never through an encoder. No fleet is looked at."""
+
+from __future__ import annotations
+
+from proxy.core import Path
+
+TEXT: tuple[Path, ...] = (Path.P_D, Path.PD)
+MEDIA: tuple[Path, ...] = (Path.E_P_D, Path.E_PD)
+
+
+def candidates(has_media: bool) -> tuple[Path, ...]:
+    return MEDIA if has_media else TEXT

@@ -1,0 +1,66 @@
+"""The path of one request, with the reason in words. Sees roles and counts, never an instance or a load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from proxy.core import ROLES, Path, Role, Stage, State
+from proxy.errors import BadRequest, NoInstance
+from proxy.routing import paths
+
+Census = Mapping[Role, Mapping[State, int]]
+"""How many instances of each role are in each state."""
+
+_STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    path: Path
+    reason: str
+
+
+def route(items: int, census: Census, param: str | None = None) -> Route:
+    """The best path that the READY instances can serve for a request with `items` media items.
+
+    Raises BadRequest if this deployment can never encode (naming `param`), NoInstance if it cannot serve now.
+    """
+    options = paths.candidates(items > 0)
+    if items and not census.get(Role.ENCODE):
+        raise BadRequest(
+            "this deployment has no encoder: send text only, or start the proxy with --encode-servers-urls",
+            param=param,
+            code="media_unsupported",
+        )
+    for path in options:
+        if all(census.get(role, {}).get(State.READY) for role in path.roles):
+            return Route(path, _reason(path, items, census))
+    raise _unavailable(options, census)
+
+
+def _reason(path: Path, items: int, census: Census) -> str:
+    what = "text only" if not items else f"{items} item" + "s" * (items > 1)
+    if Role.PREFILL in path.roles:
+        return f"{what}, prefill and decode apart"
+    if census.get(Role.PREFILL):
+        return f"{what}, combined because no prefill and decode pair is ready"
+    return f"{what}, combined engines only"
+
+
+def _unavailable(options: tuple[Path, ...], census: Census) -> NoInstance:
+    """Names the first role that keeps the most wanted possible path from being served, and its states."""
+    possible = [path for path in options if all(census.get(role) for role in path.roles)]
+    wanted = possible[0] if possible else options[0]
+    missing = next(role for role in wanted.roles if not census.get(role, {}).get(State.READY))
+    states = ", ".join(f"{count} {state}" for state, count in census.get(missing, {}).items() if count)
+    return NoInstance(
+        f"no {missing.label} instance is ready ({states or 'none known'})", stage=_STAGES.get(missing, Stage.DECODE)
+    )
+
+
+def servable(census: Census) -> bool:
+    """Whether every kind of request that this fleet is made for can be served now."""
+    ready = {role for role in ROLES if census.get(role, {}).get(State.READY)}
+    media = bool(census.get(Role.ENCODE))
+    return any(ready.issuperset(path.roles) for path in paths.candidates(media))
