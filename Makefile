@@ -1,0 +1,35 @@
+# The README's two commands are `make demo` and `make test`; each does the set-up it needs.
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+TESTS ?= tests
+
+.PHONY: help install demo smoke test lint format clean
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## make .venv with everything that requirements.lock names
+$(VENV)/.installed: requirements.lock pyproject.toml deploy/install.sh
+	@deploy/install.sh
+
+demo: install ## start encoder, prefill, decode and proxy here, ask about two images, stay up until Ctrl-C
+	@$(BIN)/python -m deploy.demo
+
+smoke: install ## the same without staying up; fails unless the answer equals the reference model's
+	@$(BIN)/python -m deploy.demo --smoke
+
+test: install ## run the tests (TESTS=path for some of them)
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: install ## ruff, mypy and the import contracts
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: install ## rewrite the code as ruff would
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean: ## remove .venv and everything else that make made
+	@rm -rf $(VENV) .checkpoints build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

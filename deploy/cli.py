@@ -1,0 +1,51 @@
+"""The `triptych` command: finds the part that is asked for and runs its module. Each part reads its own flags."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "up": ("deploy.up", "a whole deployment on this machine: engines and proxy"),
+    "proxy": ("proxy", "the OpenAI-compatible front door to encode, prefill and decode servers"),
+    "encoder": ("engines.encoder", "a vision encoder engine"),
+    "language": ("engines.language", "a language engine: prefill, decode, or both"),
+    "checkpoint": ("engines.checkpoint", "make a tiny random checkpoint to play with"),
+}
+NEEDS_ENGINES = ("up", "encoder", "language", "checkpoint")
+HELP = """\
+usage: triptych COMMAND [flags]        (triptych COMMAND --help explains a command's flags)
+
+{commands}
+
+Start everything on this machine:
+  triptych up
+Or each part where it belongs:
+  triptych encoder  --model DIR --port 8001 --transfer shm
+  triptych language --model DIR --port 8002 --role prefill --transfer shm
+  triptych language --model DIR --port 8003 --role decode  --transfer shm
+  triptych proxy --encode-servers-urls http://HOST:8001 --prefill-servers-urls http://HOST:8002 \\
+                 --decode-servers-urls http://HOST:8003 --port 8000
+"""
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--version", "-V"):
+        print(f"triptych {version('triptych')}")
+        return
+    if name in ("--help", "-h", "help"):
+        print(HELP.format(commands="\n".join(f"  {command:<11} {text}" for command, (_, text) in COMMANDS.items())))
+        return
+    if name not in COMMANDS:
+        sys.exit(f"triptych: no command {name!r}; there are {', '.join(COMMANDS)}")
+    if name in NEEDS_ENGINES and importlib.util.find_spec("torch") is None:
+        sys.exit(f"triptych {name} needs the engines' dependencies: pip install 'triptych[engines]'")
+    sys.argv = [f"triptych {name}", *sys.argv[2:]]
+    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""A deployment on one machine: which engines, started as processes, and the proxy in front of them.
+
+Nothing of them is imported. An engine that dies is started again on its port (three times a minute at most), as a
+process manager would do; the proxy finds it by probing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.processes import Child, StartError
+
+TOPOLOGY = re.compile(r"^(?:(?P<e>\d+)e)?(?:(?P<p>\d+)p(?P<d>\d+)d|(?P<pd>\d+)pd)$")
+RESTARTS, RESTART_WINDOW = 3, 60.0
+
+
+def say(text: str) -> None:
+    """Progress for people goes to stderr; stdout is for the READY line."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """How many instances of each role; `both` are combined prefill-and-decode engines."""
+
+    encode: int = 0
+    prefill: int = 0
+    decode: int = 0
+    both: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Topology:
+        """
+        >>> Topology.parse("2e1p1d")
+        Topology(encode=2, prefill=1, decode=1, both=0)
+
+        :raises argparse.ArgumentTypeError: not of the form 1e1p1d, 1e1pd, 1p1d or 1pd, or a stage has no instance.
+        """
+        found = TOPOLOGY.match(text.lower())
+        if not found:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no topology: write 1e1p1d (three stages apart), 1e1pd (P and D in one), 1p1d or 1pd"
+            )
+        e, p, d, pd = (int(found[name] or 0) for name in ("e", "p", "d", "pd"))
+        if (found["p"] and not (p and d)) or (found["pd"] and not pd) or (found["e"] and not e):
+            raise argparse.ArgumentTypeError(f"{text!r} leaves a stage without an instance")
+        return cls(e, p, d, pd)
+
+    def engines(self) -> list[tuple[str, str]]:
+        """(name, role) of every engine, encoders first."""
+        counts = {"encode": self.encode, "prefill": self.prefill, "decode": self.decode, "both": self.both}
+        return [(f"{role}-{n}", role) for role, count in counts.items() for n in range(count)]
+
+
+@dataclass(slots=True)
+class Deployment:
+    """Engines and a proxy as children of this process.
+
+    :param engine_arguments: passed to every engine, before those of its role ("encode", "prefill", "decode", "both")
+        in `role_arguments`.
+    """
+
+    model: Path
+    topology: Topology
+    port: int = 0
+    host: str = "127.0.0.1"
+    transfer: str = "shm"
+    kv_handoff: str = "push"
+    engine_arguments: Sequence[str] = ()
+    role_arguments: dict[str, Sequence[str]] = field(default_factory=dict)
+    proxy_arguments: Sequence[str] = ()
+    start_timeout: float = 120.0
+    verbose: bool = False
+    engines: dict[str, Child] = field(default_factory=dict)
+    proxy: Child | None = None
+    _watchers: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        assert self.proxy is not None
+        return self.proxy.url
+
+    def role(self, role: str) -> list[Child]:
+        return [child for name, child in self.engines.items() if name.startswith(f"{role}-")]
+
+    async def start(self) -> None:
+        """Start all engines at once, then the proxy in front of them.
+
+        :raises StartError: one did not start; all are stopped then.
+        """
+        try:
+            for name, role in self.topology.engines():
+                self.engines[name] = self._engine(name, role)
+            await self._start_together(list(self.engines.values()))
+            self.proxy = Child("proxy", "proxy", self._proxy_arguments(), self._log)
+            await self._start_together([self.proxy])
+        except BaseException:
+            await self.stop(grace=0)
+            raise
+
+    async def _start_together(self, children: Sequence[Child]) -> None:
+        tasks = [asyncio.create_task(self._start_one(child)) for child in children]  # noqa: TID251 - gathered below
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _start_one(self, child: Child) -> None:
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        await child.start(self.start_timeout)
+        say(f"{child.name:<10} {child.url}  ready after {clock() - started:.1f} s")
+
+    def _engine(self, name: str, role: str) -> Child:
+        common = ["--model", str(self.model), "--host", self.host, "--transfer", self.transfer, *self.engine_arguments]
+        own = list(self.role_arguments.get(role, ()))
+        if "--port" not in own:
+            own += ["--port", "0"]
+        if role == "encode":
+            return Child(name, "engines.encoder", [*common, *own], self._log)
+        return Child(name, "engines.language", [*common, "--role", role, *own], self._log)
+
+    def _proxy_arguments(self) -> list[str]:
+        urls = {
+            role: ",".join(child.url for child in self.role(role)) for role in ("encode", "prefill", "decode", "both")
+        }
+        arguments = ["--host", self.host, "--port", str(self.port), "--kv-handoff", self.kv_handoff]
+        if urls["encode"]:
+            arguments += ["--encode-servers-urls", urls["encode"]]
+        if urls["both"]:
+            arguments += ["--prefill-servers-urls", "disable", "--decode-servers-urls", urls["both"]]
+        else:
+            arguments += ["--prefill-servers-urls", urls["prefill"], "--decode-servers-urls", urls["decode"]]
+        return [*arguments, *self.proxy_arguments]
+
+    def _log(self, name: str, line: str) -> None:
+        if self.verbose:
+            say(f"[{name}] {line}")
+
+    def keep_alive(self) -> None:
+        """From now on an engine that dies is started again on its port."""
+        for child in self.engines.values():
+            self._watchers.append(asyncio.create_task(self._watch(child)))  # noqa: TID251 - kept, cancelled in stop
+
+    async def _watch(self, child: Child) -> None:
+        clock = asyncio.get_running_loop().time
+        deaths: list[float] = []
+        while True:
+            code = await child.wait()
+            deaths = [moment for moment in deaths if clock() - moment < RESTART_WINDOW] + [clock()]
+            if len(deaths) > RESTARTS:
+                say(f"{child.name} ended {len(deaths)} times in {RESTART_WINDOW:.0f} s; left down:\n{child.last_lines}")
+                return
+            say(f"{child.name} ended with {code}; starting it again")
+            child.keep_port()
+            try:
+                await self._start_one(child)
+            except StartError as error:
+                say(f"{error}\n{child.name} is left down")
+                return
+
+    async def stop(self, grace: float = 10.0) -> None:
+        """Stop the proxy first, then the engines; waits until all are gone."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        self._watchers.clear()
+        if self.proxy is not None:
+            await self.proxy.stop(grace)
+        await asyncio.gather(*(child.stop(grace) for child in self.engines.values()))
+
+    async def __aenter__(self) -> Deployment:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.stop()
