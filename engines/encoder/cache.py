@@ -1,0 +1,223 @@
+"""Says which embedding lies where in the arena, and which one goes when room is needed. It touches no bytes and
+no clock.
+
+    arena   |  A  |  B  |.....|   C   |..............|     ranges never overlap; dots are free
+    entry   FILLING ──commit──▶ READY ──evict──▶ LEAVING ──freed──▶ GONE
+               └────abandon──────────────────────────────────────────▲
+
+FILLING: reserved, the model writes it. READY: published, findable by its key. LEAVING: withdrawn, but a transfer
+may still read it: the range is free only after `freed`. An entry is evicted least recently used first, and only
+when nobody pins it (a request that will name it in its answer) and its hold is over (an answer named it: its
+handle must stay readable for a while).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from typing import Any
+
+ALIGNMENT = 64
+SETTLING_SECONDS = 1.0
+"""How long a withdrawn range is counted on. A reader that stalls longer may be stopped; others are evicted instead."""
+
+
+class State(Enum):
+    FILLING = "filling"
+    READY = "ready"
+    LEAVING = "leaving"
+    GONE = "gone"
+
+
+TRANSITIONS = {
+    State.FILLING: {State.READY, State.GONE},
+    State.READY: {State.LEAVING},
+    State.LEAVING: {State.GONE},
+    State.GONE: frozenset[State](),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One embedding. `value` is the owner's: what an answer says about it."""
+
+    key: str
+    offset: int
+    nbytes: int
+    state: State = State.FILLING
+    pins: int = 0
+    held_until: float = 0.0
+    leaving_since: float = 0.0
+    value: Any = field(default=None, repr=False)
+
+    def move(self, to: State) -> None:
+        if to not in TRANSITIONS[self.state]:
+            raise ValueError(f"entry {self.key[:8]} cannot go from {self.state.value} to {to.value}")
+        self.state = to
+
+    def evictable(self, now: float) -> bool:
+        return self.state is State.READY and not self.pins and self.held_until <= now
+
+
+class RangeAllocator:
+    """First fit over [0, capacity). Lengths are rounded up to ALIGNMENT; neighbouring holes are one hole."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // ALIGNMENT * ALIGNMENT
+        self._holes: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []
+
+    @property
+    def free(self) -> int:
+        return sum(length for _, length in self._holes)
+
+    def allocate(self, nbytes: int) -> int | None:
+        """The offset of a range of that length; None when no hole is long enough."""
+        need = rounded(nbytes)
+        for index, (offset, length) in enumerate(self._holes):
+            if length >= need:
+                self._holes[index : index + 1] = [(offset + need, length - need)] if length > need else []
+                return offset
+        return None
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Raises ValueError if any of the range is free already."""
+        self._holes = _merge(self._holes, [(offset, rounded(nbytes))])
+
+    def would_fit(self, nbytes: int, freed: Iterable[tuple[int, int]]) -> bool:
+        """Whether `allocate` would succeed after those ranges are released too."""
+        ranges = [(offset, rounded(length)) for offset, length in freed]
+        return any(length >= rounded(nbytes) for _, length in _merge(self._holes, ranges))
+
+
+def rounded(nbytes: int) -> int:
+    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+
+
+def _merge(holes: list[tuple[int, int]], added: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged = list(holes)
+    for offset, length in added:
+        index = bisect_left(merged, (offset, 0))
+        before = sum(merged[index - 1]) if index else 0
+        after = merged[index][0] if index < len(merged) else offset + length
+        if before > offset or after < offset + length:
+            raise ValueError(f"the range {offset}+{length} is free already")
+        insort(merged, (offset, length))
+        if index + 1 < len(merged) and after == offset + length:
+            merged[index : index + 2] = [(offset, length + merged[index + 1][1])]
+        if index and before == offset:
+            merged[index - 1 : index + 1] = [(merged[index - 1][0], merged[index - 1][1] + merged[index][1])]
+    return merged
+
+
+class EmbeddingCache:
+    """The entries of one arena of `capacity` bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.ranges = RangeAllocator(capacity)
+        self._ready: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
+        self._filling: set[Entry] = set()
+        self._leaving: set[Entry] = set()
+
+    def find(self, key: str) -> Entry | None:
+        """The READY entry of that key, which becomes the most recently used."""
+        entry = self._ready.get(key)
+        if entry is not None:
+            self._ready.move_to_end(key)
+        return entry
+
+    def reserve(self, key: str, nbytes: int) -> Entry | None:
+        """A FILLING entry; None when there is no room. Evicts nothing: see `evict`, `settling`."""
+        offset = self.ranges.allocate(nbytes)
+        if offset is None:
+            return None
+        entry = Entry(key, offset, nbytes)
+        self._filling.add(entry)
+        return entry
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether an entry of that size could ever be reserved."""
+        return rounded(nbytes) <= self.ranges.capacity
+
+    def commit(self, entry: Entry, value: Any, held_until: float) -> None:
+        """FILLING → READY. Raises ValueError if the key is READY already."""
+        if entry.key in self._ready:
+            raise ValueError(f"entry {entry.key[:8]} is cached already")
+        entry.move(State.READY)
+        entry.value, entry.held_until = value, held_until
+        self._filling.remove(entry)
+        self._ready[entry.key] = entry
+
+    def abandon(self, entry: Entry) -> None:
+        """FILLING → GONE: nobody writes it any more and nobody was told of it."""
+        entry.move(State.GONE)
+        self._filling.remove(entry)
+        self.ranges.release(entry.offset, entry.nbytes)
+
+    def pin(self, entry: Entry) -> bool:
+        """Keep a READY entry until `unpin`. False: it is not READY any more."""
+        if entry.state is not State.READY:
+            return False
+        entry.pins += 1
+        self._ready.move_to_end(entry.key)
+        return True
+
+    def unpin(self, entry: Entry, held_until: float = 0.0) -> None:
+        """Undo one `pin`; `held_until` extends the hold when an answer named the entry."""
+        if entry.pins <= 0:
+            raise ValueError(f"entry {entry.key[:8]} is not pinned")
+        entry.pins -= 1
+        entry.held_until = max(entry.held_until, held_until)
+
+    def evict(self, now: float) -> Entry | None:
+        """READY → LEAVING for the least recently used entry that may go; None when none may.
+
+        The caller withdraws it, and calls `freed` when no transfer can read it any more.
+        """
+        entry = next((entry for entry in self._ready.values() if entry.evictable(now)), None)
+        if entry is None:
+            return None
+        entry.move(State.LEAVING)
+        entry.leaving_since = now
+        del self._ready[entry.key]
+        self._leaving.add(entry)
+        return entry
+
+    def freed(self, entry: Entry) -> None:
+        """LEAVING → GONE: the range may be reserved again."""
+        entry.move(State.GONE)
+        self._leaving.remove(entry)
+        self.ranges.release(entry.offset, entry.nbytes)
+
+    def settling(self, nbytes: int, now: float) -> bool:
+        """Whether the entries that left a moment ago make enough room, so that waiting beats evicting more."""
+        recent = [entry for entry in self._leaving if now - entry.leaving_since < SETTLING_SECONDS]
+        return bool(recent) and self.ranges.would_fit(nbytes, ((entry.offset, entry.nbytes) for entry in recent))
+
+    def info(self, now: float) -> dict[str, int]:
+        """Sizes in bytes; `pinned`: entries that may not be evicted now."""
+        entries = [*self._ready.values(), *self._filling, *self._leaving]
+        return {
+            "items": len(self._ready),
+            "bytes": sum(entry.nbytes for entry in entries),
+            "capacity": self.ranges.capacity,
+            "pinned": sum(not entry.evictable(now) for entry in self._ready.values()),
+            "filling": len(self._filling),
+            "leaving": len(self._leaving),
+        }
+
+    def check(self) -> None:
+        """Raises AssertionError unless the entries and the holes cover the arena exactly once."""
+        used = [*self._ready.values(), *self._filling, *self._leaving]
+        spans = sorted((entry.offset, rounded(entry.nbytes)) for entry in used)
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans)), f"ranges overlap: {spans}"
+        assert sum(length for _, length in spans) + self.ranges.free == self.ranges.capacity, "bytes are lost"
+
+    def __repr__(self) -> str:
+        return (
+            f"<EmbeddingCache {len(self._ready)} ready, {len(self._filling)} filling, {len(self._leaving)} leaving,"
+            f" {self.ranges.free}/{self.ranges.capacity} bytes free>"
+        )
