@@ -1,0 +1,43 @@
+import argparse
+from pathlib import Path
+
+import pytest
+
+from deploy.deployment import Deployment, Topology
+
+
+@pytest.mark.parametrize(
+    ("text", "topology"),
+    [
+        ("1e1p1d", Topology(1, 1, 1)),
+        ("2E3p4d", Topology(2, 3, 4)),
+        ("1e2pd", Topology(1, both=2)),
+        ("1p1d", Topology(0, 1, 1)),
+        ("1pd", Topology(both=1)),
+    ],
+)
+def test_a_topology_is_read(text: str, topology: Topology) -> None:
+    assert Topology.parse(text) == topology
+
+
+@pytest.mark.parametrize("text", ["", "e", "1e", "1p", "1d", "0p1d", "1e0pd", "0e1pd", "1e1p1d1pd", "3", "1p1e1d"])
+def test_a_topology_that_cannot_serve_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        Topology.parse(text)
+
+
+def test_engines_are_named_by_role() -> None:
+    names = [name for name, _ in Topology(2, 1, 1).engines()]
+    assert names == ["encode-0", "encode-1", "prefill-0", "decode-0"]
+
+
+def test_the_role_arguments_come_after_the_common_ones() -> None:
+    deployment = Deployment(
+        Path("m"),
+        Topology(1, 1, 1),
+        engine_arguments=["--log-level", "debug"],
+        role_arguments={"decode": ["--port", "7"]},
+    )
+    decode = " ".join(deployment._engine("decode-0", "decode")._command)
+    assert decode.endswith("--log-level debug --role decode --port 7")
+    assert deployment._engine("encode-0", "encode")._command[2:4] == ["engines.encoder", "--model"]
