@@ -84,7 +84,7 @@ async def test_one_choice_can_stop_before_the_others() -> None:
         runner.gate.set()
         answer = await collect(stream)
         assert answer[1] == expected(PROMPT, 20)
-        assert len(answer[0]) == 3
+        assert len(answer[0]) in (3, 4)  # the step that waits at the gate may be one more
         await all_free(engine)
 
 
