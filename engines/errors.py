@@ -16,7 +16,7 @@ the code and retryability. `SetupError` is not part of the tree: it ends the pro
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class SetupError(Exception):
@@ -63,6 +63,11 @@ class EngineError(Exception):
                 "retryable": self.retryable,
             }
         }
+
+    def at(self, param: str) -> Self:
+        """The same error at one place of one request; a failure that several requests share is told to each."""
+        same = {"code": self.code, "stage": self.stage, "retryable": self.retryable}
+        return type(self)(f"{param}: {self.message}", param=param, **same)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.status} {self.code}: {self.message})"

@@ -97,6 +97,8 @@ class EngineSettings(BaseSettings):
     def _check_transfer(self) -> EngineSettings:
         if self.transfer == "storage" and self.storage_path is None:
             raise ValueError("--transfer storage needs --storage-path, a folder that all engines share")
+        if self.transfer != "storage" and self.storage_path is not None:
+            raise ValueError(f"--storage-path needs --transfer storage, not {self.transfer}")
         if self.rdma and self.transfer != "mooncake":
             raise ValueError(f"--rdma needs --transfer mooncake, not {self.transfer}")
         return self
@@ -128,6 +130,7 @@ class EncoderSettings(EngineSettings):
         60.0, description="seconds that a handle stays readable after the last answer that named it"
     )
     max_batch_patches: Count = Field(16384, description="patches of one forward; a larger item runs alone")
+    max_item_patches: Count = Field(65536, description="patches of one item after resizing; larger ones get a 413")
     max_queue_items: Count = Field(
         1024, description="items decoding or waiting for the model; beyond it requests get a 503"
     )
@@ -136,7 +139,7 @@ class EncoderSettings(EngineSettings):
 
     media_workers: Count = Field(2, description="threads that decode and preprocess images")
     max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest encoded image")
-    max_media_pixels: Count = Field(64_000_000, description="largest image in pixels, checked before it is decoded")
+    max_media_pixels: Count = Field(64_000_000, description="pixels of the largest image, checked before it is decoded")
     decode_timeout: Seconds = Field(20.0, description="seconds to decode and preprocess one image once a worker has it")
     fetch_timeout: Seconds = Field(10.0, description="seconds to fetch one http(s) image")
     max_redirects: int = Field(3, ge=0, description="redirects to follow when fetching an image")

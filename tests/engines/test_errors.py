@@ -45,3 +45,10 @@ def test_an_instance_overrides_stage_and_retryability() -> None:
     assert error.body("decode")["error"]["stage"] == "prefill"
     assert error.body("decode")["error"]["retryable"] is False
     assert repr(error) == "Overloaded(503 overloaded: never fits)"
+
+
+def test_a_shared_error_is_told_at_the_place_of_each_request() -> None:
+    shared = Overloaded("no room", code="cache_full", retryable=False)
+    error = shared.at("messages[0].content[2]")
+    assert repr(error) == "Overloaded(503 cache_full: messages[0].content[2]: no room)"
+    assert (error.param, error.retryable, shared.param) == ("messages[0].content[2]", False, None)

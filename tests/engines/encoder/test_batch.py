@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,7 +54,7 @@ def test_order_is_kept_and_only_a_lone_item_exceeds_the_budget(budget: int, size
     assert batcher.patches == sum(sizes)
     batches = drain(batcher)
     assert [item for batch in batches for item in batch] == items
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+    for batch, following in zip_longest(batches, batches[1:]):
         used = sum(item.patches for item in batch)
         assert used <= budget or len(batch) == 1
         assert following is None or used + following[0].patches > budget, "the next one would have fitted"
