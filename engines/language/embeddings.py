@@ -1,0 +1,156 @@
+"""Receives what the encoders computed: one fetch per distinct item, into an arena of our own. It encodes nothing.
+
+An `Embeddings` is held from before the fetch until the prompt is prefilled; then its bytes go back to the arena, each
+range when no transfer can write there any more. Requests wait for room in the arena in the order of arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from engines.errors import BadRequest, Overloaded
+from engines.language.failures import lost_embedding
+from engines.language.ranges import Ranges
+from engines.language.sequence import Item
+from engines.transfer.base import Arena, Ticket, Transfer, TransferError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What an encoder told of one item, checked against what this model needs."""
+
+    mm_hash: str
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    where: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def read(cls, item: Item, entries: Mapping[str, Any], width: int) -> Handle:
+        """Raises BadRequest when the entry is missing, misshapen or of another model."""
+        param = f"ec_transfer_params.{item.mm_hash}"
+        entry = entries.get(item.mm_hash)
+        if not isinstance(entry, Mapping):
+            raise BadRequest(
+                f"there is no embedding of item {item.mm_hash}: this engine has no encoder", param=param, stage="encode"
+            )
+        shape, where = entry.get("shape"), entry.get("where")
+        if shape != [item.num_tokens, width]:
+            message = f"the embedding of {item.mm_hash} has shape {shape}, this model needs {[item.num_tokens, width]}"
+            raise BadRequest(message, param=f"{param}.shape", stage="encode", code="embedding_mismatch")
+        dtype = DTYPES.get(str(entry.get("dtype")))
+        if dtype is None or not isinstance(where, Mapping):
+            raise BadRequest(f"dtype must be one of {', '.join(DTYPES)} and where an object", param=param)
+        return cls(item.mm_hash, dtype, (item.num_tokens, width), where)
+
+
+class Embeddings:
+    """The tensors of one request's items, by mm_hash, on the arena. `release` is idempotent and ends their life."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._tickets: list[Ticket] = []
+
+    def hold(self, ticket: Ticket) -> None:
+        self._tickets.append(ticket)
+
+    def of(self, items: Iterable[Item]) -> list[torch.Tensor]:
+        return [self.tensors[item.mm_hash] for item in items]
+
+    def release(self) -> None:
+        self.tensors = {}
+        tickets, self._tickets = self._tickets, []
+        for ticket in tickets:
+            ticket.release()
+
+
+class EmbeddingReceiver:
+    """All embeddings of one engine. `width` is the model's: columns of an embedding."""
+
+    def __init__(self, transfer: Transfer, arena: Arena, width: int, timeout: float) -> None:
+        self.ranges = Ranges(arena.nbytes)
+        self._transfer = transfer
+        self._arena = arena
+        self._width = width
+        self._timeout = timeout
+        self._turn = asyncio.Lock()  # first come, first served: only its holder waits for room
+        self._freed = asyncio.Event()
+
+    async def receive(self, items: Iterable[Item], entries: Mapping[str, Any]) -> Embeddings:
+        """Fetch the embedding of every distinct item, all at the same time.
+
+        Raises BadRequest (an entry is wrong, or can never fit), Overloaded (no room within the timeout), and the error
+        of `failures.lost_embedding`. Nothing is held after an error.
+        """
+        distinct = {item.mm_hash: item for item in items}
+        handles = [Handle.read(item, entries, self._width) for item in distinct.values()]
+        held = Embeddings()
+        if not handles:
+            return held
+        offsets = await self._room([handle.nbytes for handle in handles])
+        with ExitStack() as undo:
+            undo.callback(held.release)
+            pairs = [(handle, self._reserve(held, handle, at)) for handle, at in zip(handles, offsets, strict=True)]
+            await self._fetch_all(pairs)
+            undo.pop_all()
+        for handle, at in zip(handles, offsets, strict=True):
+            held.tensors[handle.mm_hash] = self._tensor(handle, at)
+        return held
+
+    def _reserve(self, held: Embeddings, handle: Handle, offset: int) -> Ticket:
+        on_free = partial(self._give_back, offset)
+        spans = [(offset, handle.nbytes)]
+        ticket = self._transfer.reserve(self._arena, spans, timeout=self._timeout, on_free=on_free)
+        held.hold(ticket)
+        return ticket
+
+    async def _fetch_all(self, pairs: Iterable[tuple[Handle, Ticket]]) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for handle, ticket in pairs:
+                    group.create_task(self._fetch(handle, ticket))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # one lost item is enough to say
+
+    async def _fetch(self, handle: Handle, ticket: Ticket) -> None:
+        try:
+            await ticket.fetch(handle.where)
+        except TransferError as error:
+            raise lost_embedding(error, handle.mm_hash) from error
+
+    async def _room(self, sizes: list[int]) -> list[int]:
+        if Ranges(self.ranges.capacity).take_all(sizes) is None:
+            raise BadRequest(
+                f"the embeddings of this request take {sum(sizes)} bytes, this engine holds {self.ranges.capacity} "
+                "(--embedding-bytes): send fewer or smaller items"
+            )
+        try:
+            async with asyncio.timeout(self._timeout), self._turn:
+                while (offsets := self.ranges.take_all(sizes)) is None:
+                    self._freed.clear()
+                    await self._freed.wait()
+                return offsets
+        except TimeoutError:
+            message = f"no room for embeddings within {self._timeout:g} s; raise --embedding-bytes, or try again"
+            raise Overloaded(message, code="embedding_arena_full") from None
+
+    def _give_back(self, offset: int) -> None:
+        self.ranges.give_back(offset)
+        self._freed.set()
+
+    def _tensor(self, handle: Handle, offset: int) -> torch.Tensor:
+        flat = torch.frombuffer(self._arena.buffer, dtype=handle.dtype, count=math.prod(handle.shape), offset=offset)
+        return flat.view(handle.shape)

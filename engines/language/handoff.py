@@ -1,0 +1,308 @@
+"""A request's KV between two engines: five ways to run a leg, each an async context that undoes all it did.
+
+Whatever ends a leg (an answer, an error, the client's going away), the stream is closed, tickets, pushes and
+publications are released, and the blocks are unpinned by whoever can tell that no transfer touches them any more.
+Commands to the model thread keep their order, so an unpin never overtakes the abort before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import aiohttp
+import orjson
+
+from engines.errors import BadRequest, DeadlineExceeded, PeerFailed
+from engines.language import descriptors
+from engines.language.descriptors import Ask, Fetch, Keep, Plan, Publish, Push, Self
+from engines.language.engine import LanguageEngine, Sink
+from engines.language.failures import lost_kv, refused_prefill
+from engines.language.kv import KVLayout
+from engines.language.metrics import Metrics
+from engines.language.sequence import Handoff, Scheduled, Sequence
+from engines.language.stream import Stream
+from engines.transfer.base import Arena, LayoutMismatch, Ticket, Transfer, TransferError
+from engines.transfer.base import Push as Sender
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """Seconds, each a flag of the same name."""
+
+    handoff_timeout: float
+    metaserver_timeout: float
+    kv_lease: float
+
+
+@dataclass(slots=True)
+class Job:
+    """A sequence to run. `on_prefilled` is called once, on the loop, when its embeddings are not needed any more."""
+
+    seq: Sequence
+    request_id: str  # with its prefix, as on the wire
+    on_prefilled: Callable[[], None]
+    submitted: bool = False
+
+
+async def _nothing() -> dict[str, Any] | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A running request. After its last token, `finish` completes the handoff; its result is for the next engine."""
+
+    stream: Stream
+    finish: Callable[[], Awaitable[dict[str, Any] | None]] = _nothing
+
+
+class Handoffs:
+    """All legs of one engine. Loop only; `close` when no leg is left."""
+
+    def __init__(
+        self,
+        engine: LanguageEngine,
+        transfer: Transfer,
+        kv: tuple[Arena, KVLayout],
+        waits: Waits,
+        metrics: Metrics,
+        session: aiohttp.ClientSession,
+    ) -> None:
+        self._engine = engine
+        self._transfer = transfer
+        self._arena, self._layout = kv
+        self._waits = waits
+        self._metrics = metrics
+        self._session = session
+        self._calls: set[asyncio.Task[None]] = set()  # to metaservers, for KV that is here already
+
+    @asynccontextmanager
+    async def leg(self, plan: Plan, job: Job) -> AsyncIterator[Leg]:
+        """Run the job as planned. Raises EngineError with the stage that is to blame."""
+        try:
+            async with self._open(plan, job) as leg:
+                yield leg
+        except TransferError as error:
+            raise lost_kv(error, "decode" if isinstance(plan, Push | Publish) else "prefill") from error
+        finally:
+            if not job.submitted:
+                job.on_prefilled()
+
+    async def close(self) -> None:
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
+
+    def _open(self, plan: Plan, job: Job) -> AbstractAsyncContextManager[Leg]:
+        match plan:
+            case Keep():
+                return self._keep(job)
+            case Push():
+                return self._push(plan, job)
+            case Publish():
+                return self._publish(job)
+            case Ask():
+                return self._receive(job, partial(self._ask, plan, job))
+            case Fetch():
+                self._check_fetch(plan, job.seq)
+                return self._receive(job, lambda ticket, _blocks: ticket.fetch(plan.where))
+
+    def _submit(self, job: Job, handoff: Handoff = Handoff.NONE, sink: Sink | None = None) -> Stream:
+        job.seq.handoff = handoff
+        stream = self._engine.submit(job.seq, sink=sink, on_prefilled=job.on_prefilled)
+        job.submitted = True
+        return stream
+
+    @asynccontextmanager
+    async def _keep(self, job: Job) -> AsyncIterator[Leg]:
+        stream = self._submit(job)
+        try:
+            yield Leg(stream)
+        finally:
+            stream.close()
+
+    # -- our prefill --------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _push(self, plan: Push, job: Job) -> AsyncIterator[Leg]:
+        """Write each group of layers into the decode engine's blocks while the next is computed."""
+        sender = await self._transfer.open(plan.offer, timeout=self._waits.handoff_timeout)
+        try:
+            sink = self._sink(sender, plan.blocks, job.seq)
+            stream = self._submit(job, Handoff.SEND, sink)
+            try:
+                yield Leg(stream, partial(self._finish_push, sender))
+            finally:
+                stream.close()
+        except asyncio.CancelledError:
+            await sender.abort("the request was cancelled at prefill")
+            raise
+        except Exception as error:
+            await sender.abort(f"prefill failed: {error}")
+            raise
+        finally:
+            sender.release(partial(self._engine.unpin, job.seq))
+
+    async def _finish_push(self, sender: Sender) -> None:
+        began = time.monotonic()
+        await sender.finish()
+        self._metrics.kv_transfer.labels("sent").observe(time.monotonic() - began)
+
+    def _sink(self, sender: Sender, blocks: tuple[int, ...], seq: Sequence) -> Sink:
+        """Sends the blocks that a chunk completes, and with the prompt's last chunk the one it leaves unfinished."""
+        self._layout.check(sender.facts)
+        remote = replace(self._layout, num_blocks=int(sender.facts["num_blocks"]))
+        size = self._layout.block_size
+        if len(blocks) != -(-seq.num_prompt_tokens // size):
+            raise BadRequest(
+                f"{len(blocks)} remote blocks of {size} tokens are not what {seq.num_prompt_tokens} prompt tokens take",
+                param=f"{descriptors.FIELD}.remote_block_ids",
+            )
+
+        def sink(entry: Scheduled, first: int, last: int) -> None:
+            end = entry.start + entry.count
+            done = slice(entry.start // size, end // size if end < seq.num_prompt_tokens else len(blocks))
+            layers = range(first, last)
+            ours, theirs = seq.block_table[done], blocks[done]
+            if ours:
+                sender.write(self._arena, self._layout.spans(layers, ours), remote.spans(layers, theirs))
+
+        return sink
+
+    @asynccontextmanager
+    async def _publish(self, job: Job) -> AsyncIterator[Leg]:
+        """Keep the prompt's blocks readable until the decode engine has read them, or the lease ends."""
+        stream = self._submit(job, Handoff.SEND)
+        unpin = partial(self._engine.unpin, job.seq)
+        is_published = False
+
+        async def finish() -> dict[str, Any]:
+            nonlocal is_published
+            blocks = await stream.admitted()
+            where = await self._transfer.publish(
+                job.seq.id, self._arena, self._spans(blocks), ttl=self._waits.kv_lease, once=True, on_free=unpin
+            )
+            is_published = True
+            count, facts = job.seq.num_prompt_tokens, self._layout.facts()
+            return descriptors.published(self._me(), job.request_id, blocks, count, where, facts)
+
+        try:
+            yield Leg(stream, finish)
+        except BaseException:
+            self._transfer.withdraw(job.seq.id)
+            raise
+        finally:
+            stream.close()
+            if not is_published:
+                unpin()
+
+    # -- our decode ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _receive(
+        self, job: Job, bring: Callable[[Ticket, tuple[int, ...]], Awaitable[None]]
+    ) -> AsyncIterator[Leg]:
+        """Reserve blocks, have the prompt's KV brought into them, decode."""
+        stream = self._submit(job, Handoff.RECEIVE)
+        unpin = partial(self._engine.unpin, job.seq)
+        ticket: Ticket | None = None
+        try:
+            blocks = await stream.admitted()
+            began = time.monotonic()
+            ticket = self._transfer.reserve(
+                self._arena, self._spans(blocks), timeout=self._waits.handoff_timeout, on_free=unpin
+            )
+            await bring(ticket, blocks)
+            self._metrics.kv_transfer.labels("received").observe(time.monotonic() - began)
+            ticket.release()
+            self._engine.arrived(job.seq)
+            yield Leg(stream)
+        finally:
+            stream.close()
+            if ticket is None:
+                unpin()
+            else:
+                ticket.release()
+
+    def _check_fetch(self, plan: Fetch, seq: Sequence) -> None:
+        try:
+            self._layout.check(plan.layout)
+        except LayoutMismatch as error:
+            raise lost_kv(error) from error
+        if plan.num_tokens != seq.num_prompt_tokens:
+            raise BadRequest(
+                f"prefill saw a prompt of {plan.num_tokens} tokens, decode has {seq.num_prompt_tokens}: "
+                "send both the same messages",
+                param=f"{descriptors.FIELD}.remote_num_tokens",
+            )
+
+    async def _ask(self, plan: Ask, job: Job, ticket: Ticket, blocks: tuple[int, ...]) -> None:
+        """Call the metaserver and wait for the KV. It is here when the sender says so; the call may return later."""
+        body = descriptors.asking(self._me(), job.request_id, blocks, self._layout.block_size, ticket.offer())
+        call = asyncio.create_task(self._call(plan.metaserver, body))  # noqa: TID251 - ends below, or is kept
+        arrival = asyncio.create_task(ticket.wait())  # noqa: TID251 - ends below
+        try:
+            await asyncio.wait({call, arrival}, return_when=asyncio.FIRST_COMPLETED)
+            if not arrival.done():
+                call.result()
+            await arrival
+            self._keep_call(call)
+        except BaseException:
+            call.cancel()
+            arrival.cancel()
+            await asyncio.gather(call, arrival, return_exceptions=True)
+            raise
+
+    def _keep_call(self, call: asyncio.Task[None]) -> None:
+        """Hanging up before the metaserver answers would make it cancel the prefill that has just served us."""
+
+        def ended(call: asyncio.Task[None]) -> None:
+            self._calls.discard(call)
+            if not call.cancelled() and (error := call.exception()) is not None:
+                log.warning("the metaserver failed after the KV had come: %r", error)
+
+        self._calls.add(call)
+        call.add_done_callback(ended)
+
+    async def _call(self, url: str, body: Mapping[str, Any]) -> None:
+        """Returns when the metaserver says that prefill is done. Raises what it says otherwise."""
+        limit = self._waits.metaserver_timeout
+        try:
+            async with self._session.post(
+                url,
+                data=orjson.dumps(body),
+                headers={"Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=limit),
+            ) as response:
+                answer = await response.read()
+                if response.status != 200:
+                    raise refused_prefill(response.status, _json(answer))
+        except TimeoutError:
+            message = f"no answer from the metaserver at {url} within --metaserver-timeout {limit:g} s"
+            raise DeadlineExceeded(message, stage="prefill", code="metaserver_timeout") from None
+        except aiohttp.ClientError as error:
+            message = f"the metaserver at {url} failed: {error!r}"
+            raise PeerFailed(message, stage="prefill", code="metaserver_unreachable") from error
+
+    def _spans(self, blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+        return self._layout.spans(range(self._layout.num_layers), blocks)
+
+    def _me(self) -> Self:
+        address = self._transfer.address
+        return Self(address.nonce, address.host, address.port)
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None

@@ -1,0 +1,56 @@
+"""Byte ranges of one arena: first fit, neighbours merged. Numbers only; it holds no memory and never waits."""
+
+from __future__ import annotations
+
+from bisect import insort
+
+ALIGNMENT = 64  # a cache line, and more than any dtype needs
+
+
+class Ranges:
+    """`nbytes` bytes to hand out in aligned, contiguous ranges."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.capacity = nbytes - nbytes % ALIGNMENT
+        self._holes = [(0, self.capacity)] if self.capacity else []  # (begin, end), sorted, never touching
+        self._taken: dict[int, int] = {}
+
+    @property
+    def free(self) -> int:
+        return sum(end - begin for begin, end in self._holes)
+
+    def take(self, nbytes: int) -> int | None:
+        """The offset of a range of at least `nbytes`, or None when no hole is large enough."""
+        size = max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        for number, (begin, end) in enumerate(self._holes):
+            if end - begin >= size:
+                self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
+                self._taken[begin] = begin + size
+                return begin
+        return None
+
+    def take_all(self, sizes: list[int]) -> list[int] | None:
+        """A range for each size, or none at all."""
+        offsets: list[int] = []
+        for size in sizes:
+            offset = self.take(size)
+            if offset is None:
+                for taken in offsets:
+                    self.give_back(taken)
+                return None
+            offsets.append(offset)
+        return offsets
+
+    def give_back(self, offset: int) -> None:
+        """Raises KeyError unless `offset` is a range that was taken."""
+        insort(self._holes, (offset, self._taken.pop(offset)))
+        merged: list[tuple[int, int]] = []
+        for begin, end in self._holes:
+            if merged and merged[-1][1] == begin:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((begin, end))
+        self._holes = merged
+
+    def __repr__(self) -> str:
+        return f"<Ranges {self.free}/{self.capacity} free in {len(self._holes)} holes>"

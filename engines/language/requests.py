@@ -1,0 +1,233 @@
+"""An OpenAI body becomes a job: what to run, how to sample, how to answer. Pure; it waits for nothing and holds nothing.
+
+Unknown fields are ignored, known ones with wrong values are refused with their path. The body is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from engines.errors import BadRequest
+from engines.language.prompt import Media, Prompt, PromptError
+from engines.language.scheduler import Limits, NeverFits
+from engines.language.sequence import SamplingParams
+from engines.language.tokenizer import ChatTokenizer
+
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A parsed request. `prefix` and the request id make the answer's id."""
+
+    chat: bool
+    prompt: Prompt
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    embeddings: Mapping[str, Any]  # ec_transfer_params
+    kv: Any  # kv_transfer_params, as sent
+
+    @property
+    def prefix(self) -> str:
+        return "chatcmpl-" if self.chat else "cmpl-"
+
+
+def parse(
+    body: Mapping[str, Any], chat: bool, tokenizer: ChatTokenizer, limits: Limits, prefill_only: bool = False
+) -> Generation:
+    """Read a body of /v1/chat/completions or /v1/completions. Raises BadRequest.
+
+    `prefill_only`: one token is sampled, whatever the body says; the rest is the decode engine's.
+    """
+    prompt = _chat_prompt(body, tokenizer) if chat else _completion_prompt(body, tokenizer)
+    if not prompt.token_ids:
+        raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
+    if prefill_only:
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+    else:
+        params = sampling_params(body, chat, limits.max_tokens - len(prompt.token_ids))
+    try:
+        limits.check(len(prompt.token_ids), params.max_tokens, params.n)
+    except NeverFits as error:
+        raise BadRequest(str(error), param="messages" if chat else "prompt", code="context_length_exceeded") from None
+    stream = _flag(body, "stream")
+    options = _object(body, "stream_options")
+    return Generation(
+        chat=chat,
+        prompt=prompt,
+        params=params,
+        stream=stream,
+        include_usage=_flag(options, "include_usage", "stream_options."),
+        embeddings=_object(body, "ec_transfer_params"),
+        kv=body.get("kv_transfer_params"),
+    )
+
+
+def sampling_params(body: Mapping[str, Any], chat: bool, room: int) -> SamplingParams:
+    """How to sample. `room`: tokens that the context leaves for the answer."""
+    default = max(room, 1) if chat else COMPLETION_TOKENS
+    named = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    max_tokens = _number(body, named, int, default, low=1)
+    min_tokens = _number(body, "min_tokens", int, 0, low=0)
+    if min_tokens > max_tokens:
+        raise BadRequest(f"min_tokens {min_tokens} is more than {named} {max_tokens}", param="min_tokens")
+    seed = body.get("seed")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_number(body, "temperature", float, 1.0, low=0.0, high=2.0),
+        top_p=_number(body, "top_p", float, 1.0, low=0.0, high=1.0),
+        top_k=_number(body, "top_k", int, 0, low=-1),
+        seed=None if seed is None else _number(body, "seed", int, 0),
+        min_tokens=min_tokens,
+        ignore_eos=_flag(body, "ignore_eos"),
+        stop=_stops(body),
+        stop_token_ids=tuple(_list(body, "stop_token_ids", lambda value: type(value) is int, "integers")),
+        logprobs=_chat_logprobs(body) if chat else _completion_logprobs(body),
+        n=_number(body, "n", int, 1, low=1, high=128),
+        presence_penalty=_number(body, "presence_penalty", float, 0.0, low=-2.0, high=2.0),
+        frequency_penalty=_number(body, "frequency_penalty", float, 0.0, low=-2.0, high=2.0),
+        repetition_penalty=_number(body, "repetition_penalty", float, 1.0, low=0.01, high=100.0),
+    )
+
+
+# ---- prompts
+
+
+def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> Prompt:
+    messages = _list(body, "messages", lambda value: isinstance(value, Mapping), "objects")
+    if not messages:
+        raise BadRequest("messages must hold at least one message", param="messages")
+    tools = _list(body, "tools", lambda value: isinstance(value, Mapping), "objects") or None
+    if body.get("tool_choice") == "none":
+        tools = None
+    options = {**_object(body, "chat_template_kwargs")}
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if body.get(name) is not None:
+            options[name] = _flag(body, name)
+    try:
+        return tokenizer.render_chat(messages, _media(messages), tools, options)
+    except PromptError as error:
+        raise BadRequest(str(error), param=error.param or "messages") from None
+
+
+def _media(messages: list[Any]) -> list[Media]:
+    """The items of the messages, in order, which must have been encoded elsewhere."""
+    media = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        for index, part in enumerate(content if isinstance(content, list) else ()):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            path = f"messages[{number}].content[{index}]"
+            if kind == "image_embeds":
+                media.append(_item(part, path))
+            elif kind in ("image_url", "video_url", "input_audio", "audio_url", "image", "input_image"):
+                raise BadRequest(
+                    f"this engine has no encoder and takes no {kind}: send the request through the proxy",
+                    param=path,
+                    code="no_encoder",
+                )
+    return media
+
+
+def _item(part: Mapping[str, Any], path: str) -> Media:
+    described = part.get("image_embeds")
+    grid = described.get("image_grid_thw") if isinstance(described, Mapping) else None
+    if isinstance(grid, list) and len(grid) == 1 and isinstance(grid[0], list):
+        grid = grid[0]
+    if not (isinstance(grid, list) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)):
+        raise BadRequest("image_grid_thw must be three positive integers", param=f"{path}.image_embeds.image_grid_thw")
+    mm_hash = part.get("uuid")
+    if not isinstance(mm_hash, str) or not mm_hash:
+        raise BadRequest("uuid must be the item's mm_hash", param=f"{path}.uuid")
+    return Media(mm_hash, "image", (grid[0], grid[1], grid[2]))
+
+
+def _completion_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> Prompt:
+    if _flag(body, "echo"):
+        raise BadRequest("echo is not served", param="echo")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return Prompt(tokenizer.encode(prompt), ())
+    if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
+        return Prompt(list(prompt), ())
+    raise BadRequest("prompt must be one string or one list of token ids", param="prompt")
+
+
+# ---- values
+
+
+def _flag(body: Mapping[str, Any], name: str, path: str = "") -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise BadRequest(f"{path}{name} must be true or false, got {value!r}", param=f"{path}{name}")
+    return bool(value)
+
+
+def _number(
+    body: Mapping[str, Any],
+    name: str,
+    kind: Callable[[Any], T],
+    default: T,
+    low: float = -(2**63),
+    high: float = 2**63 - 1,
+) -> T:
+    value = body.get(name)
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (kind is int and value != int(value)):
+        raise BadRequest(f"{name} must be a{'n integer' if kind is int else ' number'}, got {value!r}", param=name)
+    if not low <= value <= high:
+        ranges = f"at least {low:g}" if high >= 2**63 - 1 else f"between {low:g} and {high:g}"
+        raise BadRequest(f"{name} must be {ranges}, got {value!r}", param=name)
+    return kind(value)
+
+
+def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = body.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRequest(f"{name} must be an object", param=name)
+    return value
+
+
+def _list(body: Mapping[str, Any], name: str, accepts: Callable[[Any], bool], what: str) -> list[Any]:
+    value = body.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(accepts(entry) for entry in value):
+        raise BadRequest(f"{name} must be a list of {what}", param=name)
+    return value
+
+
+def _stops(body: Mapping[str, Any]) -> tuple[str, ...]:
+    value = body.get("stop")
+    stops = [value] if isinstance(value, str) else _list(body, "stop", lambda entry: isinstance(entry, str), "strings")
+    if len(stops) > MAX_STOPS or not all(stops):
+        raise BadRequest(f"stop must be at most {MAX_STOPS} strings, none of them empty", param="stop")
+    return tuple(stops)
+
+
+def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
+    top = _number(body, "top_logprobs", int, 0, low=0, high=MAX_LOGPROBS)
+    if _flag(body, "logprobs"):
+        return top
+    if top:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return None
+
+
+def _completion_logprobs(body: Mapping[str, Any]) -> int | None:
+    if body.get("logprobs") is None:
+        return None
+    return _number(body, "logprobs", int, 0, low=0, high=MAX_LOGPROBS)
