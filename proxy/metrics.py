@@ -52,7 +52,7 @@ class Metrics:
         for role in ROLES:
             self._leases.labels(role.label).set(ledger.leases(role=role))
             for state in set(State) - {State.GONE}:
-                self._instances.labels(role.label, state).set(census.get(role, {}).get(state, 0))
+                self._instances.labels(role.label, state).set(census[role][state] if role in census else 0)
         for instance in fleet:
             self._load.labels(instance.role.label, instance.netloc).set(ledger.load(instance.url))
         return generate_latest(self._registry)

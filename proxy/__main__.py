@@ -1,0 +1,30 @@
+"""`triptych proxy`, or `python -m proxy`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from proxy.app import run
+from proxy.settings import load
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 after a clean stop, 1 if the address cannot be had; wrong flags exit with 2."""
+    settings = load(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        uvloop.run(run(settings))
+    except OSError as error:
+        print(f"triptych proxy: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The fleet by HTTP: look, register, drain, remove. Instances live in memory; a restart begins with the flags again."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from proxy.balancer.balance import Balancer
+from proxy.balancer.fleet import Event, Fleet
+from proxy.core import Instance, Role, State
+from proxy.errors import BadRequest, Conflict, NotFound, Unauthorized
+from proxy.health import Health
+from proxy.settings import Endpoint
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Registration(BaseModel):
+    """The body of POST /instances."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    url: str
+
+
+class Named(BaseModel):
+    """The body of POST /instances/drain."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str
+
+
+class Admin:
+    def __init__(self, fleet: Fleet, balancer: Balancer, health: Health, key: str | None, dialect: str) -> None:
+        self._fleet = fleet
+        self._balancer = balancer
+        self._health = health
+        self._key = key
+        self._dialect = dialect
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/instances", self.list),
+            web.post("/instances", self.register),
+            web.delete("/instances", self.remove),
+            web.post("/instances/drain", self.drain),
+        ]
+
+    async def list(self, request: web.Request) -> web.Response:
+        return web.json_response({"instances": [self._shown(instance) for instance in self._fleet]})
+
+    async def register(self, request: web.Request) -> web.Response:
+        """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain."""
+        self._authorize(request)
+        asked = await _body(request, Registration)
+        try:
+            role, endpoint = Role.named(asked.role), Endpoint.parse(asked.url, self._dialect)
+            instance = self._fleet.join(endpoint.url, role, endpoint.dialect)
+        except KeyError:
+            roles = "encode, prefill, decode, prefill_decode"
+            raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
+        except ValueError as error:
+            raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
+        self._health.wake()
+        return web.json_response({"registered": True, "instance": self._shown(instance)})
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Forget an instance now. What runs on it goes on."""
+        self._authorize(request)
+        if not (url := request.query.get("url")):
+            raise BadRequest("name the instance: DELETE /instances?url=http://host:port", param="url")
+        instance = self._fleet.remove(url.rstrip("/"))
+        if instance is not None:
+            self._balancer.forget(instance)
+        return web.json_response({"removed": instance is not None})
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """Give an instance nothing new; it leaves the fleet when its last request has ended."""
+        self._authorize(request)
+        asked = await _body(request, Named)
+        instance = self._fleet.get(asked.url.rstrip("/"))
+        if instance is None:
+            raise NotFound(f"no instance {asked.url}", param="url")
+        self._fleet.apply(instance, Event.DRAIN, "drained by an admin")
+        return web.json_response({"draining": instance.state is State.DRAINING, "instance": self._shown(instance)})
+
+    def _shown(self, instance: Instance) -> dict[str, Any]:
+        ledger = self._balancer.ledger
+        return {
+            "url": instance.url,
+            "role": instance.role.label,
+            "dialect": instance.dialect,
+            "state": instance.state,
+            "reason": instance.reason,
+            "model": instance.model,
+            "leases": ledger.leases(url=instance.url),
+            "load": ledger.load(instance.url),
+        }
+
+    def _authorize(self, request: web.Request) -> None:
+        if self._key is None:
+            return
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = request.headers.get("X-API-Key", bearer)
+        if not hmac.compare_digest(given.encode(), self._key.encode()):
+            raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
+
+
+async def _body(request: web.Request, model: type[T]) -> T:
+    try:
+        return model.model_validate_json(await request.read())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadRequest(first["msg"], param=".".join(map(str, first["loc"])) or None) from None

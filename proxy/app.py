@@ -1,0 +1,124 @@
+"""The one composition root: settings in, a running proxy out. No logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from proxy import api, callbacks
+from proxy.admin import Admin
+from proxy.balancer import POLICIES
+from proxy.balancer.balance import Balancer
+from proxy.balancer.fleet import Fleet
+from proxy.callbacks import Metaserver
+from proxy.dialects import DIALECTS
+from proxy.dispatch import Dispatcher, Timeouts
+from proxy.health import Health, Probing
+from proxy.metrics import Metrics
+from proxy.openai import Identity
+from proxy.settings import ProxySettings
+from proxy.tasks import together
+from proxy.upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+
+class Proxy:
+    """Every part of one proxy, wired. `serving()` runs it."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self.settings = settings
+        self.fleet = Fleet()
+        for role, endpoint in settings.fleet():
+            self.fleet.join(endpoint.url, role, endpoint.dialect)
+        self.balancer = Balancer({role: POLICIES[name]() for role, name in settings.policies().items()})
+        self.metrics = Metrics()
+        self.upstream = Upstream(settings.connect_timeout)
+        self.metaserver = Metaserver(settings.host, settings.metaserver_url)
+        probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
+        self.health = Health(self.fleet, self.balancer, self.upstream, probing)
+        self.dispatcher = Dispatcher(
+            self.fleet,
+            self.balancer,
+            {name: dialect(settings.order) for name, dialect in DIALECTS.items()},
+            self.upstream,
+            self.metaserver,
+            _timeouts(settings),
+            self.metrics,
+            time.monotonic,
+        )
+        self.port = settings.port
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        host = self.settings.host
+        host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def application(self) -> web.Application:
+        settings = self.settings
+        app = web.Application(middlewares=[api.errors], client_max_size=settings.max_body_bytes)
+        openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
+        admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
+        app.add_routes([*openai.routes(), *admin.routes(), web.post(callbacks.ROUTE, self.metaserver.handle)])
+        return app
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Proxy]:
+        """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
+        async with self.upstream, together() as group:
+            runner = web.AppRunner(
+                self.application(),
+                handler_cancellation=True,  # a client's disconnect cancels its request's task and so every leg
+                access_log=None,
+                shutdown_timeout=self.settings.grace_timeout,
+            )
+            await runner.setup()
+            try:
+                await web.TCPSite(runner, self.settings.host or None, self.settings.port, backlog=1024).start()
+                self.port = self.metaserver.port = runner.addresses[0][1]
+                probes = group.create_task(self.health.run())  # a crash of it ends the proxy, loudly
+                yield self
+                probes.cancel()
+            finally:
+                await runner.cleanup()
+
+    def _identity(self, headers: Mapping[str, str]) -> Identity:
+        settings = self.settings
+        if not settings.tenant_salt:
+            return Identity(trust_client=settings.trust_client_identity)
+        tenant = headers.get(settings.tenant_header, "")
+        return Identity(f"{settings.tenant_salt}\0{tenant}".encode(), settings.trust_client_identity)
+
+
+def _timeouts(settings: ProxySettings) -> Timeouts:
+    return Timeouts(
+        encode=settings.encode_timeout,
+        prefill=settings.prefill_timeout,
+        first_token=settings.first_token_timeout,
+        stream_idle=settings.stream_idle_timeout,
+        answer=settings.answer_timeout,
+    )
+
+
+async def run(settings: ProxySettings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises OSError if the address cannot be had."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    proxy = Proxy(settings)
+    async with proxy.serving():
+        for instance in proxy.fleet:
+            log.info("%s %s (%s)", instance.role.label, instance.url, instance.dialect)
+        print(f"READY {proxy.url}", flush=True, file=sys.stdout)
+        await stop.wait()
+        log.info("stopping; requests in flight have %.0f s", settings.grace_timeout)

@@ -1,0 +1,219 @@
+"""The one reader of flags, environment and YAML. Everything else gets values, frozen.
+
+Precedence: flags, then TRIPTYCH_… in the environment, then the file of --config, then the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+
+from proxy.balancer import POLICIES
+from proxy.core import BOTH, ROLES, Order, Role
+from proxy.dialects import DIALECTS
+
+_NOTHING = frozenset({"", "disable", "none"})
+_ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An engine's base URL, without a trailing slash, and the dialect it is spoken to in."""
+
+    url: str
+    dialect: str
+
+    @classmethod
+    def parse(cls, text: str, default: str) -> Endpoint:
+        """From `http://host:port` or `dialect+http://host:port`. Raises ValueError saying what is wrong."""
+        text = text.strip().rstrip("/")
+        named, plus, rest = text.partition("+")
+        dialect, url = (named, rest) if plus and "://" not in named else (default, text)
+        if dialect != "auto" and dialect not in DIALECTS:
+            raise ValueError(f"{text}: no dialect {dialect!r} (known: auto, {', '.join(DIALECTS)})")
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{text}: an engine's URL looks like http://host:port")
+        if parts.query or parts.fragment or parts.path.strip("/") == "v1":
+            raise ValueError(f"{text}: give the base URL only, like http://{parts.netloc}")
+        try:
+            parts.port  # noqa: B018 - reading it checks the range
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+        return cls(url, dialect)
+
+
+class ProxySettings(BaseSettings):
+    """The proxy of Triptych: one OpenAI-compatible address for encoder, prefill and decode engines.
+
+    Example: triptych proxy --encode-servers-urls http://e1:8001,http://e2:8001 --prefill-servers-urls http://p:8002
+    --decode-servers-urls http://d:8003
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="TRIPTYCH_",
+        cli_prog_name="triptych proxy",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    encode_servers_urls: str = Field("", description="encoders, as URL,URL; empty for a deployment without")
+    prefill_servers_urls: str = Field(
+        "", description="prefill engines; 'disable', 'none' or empty: the decode list holds combined engines"
+    )
+    decode_servers_urls: str = Field("", description="decode engines, or combined ones without a prefill list")
+    host: str = Field("0.0.0.0", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one, named by the READY line")
+    dialect: Literal["auto", "native"] = Field("auto", description="of URLs without one; auto asks each engine")
+    policy: str = Field(
+        "least_loaded",
+        description="round_robin or least_loaded, for all roles or as encode=round_robin,decode=least_loaded",
+    )
+    kv_handoff: Literal["push", "pull"] = Field(
+        "push", description="push: decode reserves and prefill writes layer by layer; pull: decode reads from prefill"
+    )
+    metaserver_url: str | None = Field(
+        None, description="where decode engines reach this proxy (push); default: the address that leads to them"
+    )
+    connect_timeout: PositiveFloat = Field(5.0, description="seconds to connect to an engine")
+    encode_timeout: PositiveFloat = Field(60.0, description="seconds for an encoder's whole answer")
+    prefill_timeout: PositiveFloat = Field(300.0, description="seconds for a prefill engine's whole answer")
+    first_token_timeout: PositiveFloat = Field(
+        120.0, description="seconds from the decode call to a stream's first content, not counting prefill"
+    )
+    stream_idle_timeout: PositiveFloat = Field(60.0, description="seconds between two pieces of a stream")
+    answer_timeout: PositiveFloat = Field(
+        600.0, description="seconds from the decode call to the end of an unstreamed answer, not counting prefill"
+    )
+    probe_interval: PositiveFloat = Field(2.0, description="seconds between two probes of an engine")
+    probe_timeout: PositiveFloat = Field(2.0, description="seconds for a probe's answer")
+    probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
+    grace_timeout: PositiveFloat = Field(30.0, description="seconds that requests may go on after SIGTERM")
+    max_body_bytes: PositiveInt = Field(256 << 20, description="largest request body accepted")
+    trust_client_identity: bool = Field(
+        False,
+        description="keep clients' uuids and accept their *_embeds, kv_ and ec_transfer_params: trusted ones only",
+    )
+    tenant_salt: str = Field("", description="secret; when set, tenants never share an embedding of inline media")
+    tenant_header: str = Field("authorization", description="the header that tells tenants apart")
+    admin_key: str | None = Field(None, description="what POST and DELETE /instances ask for; none: open to all")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
+    config: Path | None = Field(None, description="YAML file with these flags as keys, - or _ between words")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _Yaml(settings_cls)
+
+    @field_validator("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        """A YAML file may hold a list."""
+        return ",".join(map(str, value)) if isinstance(value, list) else ("" if value is None else value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProxySettings:
+        endpoints = self.fleet()
+        if not any(Role.DECODE in role for role, _ in endpoints):
+            raise ValueError("--decode-servers-urls: at least one engine is needed")
+        urls = [endpoint.url for _, endpoint in endpoints]
+        twice = next((url for url in urls if urls.count(url) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is listed twice: an engine has one role")
+        self.policies()
+        return self
+
+    def fleet(self) -> list[tuple[Role, Endpoint]]:
+        """Every engine of the three lists with its role. Raises ValueError."""
+        split = self.prefill_servers_urls.strip().lower() not in _NOTHING
+        lists = (
+            (Role.ENCODE, self.encode_servers_urls),
+            (Role.PREFILL, self.prefill_servers_urls),
+            (Role.DECODE if split else BOTH, self.decode_servers_urls),
+        )
+        return [(role, Endpoint.parse(url, self.dialect)) for role, text in lists for url in _urls(text)]
+
+    def policies(self) -> dict[Role, str]:
+        """The policy's name for each role. Raises ValueError."""
+        chosen = dict.fromkeys(ROLES, "least_loaded")
+        for entry in filter(None, (entry.strip() for entry in self.policy.split(","))):
+            label, _, name = entry.rpartition("=")
+            if name not in POLICIES:
+                raise ValueError(f"--policy: no policy {name!r} (known: {', '.join(POLICIES)})")
+            if label and label not in {role.label for role in ROLES}:
+                raise ValueError(f"--policy: no role {label!r} (known: {', '.join(role.label for role in ROLES)})")
+            chosen |= {role: name for role in ROLES if label in ("", role.label)}
+        return chosen
+
+    @property
+    def order(self) -> Order:
+        return _ORDERS[self.kv_handoff]
+
+
+def _urls(text: str) -> list[str]:
+    return [] if text.strip().lower() in _NOTHING else [url for url in text.split(",") if url.strip()]
+
+
+def load(argv: Sequence[str]) -> ProxySettings:
+    """The settings of a command line. Exits with a message for a person when they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="triptych proxy", description=ProxySettings.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cli = CliSettingsSource[Any](ProxySettings, root_parser=parser)
+    given = cli(args=list(argv))()
+    config = given.get("config") or EnvSettingsSource(ProxySettings)().get("config")
+    try:
+        return _configured(config)(**given)
+    except ValidationError as error:
+        lines = [_explained(e["loc"], e["msg"]) for e in error.errors()]
+    except (yaml.YAMLError, SettingsError, OSError, ValueError) as error:
+        lines = [f"--config: {error}"]
+    return parser.exit(2, "".join(f"triptych proxy: {line}\n" for line in lines))
+
+
+def _configured(config: str | None) -> type[ProxySettings]:
+    if config is not None and not Path(config).is_file():
+        raise FileNotFoundError(f"there is no file {config}")
+
+    class Configured(ProxySettings):
+        model_config = SettingsConfigDict(yaml_file=config)
+
+    return Configured
+
+
+class _Yaml(YamlConfigSettingsSource):
+    """A file whose keys may have - between words, as the flags do."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {key.replace("-", "_"): value for key, value in super().__call__().items()}
+
+
+def _explained(where: Sequence[Any], message: str) -> str:
+    flag = "--" + str(where[0]).replace("_", "-") + ": " if where else ""
+    return flag + message.removeprefix("Value error, ")

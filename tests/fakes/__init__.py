@@ -1,0 +1,1 @@
+"""Scripted engines over real sockets. They compute nothing: each does what its script says, well or badly."""
