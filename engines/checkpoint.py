@@ -109,13 +109,15 @@ def shared_config() -> dict[str, Any]:
     }
 
 
-def text_config(mrope_section: list[int], rope: Mapping[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
+def text_config(
+    layers: int, mrope_section: list[int], rope: Mapping[str, Any] | None = None, **extra: Any
+) -> dict[str, Any]:
     rope = rope or {}
     return {
         "vocab_size": 256 + len(SPECIAL_TOKENS),
         "hidden_size": HIDDEN,
         "intermediate_size": 512,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": MAX_POSITIONS,
@@ -127,31 +129,31 @@ def text_config(mrope_section: list[int], rope: Mapping[str, Any] | None = None,
     }  # fmt: skip
 
 
-def qwen2_vl() -> PreTrainedModel:
+def qwen2_vl(layers: int) -> PreTrainedModel:
     vision = {"depth": 3, "embed_dim": 128, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 14}
-    config = Qwen2VLConfig(text_config=text_config([8, 12, 12]), vision_config=vision, **shared_config())
+    config = Qwen2VLConfig(text_config=text_config(layers, [8, 12, 12]), vision_config=vision, **shared_config())
     return Qwen2VLForConditionalGeneration(config)
 
 
-def qwen2_5_vl() -> PreTrainedModel:
+def qwen2_5_vl(layers: int) -> PreTrainedModel:
     vision = {
         "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "patch_size": 14, "window_size": 56,
         "fullatt_block_indexes": [1], "out_hidden_size": HIDDEN, "tokens_per_second": 2,
     }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text_config([8, 12, 12]), vision_config=vision, **shared_config())
+    config = Qwen2_5_VLConfig(text_config=text_config(layers, [8, 12, 12]), vision_config=vision, **shared_config())
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen3_vl() -> PreTrainedModel:
+def qwen3_vl(layers: int) -> PreTrainedModel:
     vision = {
         "depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "patch_size": 16,
         "out_hidden_size": HIDDEN, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 2],
     }  # fmt: skip
-    text = text_config([12, 10, 10], head_dim=HEAD_DIM, rope={"mrope_interleaved": True})
+    text = text_config(layers, [12, 10, 10], head_dim=HEAD_DIM, rope={"mrope_interleaved": True})
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **shared_config()))
 
 
-FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
+FAMILIES: Mapping[str, Callable[[int], PreTrainedModel]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
@@ -199,14 +201,14 @@ def processor_files(family: str, patch_size: int) -> dict[str, dict[str, Any]]:
     return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
 
 
-def make(family: str, out: Path, seed: int = 0) -> Path:
-    """Write a checkpoint folder; the same family and seed always give the same bytes of weights.
+def make(family: str, out: Path, seed: int = 0, layers: int = LAYERS) -> Path:
+    """Write a checkpoint folder; the same arguments always give the same bytes of weights.
 
     :raises KeyError: `family` is none of `FAMILIES`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FAMILIES[family]().to(torch.float32).eval()
+        model = FAMILIES[family](layers).to(torch.float32).eval()
     randomise(model, seed)
     model.generation_config = GenerationConfig(
         bos_token_id=special("<|endoftext|>"), eos_token_id=[special("<|im_end|>"), special("<|endoftext|>")],
@@ -228,8 +230,9 @@ def main() -> None:
     parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen3_vl")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="layers of the language model")
     arguments = parser.parse_args()
-    folder = make(arguments.family, arguments.out, arguments.seed)
+    folder = make(arguments.family, arguments.out, arguments.seed, arguments.layers)
     size = sum(file.stat().st_size for file in folder.iterdir())
     sys.stdout.write(f"{folder}: {arguments.family}, {size / 1e6:.1f} MB\n")
 
