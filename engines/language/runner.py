@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from engines.language.attention import Query, plan
+from engines.language.attention import Query, Scratch, plan
 from engines.language.kv import KVCache
 from engines.language.model import Deepstack, LanguageModel
 from engines.language.positions import Positions
@@ -61,6 +61,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.scratch = Scratch(cache)
         self.layers_per_push = layers_per_push
         self.sampler = sampler or Sampler(model.facts.eos_token_ids)
 
@@ -77,7 +78,7 @@ class Runner:
         if not batch:
             return []
         pack = self.pack(batch)
-        step = plan(self.cache, pack.queries, self._groups(on_layers))
+        step = plan(self.cache, self.scratch, pack.queries, self._groups(on_layers))
         hidden, deepstack = self._embed(pack)
         hidden = self.model(hidden, pack.positions, step, deepstack)
         sequences = [entry.seq for entry in batch if entry.sample]
