@@ -37,7 +37,7 @@ from aiohttp import web
 
 from engines.errors import SetupError
 from engines.http import Engine, Scaffold, request_id
-from engines.settings import EngineSettings, load
+from engines.settings import WILDCARDS, EngineSettings, load
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ async def _listen(runner: web.AppRunner, settings: EngineSettings) -> str:
     except OSError as error:
         reason = f"cannot serve on {settings.host}:{settings.port}: {error.strerror or error}"
         raise SetupError(f"{reason}; choose another --host or --port") from None
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host
+    host = "127.0.0.1" if settings.host in WILDCARDS else settings.host
     port = runner.addresses[0][1]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -101,6 +101,7 @@ def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
     handler.addFilter(_RequestIdFilter())
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"))
+    logging.captureWarnings(True)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 

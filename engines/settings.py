@@ -28,6 +28,7 @@ from pydantic_settings import (
 from engines.errors import SetupError
 
 PREFIX = "TRIPTYCH_"
+WILDCARDS = ("0.0.0.0", "::")
 
 
 def _positive(size: ByteSize) -> ByteSize:
@@ -82,7 +83,6 @@ class EngineSettings(BaseSettings):
         "shm", description="how tensor bytes travel between engines; the same on every engine"
     )
     transfer_host: str = Field("127.0.0.1", description="address of this machine that other engines can reach")
-    transfer_port: int = Field(0, ge=0, le=65535, description="port of the transfer's control channel; 0: any free one")
     transfer_timeout: Seconds = Field(30.0, description="seconds for one transfer to settle before it fails")
     rdma: bool = Field(False, description="with --transfer mooncake: use RDMA, and refuse to start without it")
     storage_path: Path | None = Field(None, description="with --transfer storage: folder that all engines share")
@@ -107,6 +107,11 @@ class EngineSettings(BaseSettings):
     def name(self) -> str:
         """The model's name on the wire."""
         return self.served_model_name or self.model.resolve().name
+
+    @property
+    def transfer_bind(self) -> str:
+        """The interface of the transfer's control channel: all of them if HTTP has all, else the advertised one."""
+        return self.host if self.host in WILDCARDS else self.transfer_host
 
     @classmethod
     def settings_customise_sources(

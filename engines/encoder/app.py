@@ -1,0 +1,147 @@
+"""The encoder's HTTP routes and its assembly. What it does with an item stands in `service`, what it says in
+`request`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import torch
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from engines.encoder.cache import Entry
+from engines.encoder.media import ImageReader
+from engines.encoder.metrics import Metrics
+from engines.encoder.model import VisionModel
+from engines.encoder.request import MediaItem, answer, parse
+from engines.encoder.service import Encoder
+from engines.errors import DeadlineExceeded, EngineError, SetupError
+from engines.http import check_model, json_response, read_json, request_id
+from engines.settings import EncoderSettings
+from engines.transfer import create
+from engines.transfer.base import Transfer, TransferError
+from engines.weights import LoadReport
+
+
+class EncoderApp:
+    """An `engines.http.Engine`."""
+
+    stage = "encode"
+    role = "encode"
+
+    def __init__(self, settings: EncoderSettings, encoder: Encoder, transfer: Transfer, weights: LoadReport) -> None:
+        self.registry = encoder.metrics.registry
+        self._settings = settings
+        self._encoder = encoder
+        self._transfer = transfer
+        self._weights = weights
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        yield web.post("/v1/chat/completions", self.chat)
+
+    def info(self) -> Mapping[str, Any]:
+        address = self._transfer.address
+        return {
+            "transfer": {
+                "name": self._transfer.name,
+                "host": address.host,
+                "port": address.port,
+                "nonce": address.nonce,
+                "audit": self._transfer.audit(),
+            },
+            "cache": self._encoder.cache_info(),
+            "queue": self._encoder.queue(),
+            "weights": {
+                "tensors": len(self._weights.names),
+                "bytes": self._weights.nbytes,
+                "prefixes": list(self._weights.prefixes),
+            },
+        }
+
+    async def drain(self) -> None:
+        """Nothing: handles die with this process, and whoever holds one is told so and asks another encoder."""
+
+    async def chat(self, request: web.Request) -> web.Response:
+        body = await read_json(request)
+        check_model(body, self._settings)
+        items = parse(body, self._settings.max_items)
+        entries: list[Entry] = []
+        named = False
+        try:
+            await self._encode(items, entries)
+            found = [(entry.key, entry.value) for entry in entries]
+            created = int(time.time())  # noqa: TID251 - a date for clients, no interval
+            reply = answer(request_id(), self._settings.name, created, items, found)
+            named = True
+        finally:
+            for entry in entries:
+                self._encoder.release(entry, named=named)
+        return json_response(reply)
+
+    async def _encode(self, items: Sequence[MediaItem], entries: list[Entry]) -> None:
+        """Fill `entries` in the order of the items; on an error too, with those that succeeded. All are pinned."""
+        outcomes: dict[int, Entry | EngineError] = {}
+
+        async def settle(item: MediaItem) -> None:
+            try:
+                outcomes[item.index] = await self._encoder.encode(item)
+            except EngineError as error:  # neighbours go on: their embeddings are cached for the next attempt
+                self._encoder.metrics.failed(error.code)
+                outcomes[item.index] = error.at(item.param)
+
+        try:
+            async with asyncio.timeout(self._settings.encode_timeout), asyncio.TaskGroup() as group:
+                for item in items:
+                    group.create_task(settle(item))
+        except TimeoutError:
+            seconds = f"{self._settings.encode_timeout:g} s (--encode-timeout)"
+            raise DeadlineExceeded(f"not encoded within {seconds}", code="encode_timeout") from None
+        finally:
+            entries += [outcomes[i] for i in sorted(outcomes) if isinstance(outcomes[i], Entry)]  # type: ignore[misc]
+        failures = [outcome for _, outcome in sorted(outcomes.items()) if isinstance(outcome, EngineError)]
+        if failures:
+            # A failure that no retry can mend says more than one that a retry may.
+            raise min(failures, key=lambda error: error.retryable)
+
+
+@asynccontextmanager
+async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
+    """Load the vision tower, open the transfer, and end both. Raises SetupError."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model, reader = await asyncio.to_thread(_load, settings)
+    async with AsyncExitStack() as stack:
+        try:
+            transfer = _create(settings)
+            stack.push_async_callback(transfer.close)
+            arena = transfer.allocate("embeddings", int(settings.cache_bytes))
+            await transfer.start()
+        except (TransferError, OSError) as error:
+            raise SetupError(f"--transfer {settings.transfer}: {error}") from None
+        encoder = Encoder(settings, model, reader, transfer, arena, Metrics(CollectorRegistry()))
+        await stack.enter_async_context(encoder.running())
+        yield EncoderApp(settings, encoder, transfer, model.report)
+
+
+def _create(settings: EncoderSettings) -> Transfer:
+    return create(
+        settings.transfer,
+        host=settings.transfer_bind,
+        advertise=settings.transfer_host,
+        rdma=settings.rdma,
+        storage_path=settings.storage_path,
+    )
+
+
+def _load(settings: EncoderSettings) -> tuple[VisionModel, ImageReader]:
+    if not settings.model.is_dir():
+        raise SetupError(f"--model {settings.model} is not a folder")
+    try:
+        reader = ImageReader(settings.model, settings)
+    except (OSError, ValueError) as error:
+        raise SetupError(f"--model {settings.model}: {error}") from None
+    return VisionModel.load(settings.model, dtype=settings.dtype, device=settings.device), reader

@@ -1,0 +1,144 @@
+"""Turns the bytes of an image into the patches a vision tower reads, in a bounded pool of threads. It fetches nothing.
+
+The pixels are by construction those of `transformers`: its `load_image` (EXIF rotation, then RGB) and the
+checkpoint's own image processor do the work. What stands here are the limits that must hold before them: formats,
+pixels as the header states them, aspect ratio, patches after resizing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoImageProcessor
+from transformers.image_utils import load_image
+
+from engines.errors import BadRequest, TooLarge
+from engines.settings import EncoderSettings
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+ASPECT_RATIO = 200  # where the Qwen processors give up
+
+# Pillow warns at 89 million pixels and refuses at twice that, for the whole process. Our own limit is checked on the
+# same number, the size in the header, before a pixel is decoded, and is a flag.
+Image.MAX_IMAGE_PIXELS = None
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One image, ready for the vision tower.
+
+    pixels: [patches, channels · temporal patch · patch²], float32.   grid: (t, h, w) in patches.
+    tokens: embeddings it becomes, patches / merge².
+    """
+
+    pixels: torch.Tensor
+    grid: tuple[int, int, int]
+    tokens: int
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.grid)
+
+
+class ImageReader:
+    """Decodes and preprocesses for one checkpoint. Thread-safe: the processor is only read.
+
+    `size`: the pixel bounds of a request, {"shortest_edge", "longest_edge"}, in pixels²; absent: the checkpoint's.
+    """
+
+    def __init__(self, folder: Path, settings: EncoderSettings) -> None:
+        self._processor: Any = AutoImageProcessor.from_pretrained(folder)
+        self._max_pixels = settings.max_media_pixels
+        self._max_patches = settings.max_item_patches
+        self.merge_size: int = self._processor.merge_size
+        self._patch_size: int = self._processor.patch_size
+
+    def read(self, data: bytes, size: Mapping[str, int]) -> Prepared:
+        """Raises BadRequest (`invalid_image`) or TooLarge (`image_too_large`)."""
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                self._check(image, size)
+                picture = load_image(image)
+        except (BadRequest, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - on hostile bytes Pillow's decoders raise whatever they stumble over
+            raise BadRequest(self._broken(data, error), code="invalid_image") from None
+        options = {"size": {**self._size(), **size}} if size else {}
+        out = self._processor(images=[picture], return_tensors="pt", **options)
+        t, h, w = (int(n) for n in out["image_grid_thw"][0])
+        return Prepared(out["pixel_values"], (t, h, w), t * h * w // self.merge_size**2)
+
+    def _size(self) -> dict[str, int]:
+        return {edge: self._processor.size[edge] for edge in ("shortest_edge", "longest_edge")}
+
+    def _check(self, image: Image.Image, size: Mapping[str, int]) -> None:
+        width, height = image.size
+        if width * height > self._max_pixels:
+            limit = f"{self._max_pixels} pixels (--max-media-pixels)"
+            raise TooLarge(f"the image is {width}x{height}, more than {limit}", code="image_too_large")
+        if not width or not height or max(width, height) / min(width, height) > ASPECT_RATIO:
+            raise BadRequest(f"the image is {width}x{height}: sides beyond 1:{ASPECT_RATIO}", code="invalid_image")
+        patches = self._patches(width * height, {**self._size(), **size})
+        if patches > self._max_patches:
+            limit = f"{self._max_patches} (--max-item-patches)"
+            raise TooLarge(f"the image makes about {patches} patches, more than {limit}", code="image_too_large")
+
+    def _patches(self, pixels: int, size: Mapping[str, int]) -> int:
+        """About as many as the processor will make: it rounds each side to whole merged patches."""
+        resized = max(min(pixels, size["longest_edge"]), size["shortest_edge"])
+        return resized // self._patch_size**2
+
+    def _broken(self, data: bytes, error: Exception) -> str:
+        if not data:
+            return "the image is empty"
+        if isinstance(error, UnidentifiedImageError):
+            return f"the image is none of {', '.join(FORMATS)}"
+        return f"the image cannot be decoded: {error or type(error).__name__}"
+
+
+class MediaPool:
+    """`workers` threads. A thread cannot be stopped: a task over its time fails, and its thread is back when it ends.
+
+    What bounds that time is the limits that `ImageReader` checks first.
+    """
+
+    def __init__(self, workers: int, timeout: float) -> None:
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="media")
+        self._timeout = timeout
+
+    async def run(self, function: Callable[[], ResultT]) -> ResultT:
+        """The function's result or exception. Waiting for a thread is not counted against the time limit.
+
+        Raises BadRequest (`image_timeout`). A cancelled call that no thread has begun is never run.
+        """
+        loop = asyncio.get_running_loop()
+        begun = asyncio.Event()
+
+        def call() -> ResultT:
+            loop.call_soon_threadsafe(begun.set)
+            return function()
+
+        future = asyncio.wrap_future(self._threads.submit(call))
+        try:
+            await begun.wait()
+            async with asyncio.timeout(self._timeout):
+                return await future
+        except TimeoutError:
+            seconds = f"{self._timeout:g} s (--decode-timeout)"
+            raise BadRequest(f"the image was not decoded within {seconds}", code="image_timeout") from None
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

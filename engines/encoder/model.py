@@ -1,0 +1,92 @@
+"""The vision tower of a checkpoint, and nothing of its language model. It decodes no media and owns no thread.
+
+A batch of images of any sizes is one forward: their patches are concatenated, and `grid_thw` tells the tower
+where one image ends and the next begins; no padding, and no image sees another. The result of an item is [tokens,
+width]:
+
+    width   = hidden                            Qwen2-VL, Qwen2.5-VL
+    width   = hidden · (1 + deepstack levels)   Qwen3-VL:   | main | level 0 | level 1 | …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from engines import weights
+from engines.encoder.media import Prepared
+from engines.errors import SetupError
+
+TOWERS = {
+    "qwen2_vl": "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
+    "qwen2_5_vl": "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
+    "qwen3_vl": "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
+}
+
+
+class VisionModel:
+    """A loaded tower. `encode` is called by one thread at a time."""
+
+    def __init__(self, tower: torch.nn.Module, config: Any, report: weights.LoadReport, device: str) -> None:
+        self._tower = tower
+        self._device = torch.device(device)
+        self.report = report
+        self.dtype: torch.dtype = next(tower.parameters()).dtype
+        self.merge_size: int = config.spatial_merge_size
+        hidden = getattr(config, "out_hidden_size", None) or config.hidden_size
+        self.width: int = hidden * (1 + len(getattr(config, "deepstack_visual_indexes", None) or ()))
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str = "auto", device: str = "cpu") -> VisionModel:
+        """Read the tower's tensors from a checkpoint folder. Raises SetupError with what to change."""
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise SetupError(f"--model {folder}: {error}") from None
+        if config.model_type not in TOWERS:
+            known = ", ".join(sorted(TOWERS))
+            raise SetupError(f"--model {folder}: no vision tower known for {config.model_type!r}, only for {known}")
+        module, _, name = TOWERS[config.model_type].partition(":")
+        make = getattr(import_module(module), name)
+        chosen = _dtype(dtype, config)
+        try:
+            tower = weights.on_meta(lambda: make._from_config(config.vision_config, attn_implementation="sdpa"))
+            report = weights.load(tower, folder, part="vision", dtype=chosen, device=device)
+        except weights.WeightsError as error:
+            raise SetupError(f"--model {folder}: {error}") from None
+        return cls(tower, config.vision_config, report, device)
+
+    @property
+    def dtype_name(self) -> str:
+        """As safetensors and vLLM write it: float32, bfloat16, float16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def nbytes(self, tokens: int) -> int:
+        return tokens * self.width * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Prepared], outputs: Sequence[torch.Tensor]) -> None:
+        """One forward over all items; item i's embedding is written to outputs[i], [tokens, width] of `dtype`."""
+        pixels = torch.cat([item.pixels for item in batch]).to(self._device, self.dtype)
+        grids = torch.tensor([item.grid for item in batch], device=self._device)
+        out = self._tower(pixels, grid_thw=grids, return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        hidden = self.width // len(levels)
+        start = 0
+        for item, target in zip(batch, outputs, strict=True):
+            for index, level in enumerate(levels):
+                target[:, index * hidden : (index + 1) * hidden].copy_(level[start : start + item.tokens])
+            start += item.tokens
+
+
+def _dtype(name: str, config: Any) -> torch.dtype:
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    stored = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, stored) if isinstance(stored, str) else stored

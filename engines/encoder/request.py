@@ -1,0 +1,175 @@
+"""Reads an encode request into items and writes its answer. No I/O: it is the wire contract of this engine, and
+nothing else.
+
+In:   an OpenAI chat body whose message parts are media; text is ignored, generation parameters too.
+Out:  an OpenAI chat completion without text, whose `ec_transfer_params` says where each item's embedding can be had:
+      {mm_hash: {modality, item_indices, metadata: {image_grid_thw}, num_tokens, dtype, shape, where}}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from blake3 import blake3
+
+from engines.errors import BadRequest
+
+MM_HASH = re.compile(r"[0-9a-f]{64}")
+OTHER_MEDIA = frozenset({"video_url", "audio_url", "input_audio", "video", "audio", "file"})
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """One item of one request.
+
+    size: the bounds asked for, {"shortest_edge", "longest_edge"} in pixels²; empty: the checkpoint's.
+    """
+
+    index: int
+    param: str
+    url: str
+    uuid: str | None = None
+    size: Mapping[str, int] = field(default_factory=dict)
+
+    def key(self, digest: str) -> str:
+        """The mm_hash of the embedding: the content's own hash, mixed with whatever changes its pixels."""
+        if not self.size:
+            return digest
+        return blake3(digest.encode() + orjson.dumps(self.size, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """What an answer says about one embedding. `where` is opaque: the transfer's own words."""
+
+    grid: tuple[int, int, int]
+    tokens: int
+    dtype: str
+    shape: tuple[int, int]
+    where: Mapping[str, Any]
+
+
+def parse(body: Mapping[str, Any], max_items: int) -> list[MediaItem]:
+    """The items of a request, in order. Raises BadRequest that names the field."""
+    if body.get("stream"):
+        raise BadRequest("an encoder does not stream: leave `stream` out", param="stream")
+    if body.get("media_io_kwargs"):
+        raise BadRequest("this encoder knows no media_io_kwargs", param="media_io_kwargs")
+    size = _size(body.get("mm_processor_kwargs"))
+    items: list[MediaItem] = []
+    for param, part in _parts(body.get("messages")):
+        if (url := _url(param, part)) is not None:
+            items.append(MediaItem(len(items), param, url, _uuid(param, part), size))
+    if not items:
+        raise BadRequest("nothing to encode: the messages hold no image_url part", param="messages", code="no_media")
+    if len(items) > max_items:
+        raise BadRequest(f"{len(items)} items in one request, at most {max_items} (--max-items)", param="messages")
+    return items
+
+
+def _parts(messages: object) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("`messages` must be a list of messages", param="messages")
+    for number, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if content is None or isinstance(content, str):
+            continue
+        if not isinstance(content, list):
+            raise BadRequest("`content` must be a string or a list of parts", param=f"messages[{number}].content")
+        for index, part in enumerate(content):
+            param = f"messages[{number}].content[{index}]"
+            if not isinstance(part, dict):
+                raise BadRequest(f"{param} must be an object", param=param)
+            yield param, part
+
+
+def _url(param: str, part: Mapping[str, Any]) -> str | None:
+    kind = part.get("type")
+    if kind == "text":
+        return None
+    if kind in OTHER_MEDIA:
+        raise BadRequest(
+            f"{param}: this encoder takes images only, not {kind}", param=param, code="unsupported_modality"
+        )
+    if kind != "image_url":
+        raise BadRequest(f"{param}: an encoder takes image_url parts, not {kind!r}", param=param)
+    value = part.get("image_url")
+    url = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(url, str) or not url:
+        raise BadRequest(f"{param}: image_url needs a `url`", param=param)
+    return url
+
+
+def _uuid(param: str, part: Mapping[str, Any]) -> str | None:
+    uuid = part.get("uuid")
+    if uuid is None:
+        return None
+    if not isinstance(uuid, str) or not MM_HASH.fullmatch(uuid):
+        # Transports use it as a name, of a file for one: anything but a plain hash is refused.
+        raise BadRequest(f"{param}: uuid must be 64 lowercase hex digits, a hash of the content", param=param)
+    return uuid
+
+
+def _size(kwargs: object) -> Mapping[str, int]:
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise BadRequest("`mm_processor_kwargs` must be an object", param="mm_processor_kwargs")
+    flat = {key: value for key, value in kwargs.items() if key != "size"}
+    size = kwargs.get("size") or {}
+    if not isinstance(size, dict):
+        raise BadRequest("`size` must be an object", param="mm_processor_kwargs.size")
+    named = {f"mm_processor_kwargs.{key}": (EDGES.get(key), value) for key, value in flat.items()}
+    named |= {
+        f"mm_processor_kwargs.size.{key}": (key if key in EDGES.values() else None, value)
+        for key, value in size.items()
+    }
+    bounds = {}
+    for param, (edge, value) in named.items():
+        if edge is None:
+            known = "min_pixels, max_pixels and size {shortest_edge, longest_edge}"
+            raise BadRequest(f"{param} is not supported: this encoder knows {known}", param=param)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise BadRequest(f"{param} must be a number of pixels above 0", param=param)
+        bounds[edge] = value
+    if len(bounds) == 2 and bounds["shortest_edge"] > bounds["longest_edge"]:
+        raise BadRequest("the least number of pixels is above the largest", param="mm_processor_kwargs")
+    return bounds
+
+
+def answer(
+    request_id: str, model: str, created: int, items: Sequence[MediaItem], embeddings: Sequence[tuple[str, Embedding]]
+) -> dict[str, Any]:
+    """The response body; `embeddings` are (mm_hash, embedding) of each item, in order."""
+    entries: dict[str, dict[str, Any]] = {}
+    for item, (mm_hash, found) in zip(items, embeddings, strict=True):
+        entry = entries.setdefault(
+            mm_hash,
+            {
+                "modality": "image",
+                "item_indices": [],
+                "metadata": {"image_grid_thw": list(found.grid)},
+                "num_tokens": found.tokens,
+                "dtype": found.dtype,
+                "shape": list(found.shape),
+                "where": found.where,
+            },
+        )
+        entry["item_indices"].append(item.index)
+    tokens = sum(found.tokens for _, found in embeddings)
+    choice = {"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}
+    return {
+        "id": f"chatcmpl-{request_id}",
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [choice],
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        "kv_transfer_params": None,
+        "ec_transfer_params": entries,
+    }

@@ -1,0 +1,234 @@
+"""Takes items to embeddings that other engines can fetch. No HTTP, no pixels, no bytes on any wire: it puts the
+parts in order.
+
+    find in cache ─ hit ─▶ pin
+          └─ miss ─ join a flight, or start one:
+                    fetch ▸ decode (pool) ▸ reserve in the arena ▸ forward (model thread) ▸ publish ─▶ pin
+
+The model writes an embedding once, into the arena it is published from. A pinned entry stays until `release`; one
+that an answer named stays --handle-ttl seconds longer. What is only cached goes when room is needed, least
+recently used first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Protocol
+
+import torch
+from blake3 import blake3
+
+from engines.encoder.batch import Batcher
+from engines.encoder.cache import EmbeddingCache, Entry, State
+from engines.encoder.fetch import Fetcher
+from engines.encoder.flights import Flight, Flights
+from engines.encoder.media import MediaPool, Prepared
+from engines.encoder.metrics import Metrics
+from engines.encoder.request import Embedding, MediaItem
+from engines.encoder.worker import ModelThread
+from engines.errors import EngineError, Overloaded, TooLarge
+from engines.settings import EncoderSettings
+from engines.transfer.base import Arena, Transfer, TransferError
+
+log = logging.getLogger(__name__)
+
+
+class Reader(Protocol):
+    """Bytes to patches; called on pool threads. See `media.ImageReader`."""
+
+    def read(self, data: bytes, size: Mapping[str, int]) -> Prepared: ...
+
+
+class Model(Protocol):
+    """Patches to embeddings; called on the model thread. See `model.VisionModel`."""
+
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str: ...
+    def nbytes(self, tokens: int) -> int: ...
+    def encode(self, batch: Any, outputs: Any) -> None: ...
+
+
+class Encoder:
+    """One model, one cache, one transfer. Made by `running`."""
+
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        model: Model,
+        reader: Reader,
+        transfer: Transfer,
+        arena: Arena,
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.cache = EmbeddingCache(arena.nbytes)
+        self._model = model
+        self._reader = reader
+        self._transfer = transfer
+        self._arena = arena
+        self._bytes = torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        self._pool = MediaPool(settings.media_workers, settings.decode_timeout)
+        self._slots = asyncio.Semaphore(settings.media_workers)
+        self._fetcher = Fetcher(settings, self._pool.run)
+        self._flights: Flights[Entry] = Flights()
+        self._thread = ModelThread(model.encode, Batcher(settings.max_batch_patches), metrics.forward)
+        self._freed = asyncio.Event()
+        metrics.watch(self.queue, self.cache_info)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Encoder]:
+        """Serve until the block ends; then no thread and no flight of ours is left."""
+        async with AsyncExitStack() as stack:
+            stack.callback(self._forget_arena)
+            stack.callback(self._pool.close)
+            await stack.enter_async_context(self._thread)
+            stack.push_async_callback(self._fetcher.close)
+            stack.push_async_callback(self._flights.close)
+            yield self
+
+    def _forget_arena(self) -> None:
+        del self._bytes  # or its memory could not be unmapped
+
+    def queue(self) -> dict[str, int]:
+        """Items in flight, and of these: waiting for the model, in it; patches that wait."""
+        thread = self._thread
+        return {
+            "items": len(self._flights),
+            "waiting": thread.waiting,
+            "running": thread.running,
+            "patches": thread.patches,
+        }
+
+    def cache_info(self) -> dict[str, int]:
+        return self.cache.info(time.monotonic())
+
+    async def encode(self, item: MediaItem) -> Entry:
+        """The item's entry, pinned: the caller ends with `release`. Its `value` is an Embedding.
+
+        Raises EngineError. Cancelled: the work ends too, unless others wait for it or the model has begun it.
+        """
+        started = time.monotonic()
+        data = None
+        if item.uuid is None:
+            data = await self._fetch(item.url)
+            content = data
+            digest = await self._pool.run(lambda: blake3(content).hexdigest())
+        key = item.key(item.uuid or digest)
+        while True:
+            entry = await self._find(key, item, data)
+            if self.cache.pin(entry):  # else it was evicted between the flight's end and our turn
+                self.metrics.item.observe(time.monotonic() - started)
+                return entry
+
+    def release(self, entry: Entry, *, named: bool) -> None:
+        """Undo `encode`'s pin. `named`: an answer named the entry, so its handle must stay good for --handle-ttl."""
+        self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if named else 0.0)
+
+    async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
+        if (entry := self.cache.find(key)) is not None:
+            self.metrics.cache("hit")
+            return entry
+        joined = key in self._flights
+        if not joined and len(self._flights) >= self.settings.max_queue_items:
+            limit = f"--max-queue-items {self.settings.max_queue_items}"
+            raise Overloaded(f"{len(self._flights)} items are in the queue already ({limit})", code="queue_full")
+        self.metrics.cache("joined" if joined else "miss")
+        return await self._flights.join(key, lambda flight: self._produce(flight, key, item, data))
+
+    async def _produce(self, flight: Flight[Entry], key: str, item: MediaItem, data: bytes | None) -> Entry:
+        prepared = await self._prepare(await self._fetch(item.url) if data is None else data, item.size)
+        entry = await self._reserve(key, self._model.nbytes(prepared.tokens), prepared.tokens)
+        try:
+            embedding = await self._embed(flight, entry, prepared)
+        except BaseException:
+            self.cache.abandon(entry)
+            raise
+        self.cache.commit(entry, embedding, time.monotonic() + self.settings.handle_ttl)
+        return entry
+
+    async def _fetch(self, url: str) -> bytes:
+        started = time.monotonic()
+        data = await self._fetcher.fetch(url)
+        self.metrics.stage("fetch", time.monotonic() - started)
+        return data
+
+    async def _prepare(self, data: bytes, size: Mapping[str, int]) -> Prepared:
+        async with self._slots:  # as many as there are threads: the others wait as files, which are smaller than pixels
+            await self._thread.room()
+            started = time.monotonic()
+            prepared = await self._pool.run(lambda: self._reader.read(data, size))
+        self.metrics.stage("decode", time.monotonic() - started)
+        return prepared
+
+    async def _embed(self, flight: Flight[Entry], entry: Entry, prepared: Prepared) -> Embedding:
+        """Compute and publish. From the moment the model begins, the flight is not cancelled any more."""
+        shape = (prepared.tokens, self._model.width)
+        output = self._bytes[entry.offset : entry.offset + entry.nbytes].view(self._model.dtype).view(shape)
+        started = time.monotonic()
+        await self._thread.encode(prepared, output, flight.commit)
+        computed = time.monotonic()
+        self.metrics.stage("forward", computed - started)
+        try:
+            where = await self._transfer.publish(
+                entry.key,
+                self._arena,
+                [(entry.offset, entry.nbytes)],
+                ttl=None,
+                dtype=self._model.dtype_name,
+                shape=shape,
+                on_free=lambda: self._on_free(entry),
+            )
+        except (TransferError, OSError) as error:
+            raise EngineError(
+                f"cannot publish the embedding: {error}", code="publish_failed", retryable=True
+            ) from error
+        self.metrics.stage("publish", time.monotonic() - computed)
+        return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, where)
+
+    # ---- room in the arena
+
+    async def _reserve(self, key: str, nbytes: int, tokens: int) -> Entry:
+        if not self.cache.fits(nbytes):
+            limit = f"--cache-bytes {self.settings.cache_bytes}"
+            raise TooLarge(f"{tokens} embeddings are {nbytes} bytes: more than {limit}", code="image_too_large")
+        while (entry := self.cache.reserve(key, nbytes)) is None:
+            if self.cache.settling(nbytes, time.monotonic()):
+                await self._wait_for_room()
+            elif not self._evict():
+                raise self._no_room()
+        return entry
+
+    def _evict(self) -> bool:
+        victim = self.cache.evict(time.monotonic())
+        if victim is None:
+            return False
+        self.metrics.evicted.inc()
+        self._transfer.withdraw(victim.key)  # calls _on_free, now or when its last reader is done
+        return True
+
+    async def _wait_for_room(self) -> None:
+        self._freed.clear()
+        try:
+            async with asyncio.timeout(0.1):
+                await self._freed.wait()
+        except TimeoutError:
+            pass  # the readers are slow: the caller looks again, and evicts others once they count as stopped
+
+    def _on_free(self, entry: Entry) -> None:
+        if entry.state is State.LEAVING:  # else: the transfer closes, and everything with it
+            self.cache.freed(entry)
+            self._freed.set()
+
+    def _no_room(self) -> Overloaded:
+        info = self.cache_info()
+        held = f"{info['pinned']} embeddings are held for their readers, {info['filling']} are being written"
+        advice = "raise --cache-bytes, lower --handle-ttl, or send less at once"
+        return Overloaded(f"no room for the embedding: {held}; {advice}", code="cache_full")
