@@ -224,7 +224,8 @@ class ReceivingSide:
 
     async def _probe(self, ticket: IncomingTicket) -> None:
         try:
-            if not self._shut_out(ticket) and await self._stopped(ticket):
+            self._shut_out(ticket)  # and tell the writer in any case, so that it stops
+            if await self._stopped(ticket):
                 ticket.fire(TicketEvent.SETTLE)
         finally:
             self._probing.discard(ticket.id)
