@@ -148,13 +148,14 @@ class Fetcher:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise BadRequest(f"cannot read the file: {error.strerror}", code="image_unreachable") from None
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise Forbidden("the path is not a regular file", code="image_forbidden")
-            if status.st_size > self._limit:
-                raise self._too_large()
-            data = file.read(self._limit + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(self._limit + 1)
+        finally:
+            os.close(descriptor)
         if len(data) > self._limit:
             raise self._too_large()
         return data

@@ -1,0 +1,97 @@
+"""The tower alone gives what the whole reference model gives, one image or many."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.encoder.media import ImageReader, Prepared
+from engines.encoder.model import VisionModel
+from engines.errors import SetupError
+from engines.settings import EncoderSettings
+from tests.support.checkpoints import FAMILIES, checkpoint
+from tests.support.pictures import image_file
+from tests.support.reference import reference
+
+EACH_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def model(family: str) -> VisionModel:
+    return VisionModel.load(checkpoint(family))
+
+
+def prepared(family: str) -> list[Prepared]:
+    reader = ImageReader(checkpoint(family), EncoderSettings(model=Path("m")))
+    sizes = [(96, 64), (200, 120), (64, 64), (301, 77)]
+    return [reader.read(image_file(*size, seed=n), {}) for n, size in enumerate(sizes)]
+
+
+def encode(family: str, batch: list[Prepared]) -> list[torch.Tensor]:
+    outputs = [torch.full((item.tokens, model(family).width), float("nan")) for item in batch]
+    model(family).encode(batch, outputs)
+    return outputs
+
+
+@torch.inference_mode()
+def expected(family: str, item: Prepared) -> torch.Tensor:
+    out = reference(family).model.get_image_features(item.pixels, torch.tensor([item.grid]))
+    levels = [out.pooler_output[0], *(level[0] for level in getattr(out, "deepstack_features", None) or ())]
+    return torch.cat(levels, dim=-1)
+
+
+@EACH_FAMILY
+def test_one_image_equals_the_reference_bit_by_bit(family: str) -> None:
+    for item in prepared(family):
+        assert torch.equal(encode(family, [item])[0], expected(family, item))
+
+
+@EACH_FAMILY
+def test_a_batch_equals_its_items(family: str) -> None:
+    batch = prepared(family)
+    for item, got in zip(batch, encode(family, batch), strict=True):
+        torch.testing.assert_close(got, expected(family, item), rtol=1e-5, atol=1e-5)
+
+
+@EACH_FAMILY
+def test_only_the_vision_tower_is_read(family: str) -> None:
+    report = model(family).report
+    assert report.names
+    assert all(".visual." in f".{name}" for name in report.names)
+    whole = sum(parameter.nbytes for parameter in reference(family).model.parameters())
+    tower = sum(parameter.nbytes for parameter in reference(family).model.model.visual.parameters())
+    assert report.nbytes == tower < whole
+
+
+def test_the_width_counts_the_deepstack_levels() -> None:
+    hidden = reference("qwen3_vl").model.config.text_config.hidden_size
+    assert [model(family).width for family in FAMILIES] == [hidden, hidden, 3 * hidden]
+    assert model("qwen3_vl").nbytes(tokens=10) == 10 * 3 * hidden * 4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_dtype(dtype: str) -> None:
+    small = VisionModel.load(checkpoint("qwen2_vl"), dtype=dtype)
+    item = prepared("qwen2_vl")[0]
+    output = torch.empty(item.tokens, small.width, dtype=small.dtype)
+    small.encode([item], [output])
+    assert (small.dtype_name, small.nbytes(1)) == (dtype, small.width * 2)
+    assert torch.nn.functional.cosine_similarity(output.float(), expected("qwen2_vl", item)).min() > 0.99
+
+
+def test_a_folder_that_is_no_known_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="--model"):
+        VisionModel.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(SetupError, match="no vision tower known for 'qwen2'"):
+        VisionModel.load(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint("qwen2_vl") / "config.json").read_text())
+    with pytest.raises(SetupError, match=r"neither model\.safetensors"):
+        VisionModel.load(tmp_path)

@@ -1,0 +1,157 @@
+"""The model thread: what shares a batch, who fails with whom, and who may still leave."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from engines.encoder.batch import Batcher
+from engines.encoder.worker import ModelThread
+from engines.errors import EngineError
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    patches: int = 1
+    broken: bool = False
+
+
+class Model:
+    """Doubles patches, once the gate is open; records its batches."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.batches: list[list[Item]] = []
+        self.entered = threading.Semaphore(0)
+
+    def __call__(self, batch: Sequence[Item], outputs: Sequence[list[int]]) -> None:
+        self.batches.append(list(batch))
+        self.entered.release()
+        assert self.gate.wait(30)
+        if any(item.broken for item in batch):
+            raise RuntimeError("cannot compute")
+        for item, output in zip(batch, outputs, strict=True):
+            output.append(2 * item.patches)
+
+    async def enter(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, timeout=30)
+
+
+class Seen(list[tuple[int, int]]):
+    def __call__(self, items: int, patches: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.append((items, patches))
+
+
+@asynccontextmanager
+async def running(budget: int = 10) -> AsyncIterator[tuple[ModelThread, Model, Seen]]:
+    model, seen = Model(), Seen()
+    async with asyncio.timeout(30):
+        try:
+            async with ModelThread(model, Batcher(budget), seen) as thread:
+                yield thread, model, seen
+                model.gate.set()
+        finally:
+            model.gate.set()
+
+
+def start(thread: ModelThread, *items: Item) -> list[asyncio.Task[int]]:
+    async def one(item: Item) -> int:
+        output: list[int] = []
+        await thread.encode(item, output, lambda: None)
+        return output[0]
+
+    return [asyncio.create_task(one(item)) for item in items]
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_what_arrives_while_a_batch_computes_shares_the_next() -> None:
+    async with running() as (thread, model, seen):
+        first = start(thread, Item(3))
+        await model.enter()
+        rest = start(thread, Item(4), Item(5), Item(6))
+        await settle()
+        assert (thread.waiting, thread.patches, thread.running) == (3, 15, 1)
+        model.gate.set()
+        assert await asyncio.gather(*first, *rest) == [6, 8, 10, 12]
+        assert seen == [(1, 3), (2, 9), (1, 6)]
+        assert (thread.waiting, thread.patches, thread.running) == (0, 0, 0)
+
+
+async def test_a_broken_item_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as (thread, model, _):
+        first = start(thread, Item())
+        await model.enter()
+        tasks = start(thread, Item(2), Item(broken=True), Item(4))
+        await settle()
+        model.gate.set()
+        results = await asyncio.gather(*first, *tasks, return_exceptions=True)
+        assert [results[1], results[3]] == [4, 8]
+        assert isinstance(results[2], EngineError)
+        assert results[2].code == "encode_failed"
+        assert [len(batch) for batch in model.batches] == [1, 3, 1, 1, 1]
+        assert await start(thread, Item(5))[0] == 10, "the thread goes on"
+    assert "a forward over 3 items failed" in caplog.text
+
+
+async def test_a_waiting_item_may_leave() -> None:
+    async with running() as (thread, model, _):
+        first = start(thread, Item())
+        await model.enter()
+        leaver, stayer = start(thread, Item(7), Item(8))
+        await settle()
+        leaver.cancel()
+        await settle()
+        assert thread.patches == 8
+        model.gate.set()
+        assert await asyncio.gather(*first, stayer) == [2, 16]
+        assert [item.patches for batch in model.batches for item in batch] == [1, 8]
+
+
+async def test_an_item_cancelled_in_the_turn_its_batch_starts_is_not_computed() -> None:
+    """Between `cancel` and the coroutine's own cleanup the item is still queued; its memory is as good as gone."""
+    async with running() as (thread, model, _):
+        taken: list[str] = []
+        output: list[int] = []
+        task = asyncio.create_task(thread.encode(Item(3), output, lambda: taken.append("taken")))
+        await asyncio.sleep(0)  # it waits; the pump has not run
+        task.cancel()
+        await settle()
+        model.gate.set()
+        assert (taken, output, model.batches) == ([], [], [])
+
+
+async def test_who_prepares_items_is_held_back_by_what_waits() -> None:
+    async with running(budget=5) as (thread, model, _):
+        first = start(thread, Item())
+        await model.enter()
+        tasks = start(thread, Item(5), Item(5))
+        await settle()
+        room = asyncio.create_task(thread.room())
+        await settle()
+        assert not room.done()
+        tasks[0].cancel()
+        await room
+        model.gate.set()
+        await asyncio.gather(*first, tasks[1])
+
+
+async def test_closing_ends_the_batch_and_cancels_what_waits() -> None:
+    async with running() as (thread, model, _):
+        first = start(thread, Item(2))
+        await model.enter()
+        waiting = start(thread, Item(3))
+        await settle()
+        threading.Timer(0.05, model.gate.set).start()
+    assert await first[0] == 4
+    with pytest.raises(asyncio.CancelledError):
+        await waiting[0]
