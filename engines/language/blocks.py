@@ -68,7 +68,7 @@ class BlockAllocator:
         if counted != self._references:
             wrong = {b: (r, c) for b, (r, c) in enumerate(zip(self._references, counted, strict=True)) if r != c}
             raise RuntimeError(f"block references (counted, held): {wrong}")
-        used = sum(1 for references in self._references if references)
+        used = self.num_blocks - self._references.count(0)
         if used + len(self._free) != self.num_blocks or len(set(self._free)) != len(self._free):
             raise RuntimeError(f"{used} blocks used + {len(self._free)} free is not {self.num_blocks}")
 

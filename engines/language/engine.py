@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from engines.errors import EngineError, ShuttingDown
+from engines.errors import ShuttingDown
+from engines.language.failures import broken
 from engines.language.scheduler import Limits, NeverFits, Scheduler, Step
 from engines.language.sequence import Scheduled, Sequence
 from engines.language.stopping import finish_reason
@@ -280,13 +281,14 @@ class LanguageEngine:
             self._drop(request, seq)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        if not isinstance(error, (EngineError, TransferError, NeverFits)):
+        told = broken(error)
+        if told.__cause__ is not None:
             log.error("request %s failed", request.first.id, exc_info=error)
         for seq in request.choices:
             self._scheduler.drop(seq)
             self._requests.pop(seq, None)
         request.choices = []
-        self._emit(partial(request.stream.on_end, error))
+        self._emit(partial(request.stream.on_end, told))
         self._prefilled(request)
 
     def _recover(self, error: Exception) -> None:

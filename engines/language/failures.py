@@ -2,6 +2,8 @@
 
 encode    the embeddings of an item are lost; encoding it again helps, hence code `embedding_gone`
 prefill   the KV is lost; prefilling again helps
+
+What the model raises is told too, without its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import Any
 
 from engines.errors import BadRequest, DeadlineExceeded, EngineError, NotFound, Overloaded, TooLarge
 from engines.errors import PeerFailed as UpstreamFailed
+from engines.language.runner import BadEmbeddings
+from engines.language.scheduler import NeverFits
 from engines.transfer.base import GoneError, LayoutMismatch, PeerUnreachable, TransferError, TransferTimeout
 
 
@@ -33,6 +37,19 @@ def lost_kv(error: TransferError, stage: str = "prefill") -> EngineError:
     else:
         code = "peer_unreachable" if isinstance(error, PeerUnreachable) else "peer_failed"
     return UpstreamFailed(f"the KV transfer failed: {error}", stage=stage, code=code, retryable=error.retryable)
+
+
+def broken(error: Exception) -> Exception:
+    """What a request is told when running it raised `error`."""
+    if isinstance(error, EngineError | TransferError):
+        return error
+    if isinstance(error, NeverFits):
+        return BadRequest(str(error), code="context_length_exceeded")
+    if isinstance(error, BadEmbeddings):
+        return UpstreamFailed(str(error), stage="encode", code="embedding_invalid")
+    told = EngineError(f"the model failed on this request: {error!r}", code="model_failed", retryable=True)
+    told.__cause__ = error
+    return told
 
 
 _KINDS: Mapping[int, type[EngineError]] = {

@@ -1,4 +1,4 @@
-"""An OpenAI body becomes a job: what to run, how to sample, how to answer. Pure; it waits for nothing and holds nothing.
+"""An OpenAI body becomes what to run, how to sample and how to answer. Pure; it waits for nothing and holds nothing.
 
 Unknown fields are ignored, known ones with wrong values are refused with their path. The body is never changed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from engines.errors import BadRequest
@@ -39,22 +40,29 @@ class Generation:
         return "chatcmpl-" if self.chat else "cmpl-"
 
 
-def parse(
-    body: Mapping[str, Any], chat: bool, tokenizer: ChatTokenizer, limits: Limits, prefill_only: bool = False
-) -> Generation:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this engine can read and hold."""
+
+    tokenizer: ChatTokenizer
+    limits: Limits
+    vocab_size: int
+
+
+def parse(body: Mapping[str, Any], chat: bool, served: Served, prefill_only: bool = False) -> Generation:
     """Read a body of /v1/chat/completions or /v1/completions. Raises BadRequest.
 
     `prefill_only`: one token is sampled, whatever the body says; the rest is the decode engine's.
     """
-    prompt = _chat_prompt(body, tokenizer) if chat else _completion_prompt(body, tokenizer)
+    prompt = _chat_prompt(body, served.tokenizer) if chat else _completion_prompt(body, served)
     if not prompt.token_ids:
         raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
     if prefill_only:
         params = SamplingParams(max_tokens=1, temperature=0.0)
     else:
-        params = sampling_params(body, chat, limits.max_tokens - len(prompt.token_ids))
+        params = sampling_params(body, chat, served.limits.max_tokens - len(prompt.token_ids), served.vocab_size)
     try:
-        limits.check(len(prompt.token_ids), params.max_tokens, params.n)
+        served.limits.check(len(prompt.token_ids), params.max_tokens, params.n)
     except NeverFits as error:
         raise BadRequest(str(error), param="messages" if chat else "prompt", code="context_length_exceeded") from None
     stream = _flag(body, "stream")
@@ -70,7 +78,7 @@ def parse(
     )
 
 
-def sampling_params(body: Mapping[str, Any], chat: bool, room: int) -> SamplingParams:
+def sampling_params(body: Mapping[str, Any], chat: bool, room: int, vocab_size: int) -> SamplingParams:
     """How to sample. `room`: tokens that the context leaves for the answer."""
     default = max(room, 1) if chat else COMPLETION_TOKENS
     named = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
@@ -88,7 +96,7 @@ def sampling_params(body: Mapping[str, Any], chat: bool, room: int) -> SamplingP
         min_tokens=min_tokens,
         ignore_eos=_flag(body, "ignore_eos"),
         stop=_stops(body),
-        stop_token_ids=tuple(_list(body, "stop_token_ids", lambda value: type(value) is int, "integers")),
+        stop_token_ids=tuple(_list(body, "stop_token_ids", partial(_is_token, vocab_size), "this model's token ids")),
         logprobs=_chat_logprobs(body) if chat else _completion_logprobs(body),
         n=_number(body, "n", int, 1, low=1, high=128),
         presence_penalty=_number(body, "presence_penalty", float, 0.0, low=-2.0, high=2.0),
@@ -149,17 +157,21 @@ def _item(part: Mapping[str, Any], path: str) -> Media:
     return Media(mm_hash, "image", (grid[0], grid[1], grid[2]))
 
 
-def _completion_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> Prompt:
+def _completion_prompt(body: Mapping[str, Any], served: Served) -> Prompt:
     if _flag(body, "echo"):
         raise BadRequest("echo is not served", param="echo")
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return Prompt(tokenizer.encode(prompt), ())
-    if isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
+        return Prompt(served.tokenizer.encode(prompt), ())
+    if isinstance(prompt, list) and all(_is_token(served.vocab_size, token) for token in prompt):
         return Prompt(list(prompt), ())
-    raise BadRequest("prompt must be one string or one list of token ids", param="prompt")
+    raise BadRequest(f"prompt must be one string or one list of token ids below {served.vocab_size}", param="prompt")
+
+
+def _is_token(vocab_size: int, value: Any) -> bool:
+    return type(value) is int and 0 <= value < vocab_size
 
 
 # ---- values

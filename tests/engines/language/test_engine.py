@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from engines.errors import ShuttingDown
+from engines.errors import BadRequest, EngineError, ShuttingDown
 from engines.language.engine import LanguageEngine
-from engines.language.scheduler import Limits, NeverFits
+from engines.language.scheduler import Limits
 from engines.language.sequence import Handoff, SamplingParams, Sequence
 from engines.language.stream import Stream
 from engines.transfer.base import PeerFailed
@@ -132,7 +132,7 @@ async def test_an_error_of_one_sequence_fails_its_request_alone() -> None:
         good, bad, other = (engine.submit(make(name, PROMPT[:2])) for name in ("good", "bad", "other"))
         runner.gate.set()
         assert await collect(good) == {0: expected(PROMPT[:2], 6)}
-        with pytest.raises(ValueError, match="bad embeddings"):
+        with pytest.raises(EngineError, match="bad embeddings"):
             await collect(bad)
         assert await collect(other) == {0: expected(PROMPT[:2], 6)}
         await all_free(engine)
@@ -147,8 +147,9 @@ async def test_a_broken_model_fails_what_runs_and_the_engine_goes_on() -> None:
         runner.fails = fails
         streams = [engine.submit(make(f"s{n}")) for n in range(3)]
         for stream in streams:
-            with pytest.raises(MemoryError):
+            with pytest.raises(EngineError, match="MemoryError") as raised:
                 await collect(stream)
+            assert raised.value.retryable
         runner.fails = lambda batch: None
         assert await collect(engine.submit(make())) == {0: expected(PROMPT, 6)}
         await all_free(engine)
@@ -164,7 +165,7 @@ async def test_a_step_that_breaks_outside_the_model_does_not_end_the_thread(monk
             patch.setattr(runner.cache, "save", no_room)
             streams = [engine.submit(make(f"s{n}", max_tokens=20)) for n in range(3)]
             results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
-            assert any(isinstance(result, MemoryError) for result in results)
+            assert any(isinstance(result, EngineError) for result in results)
         await all_free(engine)
         assert await collect(engine.submit(make())) == {0: expected(PROMPT, 6)}
 
@@ -173,7 +174,7 @@ async def test_what_never_fits_is_told_so() -> None:
     async with running() as (engine, _):
         freed = asyncio.Event()
         stream = engine.submit(make(max_tokens=60), on_prefilled=freed.set)
-        with pytest.raises(NeverFits, match="context length is 64"):
+        with pytest.raises(BadRequest, match="context length is 64"):
             await anext(stream)
         await freed.wait()
         stream.close()
