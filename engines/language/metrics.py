@@ -30,6 +30,7 @@ class Metrics:
     """`stats` is asked whenever /metrics is."""
 
     def __init__(self, registry: CollectorRegistry, stats: Callable[[], Stats]) -> None:
+        self.registry = registry
         for name, text in (
             ("waiting", "Sequences that hold nothing yet"),
             ("running", "Sequences in the batch"),

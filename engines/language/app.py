@@ -1,0 +1,210 @@
+"""The language engine's HTTP routes: OpenAI's chat and completions, streamed or whole. How a request runs stands in
+`service`, how bodies are read and answers shaped in `requests` and `answers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from engines.errors import EngineError
+from engines.http import check_model, json_response, read_json, request_id, sse
+from engines.language import descriptors
+from engines.language.answers import Answer, usage_of
+from engines.language.choices import Choice, Piece
+from engines.language.descriptors import Publish, Push
+from engines.language.embeddings import EmbeddingReceiver
+from engines.language.engine import LanguageEngine
+from engines.language.handoff import Leg
+from engines.language.metrics import Metrics
+from engines.language.requests import Generation, Served, parse
+from engines.language.service import Service
+from engines.settings import LanguageSettings
+from engines.transfer.base import Transfer
+from engines.weights import LoadReport
+
+log = logging.getLogger(__name__)
+
+LARGE = 64 << 10  # bytes of a body whose prompt is tokenised off the loop
+DONE = b"data: [DONE]\n\n"
+DRAIN_POLL = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What /info and /metrics look at. The first transfer is the one that carries KV."""
+
+    engine: LanguageEngine
+    receiver: EmbeddingReceiver
+    transfers: Sequence[Transfer]
+    weights: LoadReport
+    metrics: Metrics
+
+
+class LanguageApp:
+    """An `engines.http.Engine`."""
+
+    def __init__(self, settings: LanguageSettings, served: Served, service: Service, parts: Parts) -> None:
+        self.role: str = settings.role
+        self.stage = "prefill" if settings.role == "prefill" else "decode"
+        self.registry = parts.metrics.registry
+        self._settings = settings
+        self._served = served
+        self._service = service
+        self._parts = parts
+
+    def routes(self) -> Iterable[web.RouteDef]:
+        yield web.post("/v1/chat/completions", self.chat)
+        yield web.post("/v1/completions", self.completions)
+
+    def info(self) -> Mapping[str, Any]:
+        stats, limits = self._parts.engine.stats, self._parts.engine.limits
+        transfer, ranges, weights = self._parts.transfers[0], self._parts.receiver.ranges, self._parts.weights
+        return {
+            "transfer": {
+                "name": transfer.name,
+                "host": transfer.address.host,
+                "port": transfer.address.port,
+                "nonce": transfer.address.nonce,
+                "audit": self._audit(),
+            },
+            "block_size": limits.block_size,
+            "num_blocks": limits.num_blocks,
+            "free_blocks": stats.free_blocks,
+            "waiting": stats.waiting,
+            "running": stats.running,
+            "remote": stats.remote,
+            "swapped": stats.swapped,
+            "preemptions": stats.preemptions,
+            "embeddings": {"capacity": ranges.capacity, "free": ranges.free},
+            "max_model_len": limits.max_model_len,
+            "weights": {
+                "tensors": len(weights.names),
+                "bytes": weights.nbytes,
+                "prefixes": list(weights.prefixes),
+            },
+        }
+
+    async def drain(self) -> None:
+        """Prefilled KV is still to be read, and pushes are to settle."""
+        while any(self._audit().values()):  # noqa: ASYNC110 - a transfer tells nobody when it is idle
+            await asyncio.sleep(DRAIN_POLL)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, chat=True)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, chat=False)
+
+    async def _generate(self, request: web.Request, chat: bool) -> web.StreamResponse:
+        began = time.monotonic()
+        body = await read_json(request)
+        check_model(body, self._settings)
+        plan = descriptors.read(body.get(descriptors.FIELD), self.role)
+        sends = isinstance(plan, Push | Publish)
+        if (request.content_length or 0) > LARGE:
+            generation = await asyncio.to_thread(parse, body, chat, self._served, sends)
+        else:
+            generation = parse(body, chat, self._served, sends)
+        reply = _Reply(self._served, generation, self._answer(generation), self._parts.metrics, began)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        try:
+            async with self._service.run(generation, plan, request_id()) as leg:
+                if not generation.stream or sends:
+                    return json_response(await reply.whole(leg))
+                async with aclosing(reply.events(leg)) as events:
+                    async for event in events:
+                        if not response.prepared:
+                            await response.prepare(request)
+                        await response.write(event)
+            await response.write(DONE)
+        except EngineError as error:
+            if not response.prepared:
+                raise
+            log.error("the stream broke: %r", error)
+            await response.write(sse(error.body(self.stage)))
+        except ConnectionResetError:
+            log.info("the client went away")
+        return response
+
+    def _answer(self, generation: Generation) -> Answer:
+        return Answer(
+            id=generation.prefix + request_id(),
+            model=self._settings.name,
+            created=int(time.time()),  # noqa: TID251 - a date for clients, no interval
+            chat=generation.chat,
+            logprobs=generation.params.logprobs is not None,
+            include_usage=generation.include_usage,
+        )
+
+    def _audit(self) -> dict[str, int]:
+        audits = [transfer.audit() for transfer in self._parts.transfers]
+        return {name: sum(audit[name] for audit in audits) for name in audits[0]}
+
+
+class _Reply:
+    """One request's answer while it grows, and what is measured of it."""
+
+    def __init__(self, served: Served, generation: Generation, answer: Answer, metrics: Metrics, began: float) -> None:
+        self._generation = generation
+        self._answer = answer
+        self._metrics = metrics
+        self._last: float | None = None
+        self._began = began
+        params = generation.params
+        self._choices = [Choice(index, served.tokenizer, params) for index in range(params.n)]
+
+    async def whole(self, leg: Leg) -> dict[str, Any]:
+        async for _ in self._pieces(leg):
+            pass
+        return self._answer.whole(self._choices, self._usage(), await leg.finish())
+
+    async def events(self, leg: Leg) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, up to but without `[DONE]`."""
+        opened: set[int] = set()
+        async for pieces in self._pieces(leg):
+            event = b""
+            for piece in pieces:
+                if self._answer.chat and piece.index not in opened:
+                    opened.add(piece.index)
+                    event += sse(self._answer.opening(piece.index))
+                if piece:
+                    event += sse(self._answer.chunk(piece))
+            if event:
+                yield event
+        if self._generation.include_usage:
+            yield sse(self._answer.closing(self._usage()))
+
+    async def _pieces(self, leg: Leg) -> AsyncIterator[list[Piece]]:
+        async for tokens in leg.stream:
+            self._measure(len(tokens))
+            pieces = []
+            for index in sorted({token.index for token in tokens}):
+                choice = self._choices[index]
+                if choice.finish_reason is not None:
+                    continue  # what was computed before the engine heard of a stop string
+                pieces.append(choice.push(token for token in tokens if token.index == index))
+                if choice.stopped:
+                    leg.stream.stop(index)
+            yield pieces
+
+    def _measure(self, count: int) -> None:
+        now = time.monotonic()
+        if self._last is None:
+            self._metrics.first_token.observe(now - self._began)
+        else:
+            self._metrics.per_token.observe((now - self._last) / count)
+        self._last = now
+
+    def _usage(self) -> dict[str, int]:
+        usage = usage_of(len(self._generation.prompt.token_ids), self._choices)
+        self._metrics.tokens.labels("prompt").inc(usage["prompt_tokens"])
+        self._metrics.tokens.labels("generated").inc(usage["completion_tokens"])
+        return usage

@@ -1,0 +1,133 @@
+"""Puts a language engine together from its settings, and takes it apart again. It serves nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+
+import aiohttp
+import torch
+from prometheus_client import CollectorRegistry
+from transformers import AutoConfig
+
+from engines.errors import SetupError
+from engines.language.app import LanguageApp, Parts
+from engines.language.embeddings import EmbeddingReceiver
+from engines.language.engine import LanguageEngine
+from engines.language.handoff import Handoffs, Waits
+from engines.language.kv import KVCache, KVLayout
+from engines.language.metrics import Metrics
+from engines.language.model import LanguageModel, ModelFacts
+from engines.language.requests import Served
+from engines.language.runner import Runner
+from engines.language.scheduler import Limits
+from engines.language.service import Rules, Service
+from engines.language.tokenizer import ChatTokenizer
+from engines.settings import LanguageSettings
+from engines.transfer import create
+from engines.transfer.base import Arena, Transfer, TransferError
+from engines.weights import WeightsError
+
+
+@asynccontextmanager
+async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
+    """Load the language model, open the transfers, start the model thread, and end all of them. Raises SetupError."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model, tokenizer = await asyncio.to_thread(_load, settings)
+    facts = model.facts
+    layout = layout_of(settings, facts, model.dtype)
+    async with AsyncExitStack() as stack:
+        transfers, kv_arena, embedding_arena = await _open(settings, layout, stack)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        cache = KVCache(layout, kv_arena.buffer)
+        runner = Runner(model, cache, settings.layers_per_push)
+        limits = limits_of(settings, facts, layout)
+        engine = LanguageEngine(limits, runner, cache, facts.eos_token_ids)
+        engine.start()
+        stack.push_async_callback(engine.close)
+        metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
+        waits = Waits(settings.handoff_timeout, settings.metaserver_timeout, settings.kv_lease)
+        handoffs = Handoffs(engine, transfers[0], (kv_arena, layout), waits, metrics, session)
+        stack.push_async_callback(handoffs.close)
+        width = facts.embedding_width
+        receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)
+        rules = Rules(facts.merge_size, settings.max_queue, settings.request_timeout)
+        service = Service(engine, handoffs, receiver, metrics, rules)
+        served = Served(tokenizer, limits, facts.vocab_size)
+        yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics))
+
+
+def layout_of(settings: LanguageSettings, facts: ModelFacts, dtype: torch.dtype) -> KVLayout:
+    """The KV cache that fits --kv-blocks or --kv-bytes. Raises SetupError if that is not one block."""
+    one = KVLayout(facts.num_layers, 1, settings.block_size, facts.num_kv_heads, facts.head_dim, dtype)
+    num_blocks = settings.kv_blocks or int(settings.kv_bytes) // one.nbytes
+    if num_blocks < 1:
+        raise SetupError(f"--kv-bytes {int(settings.kv_bytes)} is less than one KV block of {one.nbytes} bytes")
+    return replace(one, num_blocks=num_blocks)
+
+
+def limits_of(settings: LanguageSettings, facts: ModelFacts, layout: KVLayout) -> Limits:
+    """Raises SetupError when --max-model-len is more than the checkpoint has positions for."""
+    longest = settings.max_model_len or facts.max_positions
+    if longest > facts.max_positions:
+        raise SetupError(f"--max-model-len {longest} is more than the checkpoint's {facts.max_positions} positions")
+    return Limits(
+        num_blocks=layout.num_blocks,
+        block_size=layout.block_size,
+        max_model_len=longest,
+        max_num_seqs=settings.max_num_seqs,
+        max_batched_tokens=settings.max_batched_tokens,
+    )
+
+
+def _load(settings: LanguageSettings) -> tuple[LanguageModel, ChatTokenizer]:
+    if not settings.model.is_dir():
+        raise SetupError(f"--model {settings.model} is not a folder")
+    try:
+        model = LanguageModel.load(settings.model, _dtype(settings), settings.device)
+        return model.eval(), ChatTokenizer(settings.model)
+    except (OSError, ValueError, WeightsError) as error:
+        raise SetupError(f"--model {settings.model}: {error}") from None
+
+
+def _dtype(settings: LanguageSettings) -> torch.dtype:
+    if settings.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, settings.dtype)
+        return chosen
+    config = AutoConfig.from_pretrained(settings.model)
+    stored = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+async def _open(
+    settings: LanguageSettings, layout: KVLayout, stack: AsyncExitStack
+) -> tuple[list[Transfer], Arena, Arena]:
+    """The transfer that carries KV first and, where that is another, the one that carries embeddings last."""
+    name = settings.transfer
+    try:
+        transfers = [_create(settings, name)]
+        if not transfers[0].carries_kv:
+            transfers.insert(0, _create(settings, "shm"))
+        for transfer in transfers:
+            stack.push_async_callback(transfer.close)
+        transfers[0].facts = layout.facts()
+        kv_arena = transfers[0].allocate("kv", layout.nbytes)
+        embedding_arena = transfers[-1].allocate("embeddings", int(settings.embedding_bytes))
+        for transfer in transfers:
+            await transfer.start()
+    except (TransferError, OSError) as error:
+        raise SetupError(f"--transfer {name}: {error}") from None
+    return transfers, kv_arena, embedding_arena
+
+
+def _create(settings: LanguageSettings, name: str) -> Transfer:
+    return create(
+        name,
+        host=settings.transfer_bind,
+        advertise=settings.transfer_host,
+        rdma=settings.rdma,
+        storage_path=settings.storage_path if name == settings.transfer else None,
+    )
