@@ -1,0 +1,173 @@
+"""Greedy tokens of the paged runner equal `generate`, whatever is in the batch and wherever the chunks are cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engines.language.runner import BadEmbeddings, Runner
+from engines.language.sequence import Scheduled
+from tests.support.checkpoints import FAMILIES
+from tests.support.drive import CASES, case, driver, language_model, new_cache
+
+ALL = [(family, name) for family in FAMILIES for name in CASES]
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 7], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_greedy_tokens_equal_generate(family, name, chunk):
+    loop = driver(family, chunk=chunk)
+    want = case(family, name)
+    assert loop.finish(loop.of(want)) == [want.expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_may_go_in_token_by_token(family):
+    loop = driver(family, chunk=1)
+    want = case(family, "one")
+    assert loop.finish(loop.of(want)) == [want.expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_gives_each_sequence_its_own_tokens(family):
+    loop = driver(family, budget=40, chunk=24)
+    cases = [case(family, name) for name in CASES for _ in range(3)]
+    assert loop.finish(*(loop.of(one) for one in cases)) == [one.expected for one in cases]
+    assert max(loop.steps) > len(CASES), "the batch was never mixed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_late_arrivals_join_running_sequences(family):
+    loop = driver(family, chunk=50)
+    cases = [case(family, name) for name in CASES]
+    sequences = []
+    for one in cases:
+        sequences.append(loop.of(one))
+        loop.step(sequences)
+        loop.step(sequences)
+    assert loop.finish(*sequences) == [one.expected for one in cases]
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 64])
+def test_any_block_size_gives_the_same_tokens(block_size):
+    loop = driver("qwen3_vl", chunk=19, block_size=block_size, num_blocks=2048 // block_size)
+    cases = [case("qwen3_vl", name) for name in ("two", "long", "text")]
+    assert loop.finish(*(loop.of(one) for one in cases)) == [one.expected for one in cases]
+
+
+def test_recomputing_from_scratch_after_output_goes_on_as_before():
+    want = case("qwen2_vl", "two")
+    loop = driver("qwen2_vl", chunk=11)
+    seq = loop.of(want)
+    while seq.num_output_tokens < 5:
+        loop.step([seq])
+    seq.num_computed = 0
+    assert loop.finish(seq) == [want.expected]
+
+
+def test_saved_blocks_go_on_in_other_blocks():
+    want = case("qwen2_5_vl", "one")
+    loop = driver("qwen2_5_vl")
+    seq = loop.of(want)
+    for _ in range(4):
+        loop.step([seq])
+    cache = loop.runner.cache
+    saved = cache.save(seq.block_table)
+    cache.pool.fill_(7.0)
+    seq.block_table = [loop.free.pop() for _ in seq.block_table]
+    cache.restore(saved, seq.block_table)
+    assert loop.finish(seq) == [want.expected]
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_last():
+    want = case("qwen3_vl", "one")
+    loop = driver("qwen3_vl")
+    first = loop.of(want)
+    entry = Scheduled(first, 0, len(first.token_ids) - 1, False)
+    assert loop.runner.run([entry]) == []
+    first.num_computed = entry.count
+    second = first.fork(1)
+    shared = first.num_computed // 16
+    second.block_table = first.block_table[:shared] + [loop.free.pop() for _ in first.block_table[shared:]]
+    second.num_computed = first.num_computed
+    loop.runner.cache.copy_block(first.block_table[shared], second.block_table[shared])
+    assert loop.finish(first, second) == [want.expected] * 2
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_groups_of_layers_are_told_in_order_and_already_written(size):
+    model = language_model("qwen2_vl")
+    runner = Runner(model, new_cache(model), layers_per_push=size)
+    loop = driver("qwen2_vl")
+    seq = loop.sequence(range(40))
+    told, kept = [], []
+
+    def on_layers(first, last):
+        told.append((first, last))
+        kept.append(runner.cache.pool[first:last, seq.block_table].clone())
+
+    runner.run([Scheduled(seq, 0, 40, True)], on_layers)
+    layers = model.facts.num_layers
+    assert told == [(first, min(first + size, layers)) for first in range(0, layers, size)]
+    assert torch.equal(torch.cat(kept), runner.cache.pool[:, seq.block_table])
+
+
+def test_an_empty_step_does_nothing():
+    assert driver("qwen2_vl").runner.run([]) == []
+
+
+def test_results_come_in_the_order_of_the_batch():
+    loop = driver("qwen2_vl")
+    ahead, behind = loop.sequence(range(60)), loop.sequence([5] * 9)
+    loop.step([ahead])
+    batch = [Scheduled(behind, 0, 9, True), Scheduled(ahead, 60, 1, True)]
+    found = [one.token_id for one in loop.runner.run(batch)]
+    alone = [loop.runner.run([entry])[0].token_id for entry in batch]
+    assert found == alone
+    assert found == [one.token_id for one in loop.runner.run(batch[::-1])][::-1]
+
+
+class TestBadEmbeddings:
+    @pytest.fixture
+    def loop(self):
+        return driver("qwen3_vl")
+
+    @pytest.mark.parametrize("held", [None, [], [None]])
+    def test_missing_ones_are_named_before_the_model_runs(self, loop, held):
+        want = case("qwen3_vl", "one")
+        seq = loop.of(want)
+        seq.embeddings = held
+        with pytest.raises(BadEmbeddings, match=f"{seq.id}: tokens .* whose embedding is not here") as raised:
+            loop.step([seq])
+        assert raised.value.sequence is seq
+        assert not loop.runner.cache.pool.any(), "the model ran"
+
+    def test_a_chunk_before_the_image_needs_none(self, loop):
+        seq = loop.of(case("qwen3_vl", "long"))
+        seq.embeddings = None
+        loop.chunk = 32
+        loop.step([seq])
+        assert seq.num_computed == 32
+
+    def test_decoding_needs_none(self, loop):
+        want = case("qwen3_vl", "one")
+        seq = loop.of(want)
+        loop.step([seq])
+        seq.embeddings = None
+        assert loop.finish(seq) == [want.expected]
+
+    def test_the_width_must_hold_every_deepstack_level(self, loop):
+        want = case("qwen3_vl", "one")
+        seq = loop.of(want)
+        seq.embeddings = [one[:, :256] for one in want.embeddings]
+        with pytest.raises(BadEmbeddings, match=r"is \[\d+, 256\], the model needs \[\d+, 768\]"):
+            loop.step([seq])
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+    def test_numbers_that_are_not_finite_are_refused(self, loop, poison):
+        want = case("qwen3_vl", "one")
+        seq = loop.of(want)
+        seq.embeddings = [one.clone() for one in want.embeddings]
+        seq.embeddings[0][3, 300] = poison
+        with pytest.raises(BadEmbeddings, match="not finite"):
+            loop.step([seq])
