@@ -35,6 +35,7 @@ _FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"}
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
 _LARGE = 1 << 18  # bytes; parsing and hashing more than this takes a millisecond and leaves the loop
 _MODELS_TIMEOUT_S = 5.0
+_RETRY_AFTER_S = 1  # probes bring an engine back within seconds
 _CLIENT_GONE = "499"  # nginx's number for it, in logs and metrics only
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -94,7 +95,11 @@ class OpenAI:
         self._metrics.bytes.labels("from_clients").inc(len(raw))
         api, headers = Api(request.path), _end_to_end(request.headers)
         arguments = (raw, api, engine_id, self._identity(request.headers), headers)
-        job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
+        try:
+            job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
+        except ProxyError as error:
+            self._metrics.requests.labels("none", str(error.status)).inc()
+            raise
         for item in job.items:
             self._metrics.items.labels(item.modality).inc()
         return job
@@ -128,7 +133,7 @@ class OpenAI:
         """The models of every engine that can answer a client, each once."""
         asked = [i for role in (Role.DECODE, Role.PREFILL | Role.DECODE) for i in self._fleet.ready(role)]
         if not asked:
-            raise NoInstance("no decode instance is ready")
+            raise NoInstance("no decode engine is ready")
         lists = await asyncio.gather(*(self._models_of(instance) for instance in asked))
         found = {model["id"]: model for models in reversed(lists) for model in models}
         if not found:
@@ -168,13 +173,16 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         response = await handler(request)
     except ProxyError as error:
+        log.info("%s %s %s %s: %s", request_id.get(), request.method, request.path, error.status, error)
         response = _failed(error, {})
     except web.HTTPRequestEntityTooLarge as error:
         response = _failed(TooLarge(error.text or "the body is too large"), {})
     except web.HTTPException as error:
         response = _failed(_of_http(error, request), {})
-    except ClientGone:
-        raise
+    except web.RequestPayloadError as error:
+        response = _failed(BadRequest(f"the body cannot be read: {error}"), {})
+    except ConnectionError:
+        raise  # the client has gone
     except Exception:  # the edge of the server: a bug is answered as one, and logged whole
         log.exception("%s failed inside the proxy", request_id.get())
         response = _failed(ProxyError("the proxy failed; its log says why"), {})
@@ -191,6 +199,8 @@ def _of_http(error: web.HTTPException, request: web.Request) -> ProxyError:
 
 
 def _failed(error: ProxyError, headers: Mapping[str, str]) -> web.Response:
+    if error.status == 503:
+        headers = {"Retry-After": str(_RETRY_AFTER_S), **headers}
     return web.Response(status=error.status, body=error.json(), content_type="application/json", headers=headers)
 
 

@@ -59,6 +59,7 @@ class Run:
     attempts: int = 0
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     timer: asyncio.Timeout | None = None  # of the leg that answers
+    decode_began: float = 0.0
 
     def headers(self) -> dict[str, str]:
         """The route receipt and the durations known by now."""
@@ -69,6 +70,8 @@ class Run:
 
 
 class Dispatcher:
+    """One for the whole proxy; all that belongs to one request is in its Run."""
+
     def __init__(
         self,
         fleet: Fleet,
@@ -185,6 +188,8 @@ class Dispatcher:
                 raise
             log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
         waiting.finish(None)
+        if not run.sink.started:
+            run.decode_began = self._clock()
         self._patience(run, self._first_answer(job))
 
     async def _prefill(
@@ -207,6 +212,7 @@ class Dispatcher:
 
         data = orjson.dumps(body)
         self._metrics.bytes.labels("to_engines").inc(len(data))
+        run.decode_began = self._clock()
         async with (
             deadline(self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
             self._upstream.post(leg.instance, Stage.DECODE, job.api, data, _headers(job, job.id)) as answer,
@@ -216,7 +222,7 @@ class Dispatcher:
                 await relay.stream(answer, run.sink, head, Stage.DECODE, run.timer, idle)
             else:
                 await relay.whole(answer, run.sink, head, Stage.DECODE)
-        self._metrics.observe("decode", self._clock() - run.began - run.timings["ttft"])
+        self._timed(run, "decode", run.decode_began)
 
     def _first_answer(self, job: Job) -> float:
         return self._timeouts.first_token if job.stream else self._timeouts.answer

@@ -76,15 +76,19 @@ class Health:
             if instance.state is not State.READY:
                 await self._introduce(instance)
         except (EngineFailed, Unfit) as error:
-            instance.failures += 1
-            # A wrong role or dialect does not heal by asking again, but an engine that starts may refuse for a while.
-            if instance.failures >= self._probing.failures and instance.state is not State.JOINING:
-                self._apply(instance, Event.FAILED, str(error))
-            elif instance.state is State.JOINING:
-                instance.reason = str(error)
+            self._failed(instance, str(error))
         else:
             instance.failures = 0
             self._apply(instance, Event.HEALTHY, "healthy")
+
+    def _failed(self, instance: Instance, reason: str) -> None:
+        instance.failures += 1
+        if instance.state is State.JOINING:
+            if instance.reason != reason:
+                log.info("%s %s is not ready: %s", instance.role.label, instance.netloc, reason)
+            instance.reason = reason
+        elif instance.failures >= self._probing.failures:
+            self._apply(instance, Event.FAILED, reason)
 
     async def _introduce(self, instance: Instance) -> None:
         """Ask an engine what it is before it may serve. Raises Unfit, EngineFailed."""

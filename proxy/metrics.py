@@ -21,7 +21,7 @@ class Metrics:
             for name, what in {
                 "encode": "From the first encode call of a request to the last encoder's answer",
                 "prefill": "From the prefill call to the prefill engine's answer",
-                "decode": "From the first byte of an answer to its last",
+                "decode": "From the end of prefill, or the call of an engine that does both, to the end of the answer",
                 "ttft": "From the request's arrival to the first byte that proves success",
                 "e2e": "From the request's arrival to the end of its answer",
             }.items()

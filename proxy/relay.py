@@ -20,8 +20,8 @@ Head = Callable[[], Mapping[str, str]]
 _DRAIN_S = 1.0  # for the end of an upstream body after [DONE], so that its connection can be used again
 
 
-class ClientGone(Exception):
-    """The client closed its connection: nothing is left to answer."""
+class ClientGone(ConnectionResetError):
+    """The client closed its connection: nothing is left to answer. The server knows its base and stays quiet."""
 
 
 class Sink(Protocol):

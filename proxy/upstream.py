@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
@@ -129,7 +130,7 @@ def _edge(stage: Stage, instance: Instance) -> Iterator[None]:
     except aiohttp.ConnectionTimeoutError:
         raise Unreachable(f"{who} did not accept a connection in time", stage=stage) from None
     except aiohttp.ClientConnectorError as error:
-        raise Unreachable(f"{who} cannot be reached: {error.os_error.strerror or error}", stage=stage) from None
+        raise Unreachable(f"{who} cannot be reached: {os.strerror(error.os_error.errno or 0)}", stage=stage) from None
     except aiohttp.ClientPayloadError:
         raise Broken(f"{who} broke off in the middle of its answer", stage=stage) from None
     except aiohttp.ServerDisconnectedError:

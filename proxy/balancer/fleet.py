@@ -1,8 +1,7 @@
 """The instances and their lives. One table says how states move; no probe is sent and no clock read here.
 
-   ┌────────── HEALTHY ─────────┐
-JOINING ── FAILED ──▶ DOWN ─ HEALTHY ─▶ READY ── FAILED ──▶ DOWN
-   any but GONE ── DRAIN ──▶ DRAINING ── IDLE ──▶ GONE        JOIN brings DRAINING back
+JOINING ──HEALTHY──▶ READY ──FAILED──▶ DOWN ──HEALTHY──▶ READY
+any but GONE ──DRAIN──▶ DRAINING ──IDLE──▶ GONE        JOIN makes DRAINING and DOWN JOINING again
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ class Event(StrEnum):
 
 
 TRANSITIONS: dict[State, dict[Event, State]] = {
-    State.JOINING: {
+    State.JOINING: {  # until it has been healthy once, a failed probe means that it is still starting
         Event.HEALTHY: State.READY,
-        Event.FAILED: State.DOWN,
         Event.DRAIN: State.DRAINING,
         Event.JOIN: State.JOINING,
     },

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.core import ROLES, Path, Role, Stage, State
+from proxy.core import BOTH, ROLES, Path, Role, Stage, State
 from proxy.errors import BadRequest, NoInstance
 from proxy.routing import paths
 
 Census = Mapping[Role, Mapping[State, int]]
 """How many instances of each role are in each state."""
 
+_WORDS = {BOTH: "combined"}
 _STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL}
 
 
@@ -55,7 +56,8 @@ def _unavailable(options: tuple[Path, ...], census: Census) -> NoInstance:
     missing = next(role for role in wanted.roles if not census.get(role, {}).get(State.READY))
     states = ", ".join(f"{count} {state}" for state, count in census.get(missing, {}).items() if count)
     return NoInstance(
-        f"no {missing.label} instance is ready ({states or 'none known'})", stage=_STAGES.get(missing, Stage.DECODE)
+        f"no {_WORDS.get(missing, missing.label)} engine is ready ({states or 'none known'})",
+        stage=_STAGES.get(missing, Stage.DECODE),
     )
 
 

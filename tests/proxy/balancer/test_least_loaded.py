@@ -1,0 +1,63 @@
+"""The heap against a list that is searched from end to end."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from proxy.balancer.least_loaded import LeastLoaded
+
+KEYS = "abcdefgh"
+
+
+class AgainstNaive(RuleBasedStateMachine):
+    """Loads and last uses in plain dicts, the least found by min()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = LeastLoaded()
+        self.known: set[str] = set()
+        self.loads: dict[str, int] = {}
+        self.used: dict[str, int] = {}
+        self.turn = 0
+
+    @rule(candidates=st.sets(st.sampled_from(KEYS), min_size=1))
+    def choose(self, candidates: set[str]) -> None:
+        wanted = min(candidates, key=lambda key: (self.loads.get(key, 0), self.used.get(key, 0), key))
+        assert self.policy.choose(candidates) == wanted
+        self.turn += 1
+        self.used[wanted] = self.turn
+        self.known |= candidates
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), load=st.integers(0, 5))
+    def change(self, data: st.DataObject, load: int) -> None:
+        key = data.draw(st.sampled_from(sorted(self.known)))
+        self.policy.changed(key, load)
+        self.loads[key] = load
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.known)))
+        self.policy.forget(key)
+        self.known.discard(key)
+        self.loads.pop(key, None)
+        self.used.pop(key, None)
+
+    @invariant()
+    def the_heap_stays_small(self) -> None:
+        assert len(self.policy._heap) <= 2 * len(KEYS) + 9
+
+
+AgainstNaive.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAgainstNaive = AgainstNaive.TestCase
+
+
+def test_a_late_lease_of_a_forgotten_instance_does_not_bring_it_back() -> None:
+    policy = LeastLoaded()
+    policy.choose(["a"])
+    policy.forget("a")
+    policy.changed("a", 0)
+    assert repr(policy) == "<LeastLoaded []>"

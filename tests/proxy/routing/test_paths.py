@@ -1,0 +1,9 @@
+"""Text never touches an encoder; media always do."""
+
+from proxy.core import Role
+from proxy.routing import paths
+
+
+def test_text_takes_no_encoder_and_media_one() -> None:
+    assert all(Role.ENCODE not in path.roles for path in paths.candidates(False))
+    assert all(path.roles[0] is Role.ENCODE for path in paths.candidates(True))
