@@ -1,0 +1,153 @@
+"""The encoder's routes over real sockets, with a toy model behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from engines.encoder.app import EncoderApp, build
+from engines.errors import SetupError
+from engines.serve import running
+from engines.settings import EncoderSettings
+from engines.weights import LoadReport
+from tests.support.checkpoints import checkpoint
+from tests.support.encoding import Toy, embedding, media, toy_encoder
+
+REPORT = LoadReport(("visual.blocks.0.weight", "visual.merger.weight"), 1024)
+
+
+class Client:
+    def __init__(self, url: str, toy: Toy, session: aiohttp.ClientSession) -> None:
+        self.url, self.toy, self.session = url, toy, session
+
+    async def encode(self, *urls: str, **extra: Any) -> tuple[int, dict[str, Any]]:
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        body = {"model": "toy", "messages": [{"role": "user", "content": content}], **extra}
+        async with self.session.post(f"{self.url}/v1/chat/completions", json=body) as response:
+            return response.status, await response.json()
+
+    async def get(self, path: str) -> Any:
+        async with self.session.get(self.url + path) as response:
+            return await response.json() if path != "/metrics" else await response.text()
+
+    async def cache(self) -> dict[str, int]:
+        return (await self.get("/info"))["cache"]
+
+
+@asynccontextmanager
+async def client(**changes: Any) -> AsyncIterator[Client]:
+    async with toy_encoder(**changes) as toy:
+        app = EncoderApp(toy.settings, toy.encoder, toy.transfer, REPORT)
+        async with running(app, toy.settings) as url, aiohttp.ClientSession() as session:
+            yield Client(url, toy, session)
+
+
+async def test_one_handle_per_content_and_every_index() -> None:
+    async with client() as it:
+        status, reply = await it.encode(media(3, "a"), media(5, "b"), media(3, "a"))
+        assert status == 200
+        entries = list(reply["ec_transfer_params"].values())
+        assert [entry["item_indices"] for entry in entries] == [[0, 2], [1]]
+        assert reply["usage"]["prompt_tokens"] == 11
+        for entry, expected in zip(entries, [embedding(3, "a"), embedding(5, "b")], strict=True):
+            assert (await it.toy.fetch(entry["where"], expected.nbytes)).equal(expected)
+        assert (await it.cache())["pinned"] == 2, "the answer named them"
+        it.toy.check()
+
+
+async def test_a_broken_item_is_named_and_its_neighbours_are_cached() -> None:
+    async with client() as it:
+        status, reply = await it.encode(media(3, "a"), media(1, "broken"), media(2, "b"))
+        assert (status, reply["error"]["param"]) == (400, "messages[0].content[1]")
+        assert (reply["error"]["code"], reply["error"]["stage"]) == ("invalid_image", "encode")
+        assert "messages[0].content[1]" in reply["error"]["message"]
+        assert (await it.cache())["items"] == 2
+        assert (await it.encode(media(3, "a"), media(2, "b")))[0] == 200
+        assert it.toy.model.items == 2
+
+
+async def test_a_failure_that_no_retry_mends_is_told_first() -> None:
+    async with client(tokens=10) as it:
+        assert (await it.encode(media(10, "full")))[0] == 200
+        status, reply = await it.encode(media(3, "a"), media(1, "broken"))
+        assert (status, reply["error"]["code"]) == (400, "invalid_image")
+        status, reply = await it.encode(media(3, "a"))
+        assert (status, reply["error"]["code"], reply["error"]["retryable"]) == (503, "cache_full", True)
+
+
+async def test_a_client_that_leaves_cancels_its_items() -> None:
+    async with client(max_batch_patches=1) as it:
+        it.toy.model.gate.clear()
+        first = asyncio.create_task(it.encode(media(1, "first")))
+        assert await asyncio.to_thread(it.toy.model.entered.acquire, timeout=30)
+        leaver = asyncio.create_task(it.encode(media(1, "x"), media(1, "y")))
+        async with asyncio.timeout(10):
+            while it.toy.encoder.queue()["waiting"] < 2:
+                await asyncio.sleep(0.001)
+            leaver.cancel()
+            while it.toy.encoder.queue()["waiting"]:
+                await asyncio.sleep(0.001)
+        it.toy.model.gate.set()
+        assert (await first)[0] == 200
+        assert it.toy.model.items == 1
+        it.toy.check()
+
+
+async def test_the_deadline_names_its_flag_and_unpins() -> None:
+    async with client(encode_timeout=0.05) as it:
+        it.toy.model.gate.clear()
+        status, reply = await it.encode(media(1, "a"))
+        assert (status, reply["error"]["code"]) == (504, "encode_timeout")
+        assert "--encode-timeout" in reply["error"]["message"]
+        it.toy.model.gate.set()
+
+
+@pytest.mark.parametrize(
+    ("extra", "status"),
+    [
+        ({"model": "gpt"}, 404),
+        ({"stream": True}, 400),
+        ({"mm_processor_kwargs": {"fps": 2}}, 400),
+        ({"mm_processor_kwargs": {"min_pixels": 100}}, 200),
+        ({"messages": []}, 400),
+    ],
+)
+async def test_requests_are_checked_before_anything_is_done(extra: dict[str, Any], status: int) -> None:
+    async with client() as it:
+        assert (await it.encode(media(1), **extra))[0] == status
+        assert it.toy.model.items == (status == 200)
+
+
+async def test_info_and_metrics() -> None:
+    async with client() as it:
+        await it.encode(media(3), media(3))
+        info = await it.get("/info")
+        assert info["role"] == "encode"
+        assert info["weights"] == {"tensors": 2, "bytes": 1024, "prefixes": ["visual.blocks", "visual.merger"]}
+        assert info["cache"]["items"] == info["transfer"]["audit"]["publications"] == 1
+        assert info["transfer"]["nonce"] == it.toy.transfer.address.nonce
+        assert info["queue"] == {"items": 0, "waiting": 0, "running": 0, "patches": 0}
+        metrics = await it.get("/metrics")
+        assert "triptych_encode_batch_items_sum 1.0" in metrics
+        assert 'triptych_encode_stage_seconds_count{stage="decode"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": Path("/nowhere")}, "--model /nowhere is not a folder"),
+        ({"model": Path(__file__).parent}, "--model"),
+        ({"transfer": "storage", "storage_path": Path("/proc/nowhere")}, "--transfer storage"),
+    ],
+)
+async def test_what_cannot_start_names_its_flag(changes: dict[str, Any], says: str) -> None:
+    settings = EncoderSettings(**{"model": checkpoint("qwen2_vl"), "cache_bytes": "1MiB", **changes})
+    with pytest.raises(SetupError, match=says):
+        async with build(settings):
+            pass
