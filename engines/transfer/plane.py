@@ -5,13 +5,13 @@ Everything about promises, deadlines, peers' deaths and quarantine is in `endpoi
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from engines.transfer.base import Address, Arena
 from engines.transfer.spans import Moves, Table
 
-Ask = Callable[[Address, dict[str, Any], float], Awaitable[dict[str, Any]]]
+Ask = Callable[[Address, dict[str, Any], float], Coroutine[Any, Any, dict[str, Any]]]
 """Put a transport's own question to a peer's plane: (peer, body, timeout) → answer. On the loop."""
 
 

@@ -1,0 +1,86 @@
+"""Slots of registered memory through which scattered blocks travel as one piece, and the plan of what travels so.
+
+    blocks ─ gather ▶ sender's slot ── one write ──▶ receiver's slot ─ scatter ▶ blocks      (each step only if needed)
+
+For transports that pay per descriptor. Mooncake over TCP, 1000 × 16 KiB: 40 ms block by block, 10 ms gathered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from engines.transfer.spans import Moves, Table
+
+SLOT = 8 << 20
+FEW = 32
+"""Up to this many moves go directly: a round trip for slots would cost more."""
+LARGE = 64 << 10
+"""Moves of this average size go directly: copying twice would cost more than a descriptor, about 30 µs."""
+
+
+class Slots:
+    """A fixed pool; each slot is free or leased to an owner. Thread-safe, never waits."""
+
+    def __init__(self, count: int, size: int = SLOT) -> None:
+        self.size = size
+        self.array = np.zeros(count * size, dtype=np.uint8)
+        self._owners: list[str | None] = [None] * count
+        self._lock = threading.Lock()
+
+    @property
+    def address(self) -> int:
+        return int(self.array.ctypes.data)
+
+    @property
+    def leased(self) -> int:
+        return sum(owner is not None for owner in self._owners)
+
+    def lease(self, owner: str, most: int) -> list[int]:
+        """Up to `most` slots, as offsets into the pool; fewer, or none, when others hold them."""
+        with self._lock:
+            free = [index for index, held in enumerate(self._owners) if held is None][:most]
+            for index in free:
+                self._owners[index] = owner
+        return [index * self.size for index in free]
+
+    def holds(self, owner: str, offset: int) -> bool:
+        index, rest = divmod(offset, self.size)
+        return rest == 0 and 0 <= index < len(self._owners) and self._owners[index] == owner
+
+    def give_back(self, owner: str) -> None:
+        with self._lock:
+            self._owners = [None if held == owner else held for held in self._owners]
+
+
+def worth_staging(moves: Moves) -> bool:
+    return len(moves) > FEW and int(moves[:, 2].sum()) < LARGE * len(moves)
+
+
+def batches(moves: Moves, size: int) -> Iterator[Moves]:
+    """Cut moves into consecutive batches of at most `size` bytes, splitting a move where it must be."""
+    rows: list[tuple[int, int, int]] = []
+    room = size
+    for source, target, length in moves.tolist():
+        done = 0
+        while done < length:
+            take = min(length - done, room)
+            rows.append((source + done, target + done, take))
+            done += take
+            room -= take
+            if room == 0:
+                yield np.array(rows, dtype=np.int64)
+                rows, room = [], size
+    if rows:
+        yield np.array(rows, dtype=np.int64)
+
+
+def packed(lengths: Table, start: int) -> Table:
+    """Offsets of pieces that lie one after the other from `start`."""
+    return start + np.cumsum(lengths) - lengths
+
+
+def one_run(offsets: Table, lengths: Table) -> bool:
+    return bool((offsets[1:] == offsets[:-1] + lengths[:-1]).all())
