@@ -22,7 +22,7 @@ from proxy.balancer.fleet import Fleet
 from proxy.callbacks import Metaserver, Waiting
 from proxy.core import BOTH, Body, Handle, Item, Job, Leg, Order, Plan, Role, Stage
 from proxy.dialects.base import BadReply, Dialect
-from proxy.errors import Broken, ProxyError, Refused
+from proxy.errors import Broken, ProxyError, Refused, within_200
 from proxy.metrics import Metrics
 from proxy.relay import Sink
 from proxy.tasks import together
@@ -248,7 +248,7 @@ class Dispatcher:
         if not isinstance(parsed, dict):
             raise Broken(f"the {stage} engine {leg.instance.netloc} answered 200 without a JSON object", stage=stage)
         if parsed.get("error"):
-            raise Refused(502, reply, stage=stage)
+            raise within_200(parsed, stage=stage)
         return parsed
 
     def _dialect(self, leg: Leg) -> Dialect:

@@ -180,8 +180,8 @@ def _stage(value: Any, default: Stage) -> Stage:
     return Stage(value) if value in set(Stage) else default
 
 
-def streamed(event: Mapping[str, Any], *, stage: Stage) -> Refused:
-    """The failure that an error event inside a stream with status 200 tells of."""
+def within_200(event: Mapping[str, Any], *, stage: Stage) -> Refused:
+    """The failure that an error object tells of although the status was 200, in a stream or whole."""
     inner = event.get("error")
     code = inner.get("code") if isinstance(inner, dict) else None
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502

@@ -10,7 +10,7 @@ import orjson
 from aiohttp import web
 
 from proxy.core import Stage
-from proxy.errors import Broken, ProxyError, streamed
+from proxy.errors import Broken, ProxyError, within_200
 from proxy.sse import DONE, Event, EventTooLong, Splitter
 from proxy.upstream import Answer
 
@@ -80,11 +80,11 @@ class ClientSink:
 
 
 async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
-    """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200."""
+    """Relay an unwithin_200 answer. Raises Broken if it is none, Refused if it is an error with status 200."""
     body = await answer.read()
     parsed = _object(body, stage)
     if "error" in parsed:
-        raise streamed(parsed, stage=stage)
+        raise within_200(parsed, stage=stage)
     if not isinstance(parsed.get("choices"), list):
         raise Broken(f"the {stage} engine's answer has no choices", stage=stage)
     await sink.begin("application/json", head(), len(body))
@@ -151,7 +151,7 @@ class StreamCheck:
                 if self.done:
                     break
             if not chunk and not self.done:
-                raise Broken(f"the {self._stage} engine's stream ended without [DONE]", stage=self._stage)
+                raise Broken(f"the {self._stage} engine's stream broke off", stage=self._stage)
         except ProxyError as error:
             self.error = error
         except EventTooLong as error:
@@ -176,7 +176,7 @@ class StreamCheck:
             return  # a comment
         parsed = _object(data, self._stage)
         if parsed.get("error"):
-            raise streamed(parsed, stage=self._stage)
+            raise within_200(parsed, stage=self._stage)
         if self._held is not None and _proves(parsed):
             ready.extend(self._held)
             self._held = None

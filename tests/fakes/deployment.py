@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -38,9 +39,11 @@ class Deployment:
         return self.proxy.url
 
     async def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> Answer:
-        kwargs: dict[str, Any] = {"data": body} if isinstance(body, bytes) else {"json": body}
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.http.post(self.url + path, headers=named, **kwargs) as response:
+        data = io.BytesIO(body if isinstance(body, bytes) else orjson.dumps(body))
+        named = {"content-type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        async with self.http.post(self.url + path, headers=named, data=data) as response:
             return Answer(response.status, response.headers, await response.read())
 
     async def get(self, path: str) -> Answer:
