@@ -217,3 +217,26 @@ async def test_many_items_at_once_keep_the_arena_straight() -> None:
                 group.create_task(one(n))
         toy.check()
         assert toy.encoder.cache_info()["bytes"] <= 64 * TOKEN_BYTES
+
+
+async def test_an_evicted_item_is_published_anew_while_its_old_bytes_are_still_read() -> None:
+    async with toy_encoder(tokens=10, **NEVER_HELD) as toy:
+        old = await encoded(toy, 5, "cat")
+        reading, go_on = threading.Event(), threading.Event()
+
+        def slowly(_moves: Any) -> None:
+            reading.set()
+            assert go_on.wait(30)
+
+        toy.transfer.plane.script = slowly  # type: ignore[attr-defined]
+        reader = asyncio.create_task(toy.fetch(old.value.where, old.nbytes))
+        assert await asyncio.to_thread(reading.wait, 30)
+        assert toy.encoder._evict()
+        new = await encoded(toy, 5, "cat")
+        assert new.offset != old.offset
+        go_on.set()
+        assert (await reader).equal(embedding(5, "cat"))
+        toy.transfer.plane.script = None  # type: ignore[attr-defined]
+        assert (await toy.fetch(new.value.where, new.nbytes)).equal(embedding(5, "cat"))
+        await until(lambda: toy.encoder.cache_info()["leaving"] == 0)
+        toy.check()
