@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ SPECIAL_TOKENS = (
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 PRINTABLE = range(0x20, 0x7F)
+LOUD = re.compile(r"\.(q_proj|k_proj|q_norm|k_norm|v_proj|o_proj|down_proj)\.weight$")
 
 # The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token
 # between vision markers.
@@ -162,22 +164,25 @@ PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor
 
 
 def randomise(model: PreTrainedModel, seed: int) -> None:
-    """Weights that make the tokens depend on everything before them.
+    """Weights that make every token depend on everything before it.
 
     The usual initialisation (normal, 0.02) leaves a tiny model repeating one token whatever the image, which no test
-    could tell from a lost embedding. Matrices are scaled by their fan-in instead. Bytes outside printable ASCII and the
-    special tokens get small output rows, so that answers are readable and seldom end early.
+    could tell from a lost embedding. Here matrices are scaled by their fan-in, and in the language model the residual
+    stream starts small, attention is sharp and its output counts: answers of 48 tokens hold some 30 different ones
+    instead of 10. Bytes outside printable ASCII and the special tokens get small output rows, so that answers are
+    readable and seldom end early.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim < 2:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                parameter.copy_(noise + parameter)
+                parameter.add_(noise * 0.1)
             else:
-                fan_in = math.prod(parameter.shape[1:])
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
-        model.get_input_embeddings().weight.mul_(math.sqrt(HIDDEN))
+                parameter.copy_(noise / math.sqrt(math.prod(parameter.shape[1:])))
+            if "language_model" in name and LOUD.search(name):
+                parameter.mul_(2)
+        model.get_input_embeddings().weight.mul_(0.3 * math.sqrt(HIDDEN))
         head = model.get_output_embeddings().weight
         head.mul_(2)
         quiet = [token for token in range(head.shape[0]) if token not in PRINTABLE]
