@@ -206,6 +206,19 @@ def attend_decodes(step: Step, layer: torch.Tensor, query: torch.Tensor, group: 
     return out.reshape(query.shape)
 
 
+def attend_chunk(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """`query` is `[1, heads, n, head_dim]`; without a mask its first token sees the first key alone, or the only one
+    sees all of them. The result is `[n, heads, head_dim]`.
+    """
+    causal = mask is None and query.shape[2] > 1
+    out = scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
 def paged_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -218,32 +231,27 @@ def paged_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: `query` is `[1, heads, T, head_dim]`, the result `[1, T, heads, head_dim]`.
 
-    Causality comes from the step; `attention_mask` must be None.
+    Causality comes from the step; `attention_mask` must be None. In the last layer nothing reads a chunk's rows but its
+    last one: the others are zeros there.
     """
     index: int = module.layer_idx  # type: ignore[assignment]
-    rows, layer = step.cache.rows[index], step.cache.layers[index]
+    layout, rows, layer = step.cache.layout, step.cache.rows[index], step.cache.layers[index]
     rows.index_copy_(0, step.key_rows, key[0].transpose(0, 1))
     rows.index_copy_(0, step.value_rows, value[0].transpose(0, 1))
     step.written(index)
 
-    tokens = query[0].transpose(0, 1)  # [T, heads, head_dim]
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    tail = index == layout.num_layers - 1
+    tokens = query[0].transpose(0, 1)
+    out = tokens.new_zeros(tokens.shape) if tail else torch.empty_like(tokens, memory_format=torch.contiguous_format)
     for group in step.decodes:
         part = slice(group.first, group.last)
         out[part] = attend_decodes(step, layer, tokens[part], group, scaling)
     for first, last in step.starts:
-        part = slice(first, last)
-        attended = scaled_dot_product_attention(
-            query[:, :, part], key[:, :, part], value[:, :, part], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        out[part] = attended[0].transpose(0, 1)
+        part, held = slice(last - 1 if tail else first, last), slice(first, last)
+        out[part] = attend_chunk(query[:, :, part], key[:, :, held], value[:, :, held], None, scaling)
     for chunk in step.chunks:
-        part = slice(chunk.first, chunk.last)
-        keys, values = gather(step, layer, chunk)
-        attended = scaled_dot_product_attention(
-            query[:, :, part], keys, values, attn_mask=chunk.mask, scale=scaling, enable_gqa=True
-        )
-        out[part] = attended[0].transpose(0, 1)
+        part, mask = slice(chunk.last - 1 if tail else chunk.first, chunk.last), None if tail else chunk.mask
+        out[part] = attend_chunk(query[:, :, part], *gather(step, layer, chunk), mask, scaling)
     return out[None], None
 
 

@@ -52,7 +52,8 @@ class ModelFacts:
         if config.model_type not in FAMILIES:
             raise SetupError(f"{folder} holds a {config.model_type} model; this engine serves {', '.join(FAMILIES)}")
         text = config.text_config
-        refuse_unsupported(folder, text)
+        levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        refuse_unsupported(folder, text, levels)
         return cls(
             family=config.model_type,
             num_layers=text.num_hidden_layers,
@@ -63,17 +64,19 @@ class ModelFacts:
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
             merge_size=config.vision_config.spatial_merge_size,
-            deepstack_levels=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+            deepstack_levels=levels,
             image_token_id=config.image_token_id,
             eos_token_ids=eos_token_ids(folder, text),
         )
 
 
-def refuse_unsupported(folder: Path, text: Any) -> None:
+def refuse_unsupported(folder: Path, text: Any, levels: int) -> None:
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         raise SetupError(
             f"{folder} uses sliding-window attention, which this engine has not; set use_sliding_window to false"
         )
+    if levels >= text.num_hidden_layers:
+        raise SetupError(f"{folder} has {levels} deepstack levels for {text.num_hidden_layers} layers")
     rope = (text.rope_parameters or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise SetupError(f"{folder} scales its rotary embedding by the longest sequence of a batch (rope_type {rope})")
@@ -130,25 +133,32 @@ class LanguageModel(nn.Module):
         return hidden
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, step: attention.Step, deepstack: Sequence[Deepstack] = ()
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        step: attention.Step,
+        deepstack: Sequence[Deepstack],
+        rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Run all layers over packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]`; returns `[T, hidden]`
-        before the norm.
+        """Run all layers over packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]`; returns the logits of
+        `rows`, `[len(rows), vocab]`. Rows that end a sequence's share of the step may be asked for, no others.
 
-        The layers are driven here and not by transformers' `forward`, which would build masks that paged attention
-        has no use for.
+        The layers are driven here, not by transformers' `forward`, which would build masks and give every row of the
+        last layer its MLP: a quarter of a four-layer model's prefill.
         """
         hidden = hidden[None]
         rotary = self.model.rotary_emb(hidden, positions[:, None])
-        for index, layer in enumerate(self.model.layers):
+        *layers, last = self.model.layers
+        for index, layer in enumerate(layers):
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, step=step)
             for extra in deepstack:
                 extra.add(hidden[0], index)
-        return hidden[0]
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[n, hidden]` as `forward` returns it → `[n, vocab]`."""
-        logits: torch.Tensor = self.lm_head(self.model.norm(hidden))
+        attended, _ = last.self_attn(
+            hidden_states=last.input_layernorm(hidden), attention_mask=None, position_embeddings=rotary, step=step
+        )
+        kept = hidden[0].index_select(0, rows) + attended[0].index_select(0, rows)
+        kept = kept + last.mlp(last.post_attention_layernorm(kept))
+        logits: torch.Tensor = self.lm_head(self.model.norm(kept))
         return logits
 
 

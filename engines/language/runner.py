@@ -80,12 +80,9 @@ class Runner:
         pack = self.pack(batch)
         step = plan(self.cache, self.scratch, pack.queries, self._groups(on_layers))
         hidden, deepstack = self._embed(pack)
-        hidden = self.model(hidden, pack.positions, step, deepstack)
-        sequences = [entry.seq for entry in batch if entry.sample]
-        if not sequences:
-            return []
-        rows = torch.tensor(pack.last_rows, device=hidden.device)
-        return self.sampler.sample(self.model.logits(hidden.index_select(0, rows)), sequences)
+        rows = torch.tensor(pack.last_rows, dtype=torch.int64, device=hidden.device)
+        logits = self.model(hidden, pack.positions, step, deepstack, rows)
+        return self.sampler.sample(logits, [entry.seq for entry in batch if entry.sample])
 
     def pack(self, batch: Listing[Scheduled]) -> Pack:
         """Order the batch as attention wants it (single tokens first, longest first) and gather the inputs of every

@@ -54,6 +54,8 @@ class Sampler:
         """One token per row of `logits` `[n, vocab]`, which may be overwritten. Each row depends on its own sequence
         alone.
         """
+        if not sequences:
+            return []
         logprobs = self._logprobs(logits, sequences)
         logits = logits.float()
         for row, seq in enumerate(sequences):

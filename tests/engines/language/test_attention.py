@@ -17,11 +17,13 @@ HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 
 
 class Layer(torch.nn.Module):
-    layer_idx = 1
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
 
 
 def new_cache(block_size: int = 4, num_blocks: int = 400) -> KVCache:
-    return KVCache(KVLayout(2, num_blocks, block_size, KV_HEADS, HEAD_DIM, torch.float32))
+    return KVCache(KVLayout(3, num_blocks, block_size, KV_HEADS, HEAD_DIM, torch.float32))
 
 
 def plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -46,19 +48,18 @@ class Bench:
             table = [free.pop() for _ in range(-(-(start + count) // block_size))]
             self.queries.append(Query(table, start, count))
             for token in range(start):
-                row = self.cache.key_row(table[token // block_size], token % block_size)
-                self.cache.rows[1][row] = held[1, token, :KV_HEADS]
-                self.cache.rows[1][row + block_size] = held[2, token, :KV_HEADS]
+                self.cache.pool[:, table[token // block_size], 0, token % block_size] = held[1, token, :KV_HEADS]
+                self.cache.pool[:, table[token // block_size], 1, token % block_size] = held[2, token, :KV_HEADS]
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         new = torch.cat([held[:, q.start :] for held, q in zip(self.tokens, self.queries, strict=True)], 1)
         query, key, value = (part.transpose(0, 1)[None] for part in new)
         told: list[int] = []
         step = plan(self.cache, Scratch(self.cache), self.queries, told.append)
         out, weights = paged_attention(
-            Layer(), query, key[:, :KV_HEADS], value[:, :KV_HEADS], None, HEAD_DIM**-0.5, step, dropout=0.0
+            Layer(layer), query, key[:, :KV_HEADS], value[:, :KV_HEADS], None, HEAD_DIM**-0.5, step, dropout=0.0
         )
-        assert told == [1]
+        assert told == [layer]
         assert weights is None
         expected = [
             plain(held[0, q.start :], held[1, :, :KV_HEADS], held[2, :, :KV_HEADS])
@@ -84,6 +85,15 @@ MIXES = {
 def test_it_equals_plain_attention(spans, block_size):
     found, expected = Bench(spans, block_size).run()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spans", MIXES.values(), ids=MIXES)
+def test_in_the_last_layer_the_last_row_of_each_sequence_counts(spans):
+    found, expected = Bench(spans).run(layer=2)
+    last = torch.tensor([count for _, count in spans]).cumsum(0) - 1
+    torch.testing.assert_close(found[last], expected[last], rtol=1e-5, atol=1e-5)
+    others = [row for row in range(len(found)) if row not in last]
+    assert not found[others].any()
 
 
 def test_small_gathers_give_the_same(monkeypatch):

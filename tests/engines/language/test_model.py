@@ -82,3 +82,11 @@ def test_rotary_scaling_by_the_longest_of_a_batch_is_refused(folder):
     change(folder, rope_parameters=rope)
     with pytest.raises(SetupError, match="rope_type dynamic"):
         ModelFacts.read(folder)
+
+
+def test_more_deepstack_levels_than_layers_are_refused(tmp_path):
+    config = json.loads((checkpoint("qwen3_vl") / "config.json").read_text())
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 1, 2, 3]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SetupError, match="4 deepstack levels for 4 layers"):
+        ModelFacts.read(tmp_path)
