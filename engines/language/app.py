@@ -93,8 +93,8 @@ class LanguageApp:
         }
 
     async def drain(self) -> None:
-        """Prefilled KV is still to be read, and pushes are to settle."""
-        while any(self._audit().values()):  # noqa: ASYNC110 - a transfer tells nobody when it is idle
+        """Until prefilled KV has been read, or its lease is over, and pushes are settled. What others owe us can go."""
+        while (audit := self._audit())["publications"] or audit["pushes"]:  # noqa: ASYNC110 - nobody tells when
             await asyncio.sleep(DRAIN_POLL)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
