@@ -6,13 +6,14 @@ It decides nothing: what a receiver promises is in `receiving`, what a sender do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
 
-from engines.transfer.base import Address, Arena, Spans, TransferError
+from engines.transfer.base import Address, Arena, PeerFailed, Spans, TransferError, TransferTimeout
 from engines.transfer.control import Control
 from engines.transfer.liveness import Deaths
 from engines.transfer.messages import (
@@ -121,13 +122,23 @@ class Endpoint:
 
     async def open(self, offer: Mapping[str, Any], *, timeout: float) -> OutgoingPush:
         parsed = parse(offer, Offer, self.name)
-        claim = Claim(parsed.ticket)
-        answer = await self._control.request(parsed.address.address(), claim, timeout=min(timeout, self._timeout))
+        receiver = parsed.address.address()
+        try:
+            answer = await self._control.request(receiver, Claim(parsed.ticket), timeout=min(timeout, self._timeout))
+        except (TransferTimeout, asyncio.CancelledError):
+            # the claim may still arrive: the same link brings this right behind it
+            self._tasks.spawn(self._disclaim(receiver, parsed.ticket))
+            raise
         if isinstance(answer, Refused):
             raise as_error(answer)
         if not isinstance(answer, Granted):
-            raise TransferError(f"the receiver answered a claim with {type(answer).__name__}")
+            raise PeerFailed(f"the receiver answered a claim with {type(answer).__name__}")
         return self._sending.push(parsed, answer.facts, timeout)
+
+    async def _disclaim(self, receiver: Address, ticket: str) -> None:
+        with contextlib.suppress(TransferError):
+            close = Close(ticket, "failed", "the sender gave up before it was let in")
+            await self._control.request(receiver, close, timeout=self._timeout)
 
     def audit(self) -> dict[str, int]:
         return self._receiving.audit() | self._sending.audit()
@@ -148,9 +159,11 @@ class Endpoint:
 
     async def _ask(self, peer: Address, body: dict[str, Any], timeout: float) -> dict[str, Any]:
         answer = await self._control.request(peer, Ask(body), timeout=timeout)
-        if isinstance(answer, Answer):
-            return answer.body
-        raise as_error(answer) if isinstance(answer, Refused) else TransferError("the peer gave no answer")
+        if isinstance(answer, Refused):
+            raise as_error(answer)
+        if not isinstance(answer, Answer):
+            raise PeerFailed(f"the peer answered a question with {type(answer).__name__}")
+        return answer.body
 
     async def _housekeeping(self) -> None:
         while True:
