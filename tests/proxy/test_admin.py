@@ -1,0 +1,105 @@
+"""The fleet by HTTP, with and without a key."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from proxy.core import State
+from tests.fakes.deployment import Deployment, deployment
+from tests.fakes.media import chat
+from tests.fakes.native import Language
+
+
+async def delete(d: Deployment, url: str | None, **headers: str) -> Any:
+    params = {} if url is None else {"url": url}
+    async with d.http.delete(d.url + "/instances", params=params, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def test_an_instance_joins_serves_drains_and_leaves() -> None:
+    async with deployment("1b", probe_interval=0.05) as d, Language() as late:
+        answer = await d.post({"role": "prefill_decode", "url": late.url + "/"}, "/instances")
+        assert answer.json["registered"] and answer.json["instance"]["url"] == late.url
+        instance = d.proxy.fleet.get(late.url)
+        assert instance is not None
+        async with asyncio.timeout(10):
+            while instance.state is not State.READY:
+                await asyncio.sleep(0.01)
+        gate = late.gate = d.combined[0].gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat())) for _ in range(2)]
+        await late.until(lambda: late.running == 1)
+        shown = {i["url"]: i for i in (await d.get("/instances")).json["instances"]}
+        assert shown[late.url] | {"load": 0} == {
+            "url": late.url,
+            "role": "both",
+            "dialect": "native",
+            "state": "READY",
+            "reason": "healthy",
+            "model": "tiny",
+            "leases": 1,
+            "load": 0,
+        }
+        assert (await d.post({"url": late.url}, "/instances/drain")).json["draining"]
+        assert instance.state is State.DRAINING
+        await d.proxy.health.tick()
+        assert d.proxy.fleet.get(late.url) is instance, "it still has a request"
+        gate.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200, 200]
+        async with asyncio.timeout(10):
+            while d.proxy.fleet.get(late.url) is not None:
+                await asyncio.sleep(0.01)
+        assert len(late.calls) == 1
+
+
+async def test_removing_lets_a_running_request_end() -> None:
+    async with deployment("1b") as d:
+        engine = d.combined[0]
+        gate = engine.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat()))
+        await engine.until(lambda: engine.running == 1)
+        assert await delete(d, engine.url) == (200, {"removed": True})
+        assert await delete(d, engine.url) == (200, {"removed": False})
+        assert (await d.post(chat())).status == 503
+        gate.set()
+        assert (await asking).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/instances", {"role": "chef", "url": "http://h:1"}, 400, "role"),
+        ("/instances", {"role": "decode", "url": "h:1"}, 400, "url"),
+        ("/instances", {"role": "decode"}, 400, "url"),
+        ("/instances", {"role": "decode", "url": "http://h:1", "more": 1}, 400, "more"),
+        ("/instances", {"role": "decode", "url": "vllm+http://h:1"}, 400, "url"),
+        ("/instances", b"{", 400, None),
+        ("/instances/drain", {"url": "http://h:1"}, 404, "url"),
+    ],
+)
+async def test_mistakes_are_told(path: str, body: Any, status: int, param: str | None) -> None:
+    async with deployment("1b") as d:
+        answer = await d.post(body, path)
+        assert (answer.status, answer.error["param"], answer.error["stage"]) == (status, param, "proxy")
+
+
+async def test_a_known_instance_keeps_its_role() -> None:
+    async with deployment("1b") as d:
+        answer = await d.post({"role": "encode", "url": d.combined[0].url}, "/instances")
+        assert (answer.status, answer.error["code"]) == (409, "conflict")
+
+
+async def test_changes_need_the_key_and_looking_does_not() -> None:
+    async with deployment("1b", admin_key="s3cret") as d:
+        url = d.combined[0].url
+        registration = {"role": "both", "url": url}
+        assert (await d.get("/instances")).status == 200
+        assert (await d.post(registration, "/instances")).status == 401
+        assert (await d.post(registration, "/instances", x_api_key="wrong")).status == 401
+        assert (await d.post({"url": url}, "/instances/drain")).error["type"] == "authentication_error"
+        assert (await delete(d, url))[0] == 401
+        assert (await d.post(registration, "/instances", x_api_key="s3cret")).status == 200
+        assert (await d.post(registration, "/instances", authorization="Bearer s3cret")).status == 200
+        assert (await delete(d, None, **{"X-API-Key": "s3cret"}))[0] == 400

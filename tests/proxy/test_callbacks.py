@@ -1,0 +1,113 @@
+"""The metaserver: who is found by which id, what they are told, and the address it is found under."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from proxy.callbacks import Metaserver
+from proxy.core import Instance, Role
+from proxy.errors import Conflict, NotFound, ProxyError, Unreachable
+from tests.fakes.deployment import deployment
+from tests.fakes.media import chat
+
+D = Instance("http://127.0.0.1:9", Role.DECODE, "native")
+
+
+@pytest.mark.parametrize("engine_id", ["chatcmpl-a-b:1", "cmpl-a-b:1-0"])
+async def test_a_request_is_found_by_the_engines_id(engine_id: str) -> None:
+    metaserver = Metaserver("h")
+    with metaserver.expect("a-b:1") as waiting:
+        assert metaserver.find(engine_id) is waiting
+        assert len(metaserver) == 1
+    with pytest.raises(NotFound):
+        metaserver.find(engine_id)
+
+
+@pytest.mark.parametrize("engine_id", [None, 3, "", "a", "cmpl-a-1", "cmpl-a", "chatcmpl-", "chatcmpl-b"])
+async def test_anything_else_is_not(engine_id: object) -> None:
+    metaserver = Metaserver("h")
+    with metaserver.expect("a"), pytest.raises(NotFound):
+        metaserver.find(engine_id)
+
+
+async def test_the_callback_ends_with_the_prefill() -> None:
+    with Metaserver("h").expect("a") as waiting:
+        asking = asyncio.create_task(waiting.prefill({"x": 1}))
+        assert await waiting.descriptor() == {"x": 1}
+        assert waiting.asked
+        waiting.finish(None)
+        waiting.finish(ProxyError("too late to matter"))
+        await asking
+        with pytest.raises(Conflict, match="asked for already"):
+            await waiting.prefill({"x": 1})
+
+
+async def test_the_callback_gets_the_prefills_error() -> None:
+    with Metaserver("h").expect("a") as waiting:
+        asking = asyncio.create_task(waiting.prefill({}))
+        await waiting.descriptor()
+        waiting.finish(Unreachable("no prefill"))
+        with pytest.raises(Unreachable, match="no prefill"):
+            await asking
+
+
+async def test_a_request_that_ends_first_lets_its_callback_go() -> None:
+    with Metaserver("h").expect("a") as waiting:
+        asking = asyncio.create_task(waiting.prefill({}))
+        await waiting.descriptor()
+    with pytest.raises(ProxyError, match="ended before"):
+        await asking
+
+
+async def test_one_id_waits_once() -> None:
+    metaserver = Metaserver("h")
+    with metaserver.expect("a"), pytest.raises(Conflict, match="in flight"), metaserver.expect("a"):
+        pass
+    assert len(metaserver) == 0
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "expected"),
+    [
+        ("10.0.0.7", None, "http://10.0.0.7:80/v1/metaserver"),
+        ("fe80::1", None, "http://[fe80::1]:80/v1/metaserver"),
+        ("0.0.0.0", "https://p/meta", "https://p/meta"),
+        ("0.0.0.0", None, "http://127.0.0.1:80/v1/metaserver"),
+        ("::", None, "http://127.0.0.1:80/v1/metaserver"),
+        ("", None, "http://127.0.0.1:80/v1/metaserver"),
+    ],
+)
+async def test_the_address_is_one_that_the_engine_can_reach(host: str, url: str | None, expected: str) -> None:
+    metaserver = Metaserver(host, url)
+    metaserver.port = 80
+    assert await metaserver.url_for(D) == expected == await metaserver.url_for(D)
+
+
+async def test_push_works_behind_a_wildcard_address() -> None:
+    async with deployment("1p1d", host="0.0.0.0") as d:
+        assert (await d.post(chat())).status == 200
+        assert d.decodes[0].callbacks == [(200, {"status": "ok"})]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [({"request_id": "chatcmpl-unknown"}, 404), ({}, 404), (b"{", 400), ([], 400)],
+)
+async def test_strangers_are_answered_in_the_error_contract(body: object, status: int) -> None:
+    async with deployment("1b") as d:
+        answer = await d.post(body, "/v1/metaserver")
+        assert (answer.status, answer.error["stage"]) == (status, "proxy")
+
+
+async def test_decode_hears_of_a_client_that_left() -> None:
+    async with deployment("1p1d") as d:
+        prefill, decode = d.prefills[0], d.decodes[0]
+        prefill.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat()))
+        await prefill.until(lambda: prefill.running == 1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await prefill.until(lambda: prefill.aborted == 1)
+        await decode.until(lambda: decode.aborted == 1)

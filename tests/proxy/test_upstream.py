@@ -1,0 +1,112 @@
+"""The edge to engines: every way a connection can fail has one of our names, and leaving hangs up."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from proxy.core import Instance, Role, Stage
+from proxy.errors import Broken, Refused, StageTimeout, Unreachable
+from proxy.upstream import Upstream, deadline
+from tests.fakes.faults import Fault, Kind
+from tests.fakes.native import Language
+
+BODY = b'{"messages":[],"stream":false}'
+PATH = "/v1/chat/completions"
+HEADERS = {"x-request-id": "id"}
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Language]:
+    async with Language() as engine:
+        yield engine
+
+
+def instance(engine: Language) -> Instance:
+    return Instance(engine.url, Role.DECODE, "native")
+
+
+async def post(engine: Language, upstream: Upstream, body: bytes = BODY) -> bytes:
+    async with upstream.post(instance(engine), Stage.DECODE, PATH, body, HEADERS) as answer:
+        assert answer.content_type.startswith("application/json")
+        return await answer.read()
+
+
+async def test_a_body_arrives_as_it_was_sent(engine: Language) -> None:
+    async with Upstream(5.0) as upstream:
+        assert b"choices" in await post(engine, upstream)
+        padded = BODY + b" " * (3 << 20)
+        assert b"choices" in await post(engine, upstream, padded)
+        sent = engine.calls[1].headers
+        assert (sent["content-length"], sent["content-type"]) == (str(len(padded)), "application/json")
+        assert sent["x-request-id"] == "id" and "accept-encoding" not in sent
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "says"),
+    [
+        (Fault(Kind.RESET), Broken, "without an answer"),
+        (Fault(Kind.TRUNCATED), Broken, "in the middle of its answer"),
+        (Fault(Kind.STATUS, status=418, error="short and stout"), Refused, "short and stout"),
+    ],
+)
+async def test_failures_have_names(engine: Language, fault: Fault, error: type[Exception], says: str) -> None:
+    async with Upstream(5.0) as upstream:
+        engine.fail(fault)
+        with pytest.raises(error, match=says):
+            await post(engine, upstream)
+
+
+async def test_a_closed_port_is_unreachable(engine: Language) -> None:
+    await engine.stop()
+    async with Upstream(5.0) as upstream:
+        with pytest.raises(
+            Unreachable, match=f"the decode engine {engine.netloc} cannot be reached: Connection refused"
+        ):
+            await post(engine, upstream)
+
+
+async def test_a_port_that_accepts_nobody_is_unreachable_in_time() -> None:
+    with socket.socket() as server, socket.socket() as first, socket.socket() as second:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)  # a queue of one: later connections get no answer to their SYN
+        for client in (first, second):
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        silent = Instance(f"http://127.0.0.1:{server.getsockname()[1]}", Role.DECODE, "native")
+        async with Upstream(0.2) as upstream:
+            with pytest.raises(Unreachable, match="did not accept a connection in time"):
+                async with upstream.post(silent, Stage.DECODE, PATH, BODY, HEADERS):
+                    pass
+
+
+async def test_leaving_early_hangs_up(engine: Language) -> None:
+    async with Upstream(5.0) as upstream:
+        engine.fail(Fault(Kind.STALL, after=1))
+        streamed = b'{"messages":[],"stream":true}'
+        async with upstream.post(instance(engine), Stage.DECODE, PATH, streamed, HEADERS) as answer:
+            assert await answer.chunk()
+        await engine.until(lambda: engine.aborted == 1)
+
+
+async def test_a_deadline_names_its_stage_and_other_timeouts_stay_themselves(engine: Language) -> None:
+    with pytest.raises(StageTimeout, match=f"the prefill engine {engine.netloc}") as caught:
+        async with deadline(0.01, Stage.PREFILL, instance(engine)):
+            await asyncio.Event().wait()
+    assert caught.value.stage == "prefill"
+    with pytest.raises(TimeoutError):
+        async with deadline(None, Stage.PREFILL, instance(engine)):
+            raise TimeoutError
+
+
+async def test_get_is_small_and_bounded(engine: Language) -> None:
+    async with Upstream(5.0) as upstream:
+        assert await upstream.get(instance(engine), "/health", 5.0) == (200, b"{}")
+
+
+async def test_a_session_is_needed(engine: Language) -> None:
+    with pytest.raises(RuntimeError, match="async with"):
+        await post(engine, Upstream(1.0))
