@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -22,6 +22,7 @@ from engines.language.sequence import SamplingParams, Sequence
 # A nucleus (top-p without top-k) is looked for among this many candidates before the whole vocabulary is sorted for it.
 NUCLEUS_CANDIDATES = 1024
 SEED_MASK = (1 << 64) - 1
+TINY = 1e-30  # the least temperature that float32 divides by without trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +52,27 @@ class Sampler:
         self.entropy = entropy
 
     def sample(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> list[Sampled]:
-        """One token per row of `logits` `[n, vocab]`, which may be overwritten. Each row depends on its own sequence
-        alone.
-        """
+        """One token per row of `logits`, `[n, vocab]`. Each row depends on its own sequence alone."""
         if not sequences:
             return []
-        logprobs = self._logprobs(logits, sequences)
         logits = logits.float()
-        for row, seq in enumerate(sequences):
-            self._shape(logits[row], seq)
-        tokens = cast("list[int]", logits.argmax(-1).tolist())
-        rows = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
-        if rows:
-            for row, token in zip(rows, self._throw(logits[rows], [sequences[row] for row in rows]), strict=True):
-                tokens[row] = token
-        if not logprobs:
-            return [Sampled(token) for token in tokens]
-        return [
-            described(token, logprobs[row], sequences[row].params) if row in logprobs else Sampled(token)
-            for row, token in enumerate(tokens)
-        ]
+        tokens = self._choose(self._shaped(logits, sequences), sequences)
+        sampled = [Sampled(token) for token in tokens]
+        for row, found in described(logits, tokens, sequences):
+            sampled[row] = found
+        return sampled
 
-    @staticmethod
-    def _logprobs(logits: torch.Tensor, sequences: Listing[Sequence]) -> dict[int, torch.Tensor]:
-        rows = [row for row, seq in enumerate(sequences) if seq.params.logprobs is not None]
-        return dict(zip(rows, logits[rows].float().log_softmax(-1), strict=True)) if rows else {}
+    def _shaped(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
+        """The logits with what each request forbids and penalises; the same tensor when no request does."""
+        rows = [row for row, seq in enumerate(sequences) if reshapes(seq)]
+        if not rows:
+            return logits
+        logits = logits.clone()
+        for row in rows:
+            self._reshape(logits[row], sequences[row])
+        return logits
 
-    def _shape(self, logits: torch.Tensor, seq: Sequence) -> None:
-        """Change one row in place by what its request forbids and penalises."""
+    def _reshape(self, logits: torch.Tensor, seq: Sequence) -> None:
         params = seq.params
         if seq.num_output_tokens < params.min_tokens:
             logits[[*self.eos_token_ids, *params.stop_token_ids]] = float("-inf")
@@ -86,32 +80,23 @@ class Sampler:
             seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
             held = logits[seen]
             logits[seen] = torch.where(held > 0, held / params.repetition_penalty, held * params.repetition_penalty)
-        if (params.presence_penalty or params.frequency_penalty) and seq.num_output_tokens:
-            counts = Counter(seq.output_ids)
+        if counts := Counter(seq.output_ids):
             used, times = (torch.tensor(list(part), device=logits.device) for part in (counts, counts.values()))
             logits[used] -= params.presence_penalty + params.frequency_penalty * times
 
-    def _throw(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> list[int]:
-        """Sample rows with a temperature: those that truncate their distribution apart from those that do not."""
-        dice = [self._dice(seq) for seq in sequences]
-        temperature = torch.tensor(
-            [seq.params.temperature for seq in sequences], device=logits.device, dtype=torch.float64
-        )
-        # The maximum goes first, so that a tiny temperature cannot overflow.
-        scaled = (logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]
-        probs = scaled.softmax(-1)
-        tokens = [0] * len(sequences)
-        cut = [row for row, seq in enumerate(sequences) if truncates(seq.params, logits.shape[-1])]
-        whole = [row for row in range(len(sequences)) if row not in set(cut)]
-        if whole:
-            choice = pick(probs[whole], [dice[row] for row in whole])
-            for row, token in zip(whole, choice.tolist(), strict=True):
-                tokens[row] = token
-        if cut:
-            kept, ids = truncated(probs[cut], [sequences[row].params for row in cut])
-            choice = ids.gather(-1, pick(kept, [dice[row] for row in cut])[:, None])[:, 0]
-            for row, token in zip(cut, choice.tolist(), strict=True):
-                tokens[row] = token
+    def _choose(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> list[int]:
+        """Greedy rows together, then those that sample from everything, then those that cut the distribution first."""
+        vocab = logits.shape[-1]
+        hot = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
+        tokens = cast("list[int]", logits.argmax(-1).tolist()) if len(hot) < len(sequences) else [0] * len(hot)
+        cut = [row for row in hot if truncates(sequences[row].params, vocab)]
+        whole = [row for row in hot if not truncates(sequences[row].params, vocab)]
+        for rows, throw in ((whole, throw_whole), (cut, throw_cut)):
+            if rows:
+                chosen = [sequences[row] for row in rows]
+                found = throw(scaled(taken(logits, rows), chosen), chosen, [self._dice(seq) for seq in chosen])
+                for row, token in zip(rows, found.tolist(), strict=True):
+                    tokens[row] = token
         return tokens
 
     def _dice(self, seq: Sequence) -> float:
@@ -120,41 +105,81 @@ class Sampler:
         return draw(cast(int, seq.generator), seq.num_tokens)
 
 
+def taken(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These rows, copied only when they are not all."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def reshapes(seq: Sequence) -> bool:
+    params = seq.params
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return bool(penalties) or seq.num_output_tokens < params.min_tokens
+
+
 def truncates(params: SamplingParams, vocab: int) -> bool:
     return 0 < params.top_k < vocab or params.top_p < 1.0
 
 
-def truncated(probs: torch.Tensor, params: Listing[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The candidates that top-k and then top-p leave, best first: their probabilities (zero where cut off) and their
-    token ids.
-    """
-    vocab = probs.shape[-1]
+def scaled(logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
+    """Logits over temperature, the best at 0. Subtracted first, so that a tiny temperature cannot overflow."""
+    temperature = torch.tensor([max(seq.params.temperature, TINY) for seq in sequences], device=logits.device)
+    return (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+
+
+def throw_whole(logits: torch.Tensor, sequences: Listing[Sequence], dice: Listing[float]) -> torch.Tensor:
+    return pick(logits.exp(), dice)
+
+
+def throw_cut(logits: torch.Tensor, sequences: Listing[Sequence], dice: Listing[float]) -> torch.Tensor:
+    weights, ids = truncated(logits, [seq.params for seq in sequences])
+    return ids.gather(-1, pick(weights, dice)[:, None])[:, 0]
+
+
+def truncated(logits: torch.Tensor, params: Listing[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidates that top-k and then top-p leave, best first: their weights (zero where cut off) and token ids."""
+    vocab, device = logits.shape[-1], logits.device
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    limit = torch.tensor(top_k, device=device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)[:, None]
+    everything = logits.exp().sum(-1, keepdim=True).double() if vocab in top_k else torch.ones(len(params), 1)
     width = max(k if k < vocab else min(vocab, NUCLEUS_CANDIDATES) for k in top_k)
-    limit = torch.tensor(top_k, device=probs.device)[:, None]
-    top_p = torch.tensor([p.top_p for p in params], device=probs.device, dtype=probs.dtype)[:, None]
     while True:
-        kept, ids = probs.topk(width, dim=-1)
-        kept = kept.masked_fill(torch.arange(width, device=probs.device) >= limit, 0.0)
-        # Of a row that top-k limits, what is left is the whole; of another, the whole vocabulary is.
-        whole = torch.where(limit < vocab, kept.sum(-1, keepdim=True), probs.sum(-1, keepdim=True))
-        reached = kept.cumsum(-1)
-        enough = (limit <= width) | (reached[:, -1:] >= top_p * whole)
-        if width == vocab or bool(enough.all()):
-            before = reached - kept  # the mass ahead of each candidate: the first always stays
-            return kept.masked_fill((before >= top_p * whole) & (before > 0), 0.0), ids
+        best, ids = logits.topk(width) if width < vocab else logits.sort(descending=True)
+        weights = best.double().exp().masked_fill(torch.arange(width, device=device) >= limit, 0.0)
+        reached = weights.cumsum(-1)
+        # What a top-k row kept is its whole; another row's whole is the vocabulary.
+        mass = top_p * torch.where(limit < vocab, reached[:, -1:], everything.to(device))
+        if width == vocab or bool(((limit <= width) | (reached[:, -1:] >= mass)).all()):
+            ahead = reached - weights
+            return weights.masked_fill((ahead >= mass) & (ahead > 0), 0.0), ids
         width = vocab
 
 
-def pick(probs: torch.Tensor, dice: Listing[float]) -> torch.Tensor:
-    """Invert the cumulative distribution of each row (unnormalised) at its number in [0, 1)."""
-    reached = probs.cumsum(-1)
-    target = torch.tensor(dice, device=probs.device, dtype=probs.dtype)[:, None] * reached[:, -1:]
-    index = torch.searchsorted(reached, target, right=True)[:, 0]
-    return torch.minimum(index, (probs > 0).cumsum(-1).argmax(-1))
+def pick(weights: torch.Tensor, dice: Listing[float]) -> torch.Tensor:
+    """Invert each row's cumulative distribution at its number in [0, 1). Weights need not add up to 1."""
+    reached = weights.cumsum(-1)
+    total = reached[:, -1:]
+    target = torch.tensor(dice, device=weights.device, dtype=weights.dtype)[:, None] * total
+    # Rounding may lift the target to the total, which no cumulative weight exceeds.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(reached, target, right=True)[:, 0]
 
 
-def described(token: int, logprobs: torch.Tensor, params: SamplingParams) -> Sampled:
-    best = logprobs.topk(min(params.logprobs or 0, logprobs.shape[-1]))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Sampled(token, float(logprobs[token]), top)
+def described(
+    logits: torch.Tensor, tokens: Listing[int], sequences: Listing[Sequence]
+) -> Iterator[tuple[int, Sampled]]:
+    """The rows whose requests asked for log-probabilities, with them."""
+    rows = [row for row, seq in enumerate(sequences) if seq.params.logprobs is not None]
+    if not rows:
+        return
+    chosen = taken(logits, rows)
+    whole = chosen.logsumexp(-1, keepdim=True)
+    width = min(max(sequences[row].params.logprobs or 0 for row in rows), logits.shape[-1])
+    best = chosen.topk(width)
+    picked = torch.tensor([tokens[row] for row in rows], device=logits.device)[:, None]
+    own = (chosen.gather(-1, picked) - whole)[:, 0].tolist()
+    for n, (row, ids, values) in enumerate(
+        zip(rows, best.indices.tolist(), (best.values - whole).tolist(), strict=True)
+    ):
+        wanted = sequences[row].params.logprobs or 0
+        yield row, Sampled(tokens[row], own[n], tuple(zip(ids, values, strict=True))[:wanted])

@@ -90,11 +90,12 @@ class TestDistribution:
 
 @given(st.floats(0.05, 0.99), st.integers(0, VOCAB), st.integers(0, 5), st.integers(1, VOCAB))
 def test_truncation_is_exact_however_few_candidates_are_tried(top_p, top_k, seed, tried):
-    probs = (logits(1, seed) / 3).softmax(-1).double()
+    row = logits(1, seed) / 3
+    probs = row.double().softmax(-1)
     params = SamplingParams(max_tokens=1, top_p=top_p, top_k=top_k)
     before, module.NUCLEUS_CANDIDATES = module.NUCLEUS_CANDIDATES, tried
     try:
-        kept, ids = truncated(probs, [params])
+        kept, ids = truncated(row - row.max(), [params])
     finally:
         module.NUCLEUS_CANDIDATES = before
     order = probs[0].sort(descending=True)
@@ -143,6 +144,11 @@ class TestDice:
     def test_a_token_without_probability_is_never_picked(self, weights, dice):
         probs = torch.tensor([[*weights, 1.0, 0.0]], dtype=torch.float64)
         assert probs[0, pick(probs, [dice])[0]] > 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_largest_number_picks_the_last_token_with_weight(self, dtype):
+        weights = torch.tensor([[0.1] * 10 + [0.0] * 3], dtype=dtype)
+        assert pick(weights, [1 - 2**-53]).tolist() == [9]
 
 
 class TestShaping:
