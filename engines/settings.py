@@ -129,7 +129,7 @@ class EncoderSettings(EngineSettings):
     """`triptych encoder`: the vision tower, its media pool, its batches and its cache of embeddings."""
 
     cache_bytes: Bytes = Field(
-        ByteSize(512 << 20), description="arena for embeddings: cached, published and being written"
+        ByteSize(512 << 20), description="arena for embeddings; must hold what is encoded within --handle-ttl"
     )
     handle_ttl: Seconds = Field(
         60.0, description="seconds that a handle stays readable after the last answer that named it"
@@ -139,7 +139,7 @@ class EncoderSettings(EngineSettings):
     max_queue_items: Count = Field(
         1024, description="items decoding or waiting for the model; beyond it requests get a 503"
     )
-    max_items: Count = Field(64, description="items in one request")
+    max_items: Count = Field(256, description="items in one request")
     encode_timeout: Seconds = Field(120.0, description="seconds from request to embeddings")
 
     media_workers: Count = Field(2, description="threads that decode and preprocess images")

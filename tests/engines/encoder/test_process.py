@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -123,7 +124,8 @@ async def test_embeddings_over_shm_equal_the_reference(family: str) -> None:
         assert 0 < info["weights"]["bytes"] < stored
 
 
-def test_storage_is_the_layout_that_vllm_reads(tmp_path: Path) -> None:
+def test_storage_is_the_layout_that_vllm_reads_and_sigterm_lets_requests_finish(tmp_path: Path) -> None:
+    replies: list[tuple[int, Any]] = []
     family, uuid = "qwen2_vl", "ab" * 32
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(PICTURES[0])
@@ -144,3 +146,9 @@ def test_storage_is_the_layout_that_vllm_reads(tmp_path: Path) -> None:
         stored = load_file(shared / uuid / "encoder_cache.safetensors")
         assert list(stored) == ["ec_cache"]
         assert torch.equal(stored["ec_cache"], expected(family, PICTURES[0]))
+        late = threading.Thread(target=lambda: replies.append(engine.encode(image_part(image_file(800, 600, seed=5)))))
+        late.start()
+        while late.is_alive() and not engine.request("/info")[1]["queue"]["items"]:
+            pass
+    late.join(timeout=30)
+    assert [status for status, _ in replies] == [200], "SIGTERM lets requests in flight finish"
