@@ -18,6 +18,7 @@ from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Waits
 from engines.language.kv import KVCache, KVLayout
+from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
 from engines.language.model import LanguageModel, ModelFacts
 from engines.language.requests import Served
@@ -49,8 +50,9 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         engine.start()
         stack.push_async_callback(engine.close)
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
-        waits = Waits(settings.handoff_timeout, settings.metaserver_timeout, settings.kv_lease)
-        handoffs = Handoffs(engine, transfers[0], (kv_arena, layout), waits, metrics, session)
+        waits = Waits(settings.handoff_timeout, settings.kv_lease)
+        metaserver = Metaserver(session, settings.metaserver_timeout)
+        handoffs = Handoffs(engine, transfers[0], (kv_arena, layout), waits, metrics, metaserver)
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)

@@ -10,28 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import aiohttp
-import orjson
-
-from engines.errors import BadRequest, DeadlineExceeded, PeerFailed
+from engines.errors import BadRequest
 from engines.language import descriptors
 from engines.language.descriptors import Ask, Fetch, Keep, Plan, Publish, Push, Self
 from engines.language.engine import LanguageEngine, Sink
-from engines.language.failures import lost_kv, refused_prefill
+from engines.language.failures import lost_kv
 from engines.language.kv import KVLayout
+from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
 from engines.language.sequence import Handoff, Scheduled, Sequence
 from engines.language.stream import Stream
 from engines.transfer.base import Arena, LayoutMismatch, Ticket, Transfer, TransferError
+from engines.transfer.base import PeerFailed as TransferFailed
 from engines.transfer.base import Push as Sender
 
 log = logging.getLogger(__name__)
+
+LAST_WORDS = 1.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,6 @@ class Waits:
     """Seconds, each a flag of the same name."""
 
     handoff_timeout: float
-    metaserver_timeout: float
     kv_lease: float
 
 
@@ -75,14 +75,14 @@ class Handoffs:
         kv: tuple[Arena, KVLayout],
         waits: Waits,
         metrics: Metrics,
-        session: aiohttp.ClientSession,
+        metaserver: Metaserver,
     ) -> None:
         self._engine = engine
         self._transfer = transfer
         self._arena, self._layout = kv
         self._waits = waits
         self._metrics = metrics
-        self._session = session
+        self._metaserver = metaserver
         self._calls: set[asyncio.Task[None]] = set()  # to metaservers, for KV that is here already
 
     @asynccontextmanager
@@ -248,18 +248,27 @@ class Handoffs:
     async def _ask(self, plan: Ask, job: Job, ticket: Ticket, blocks: tuple[int, ...]) -> None:
         """Call the metaserver and wait for the KV. It is here when the sender says so; the call may return later."""
         body = descriptors.asking(self._me(), job.request_id, blocks, self._layout.block_size, ticket.offer())
-        call = asyncio.create_task(self._call(plan.metaserver, body))  # noqa: TID251 - ends below, or is kept
+        call = asyncio.create_task(self._metaserver.call(plan.metaserver, body))  # noqa: TID251 - ends below, or is kept
         arrival = asyncio.create_task(ticket.wait())  # noqa: TID251 - ends below
         try:
             await asyncio.wait({call, arrival}, return_when=asyncio.FIRST_COMPLETED)
             if not arrival.done():
                 call.result()
-            await arrival
+            await self._arrived(arrival, call)
             self._keep_call(call)
         except BaseException:
             call.cancel()
             arrival.cancel()
             await asyncio.gather(call, arrival, return_exceptions=True)
+            raise
+
+    async def _arrived(self, arrival: asyncio.Task[None], call: asyncio.Task[None]) -> None:
+        """Wait for the KV. A prefill that gave up tells the metaserver too, whose answer says more of it."""
+        try:
+            await arrival
+        except TransferFailed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(call, LAST_WORDS)
             raise
 
     def _keep_call(self, call: asyncio.Task[None]) -> None:
@@ -273,36 +282,9 @@ class Handoffs:
         self._calls.add(call)
         call.add_done_callback(ended)
 
-    async def _call(self, url: str, body: Mapping[str, Any]) -> None:
-        """Returns when the metaserver says that prefill is done. Raises what it says otherwise."""
-        limit = self._waits.metaserver_timeout
-        try:
-            async with self._session.post(
-                url,
-                data=orjson.dumps(body),
-                headers={"Content-Type": "application/json"},
-                timeout=aiohttp.ClientTimeout(total=limit),
-            ) as response:
-                answer = await response.read()
-                if response.status != 200:
-                    raise refused_prefill(response.status, _json(answer))
-        except TimeoutError:
-            message = f"no answer from the metaserver at {url} within --metaserver-timeout {limit:g} s"
-            raise DeadlineExceeded(message, stage="prefill", code="metaserver_timeout") from None
-        except aiohttp.ClientError as error:
-            message = f"the metaserver at {url} failed: {error!r}"
-            raise PeerFailed(message, stage="prefill", code="metaserver_unreachable") from error
-
     def _spans(self, blocks: tuple[int, ...]) -> list[tuple[int, int]]:
         return self._layout.spans(range(self._layout.num_layers), blocks)
 
     def _me(self) -> Self:
         address = self._transfer.address
         return Self(address.nonce, address.host, address.port)
-
-
-def _json(data: bytes) -> Any:
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return None

@@ -9,10 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import torch
+
+from engines.language.kv import KVCache, KVLayout
 from engines.language.sequence import Scheduled
 
 VOCAB = 251
+LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -37,27 +43,32 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class FakeCache:
-    """Blocks of token ids, with the methods of `engines.language.kv.KVCache` that the engine uses."""
+    """Token ids where the real cache has keys and values, in its very layout: every layer and half must agree."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.memory = [[-1] * block_size for _ in range(num_blocks)]
+    def __init__(self, num_blocks: int, block_size: int, buffer: memoryview | None = None) -> None:
+        self.layout = layout(num_blocks, block_size)
+        self._pool = KVCache(self.layout, buffer)
+        memory = self._pool.pool.numpy()
+        memory[:] = -1
+        self._memory = memory.reshape(LAYERS, num_blocks, 2, block_size)
+        self.copy_block = self._pool.copy_block
+        self.restore = self._pool.restore
 
-    def copy_block(self, source: int, target: int) -> None:
-        self.memory[target] = list(self.memory[source])
-
-    def save(self, blocks: Sequence[int]) -> list[list[int]]:
-        return [list(self.memory[block]) for block in blocks]
-
-    def restore(self, saved: list[list[int]], blocks: Sequence[int]) -> None:
-        for block, content in zip(blocks, saved, strict=True):
-            self.memory[block] = list(content)
+    def save(self, blocks: Sequence[int]) -> Any:
+        return self._pool.save(blocks)
 
     def read(self, table: Sequence[int], count: int) -> list[int]:
-        return [self.memory[table[i // self.block_size]][i % self.block_size] for i in range(count)]
+        """The tokens; -1 where layers or halves disagree."""
+        seen = self._memory[:, list(table)].transpose(0, 2, 1, 3).reshape(2 * LAYERS, -1)[:, :count]
+        return [int(token) for token in np.where((seen == seen[0]).all(axis=0), seen[0], -1)]
 
-    def write(self, table: Sequence[int], position: int, token: int) -> None:
-        self.memory[table[position // self.block_size]][position % self.block_size] = token
+    def write(self, table: Sequence[int], position: int, token: int, layers: slice = slice(None)) -> None:
+        block, offset = table[position // self.layout.block_size], position % self.layout.block_size
+        self._memory[layers, block, :, offset] = token
+
+
+def layout(num_blocks: int, block_size: int) -> KVLayout:
+    return KVLayout(LAYERS, num_blocks, block_size, 1, 1, torch.int64)
 
 
 @dataclass
@@ -65,7 +76,6 @@ class FakeRunner:
     """`fails` may raise for a batch; `gate`, when cleared, holds the model thread inside a step."""
 
     cache: FakeCache
-    layers: int = 2
     fails: Callable[[Sequence[Scheduled]], None] = lambda batch: None
     gate: threading.Event = field(default_factory=threading.Event)
     steps: int = 0
@@ -78,11 +88,12 @@ class FakeRunner:
         self.steps += 1
         self.fails(batch)
         sampled = []
-        for entry in batch:
-            for position in range(entry.start, entry.start + entry.count):
-                self.cache.write(entry.seq.block_table, position, entry.seq.token_ids[position])
-        if on_layers is not None:
-            for layer in range(self.layers):
+        for layer in range(LAYERS):
+            for entry in batch:
+                for position in range(entry.start, entry.start + entry.count):
+                    token = entry.seq.token_ids[position]
+                    self.cache.write(entry.seq.block_table, position, token, slice(layer, layer + 1))
+            if on_layers is not None:
                 on_layers(layer, layer + 1)
         for entry in batch:
             if entry.sample:
