@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from engines.language.model import LanguageModel
 from engines.language.runner import BadEmbeddings, Runner
 from engines.language.sequence import Scheduled
-from tests.support.checkpoints import FAMILIES
-from tests.support.drive import CASES, case, driver, language_model, new_cache
+from tests.support.checkpoints import FAMILIES, checkpoint
+from tests.support.drive import CASES, Driver, case, driver, language_model, new_cache
 
 ALL = [(family, name) for family in FAMILIES for name in CASES]
 
@@ -104,12 +107,30 @@ def test_groups_of_layers_are_told_in_order_and_already_written(size):
 
     def on_layers(first, last):
         told.append((first, last))
+        assert not runner.cache.pool[last:].any(), "told after later layers"
         kept.append(runner.cache.pool[first:last, seq.block_table].clone())
 
     runner.run([Scheduled(seq, 0, 40, True)], on_layers)
     layers = model.facts.num_layers
     assert told == [(first, min(first + size, layers)) for first in range(0, layers, size)]
     assert torch.equal(torch.cat(kept), runner.cache.pool[:, seq.block_table])
+
+
+def test_half_precision_takes_every_path():
+    model = LanguageModel.load(checkpoint("qwen3_vl"), torch.bfloat16)
+    loop, exact = Driver(Runner(model, new_cache(model)), budget=40, chunk=24), driver("qwen3_vl", budget=40, chunk=24)
+    cases = [case("qwen3_vl", name) for name in CASES]
+    halves, fulls = ([other.of(one, logprobs=0) for one in cases] for other in (loop, exact))
+    loop.finish(*halves)
+    exact.finish(*fulls)
+    # The texts differ by now, but not the prompts: their last token once more.
+    again = [[Scheduled(cut(seq), seq.num_prompt_tokens - 1, 1, True) for seq in seqs] for seqs in (halves, fulls)]
+    for half, full in zip(loop.runner.run(again[0]), exact.runner.run(again[1]), strict=True):
+        assert half.logprob == pytest.approx(full.logprob, abs=0.2)
+
+
+def cut(seq):
+    return replace(seq, token_ids=seq.token_ids[: seq.num_prompt_tokens])
 
 
 def test_an_empty_step_does_nothing():
