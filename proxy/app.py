@@ -19,13 +19,14 @@ from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.callbacks import Metaserver
 from proxy.dialects import DIALECTS
-from proxy.dispatch import Dispatcher, Timeouts
+from proxy.dispatch import Dispatcher
 from proxy.health import Health, Probing
 from proxy.metrics import Metrics
 from proxy.openai import Identity
+from proxy.plan import Planner
 from proxy.settings import ProxySettings
 from proxy.tasks import together
-from proxy.upstream import Upstream
+from proxy.upstream import Timeouts, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +41,15 @@ class Proxy:
             self.fleet.join(endpoint.url, role, endpoint.dialect)
         self.balancer = Balancer({role: POLICIES[name]() for role, name in settings.policies().items()})
         self.metrics = Metrics()
-        self.upstream = Upstream(settings.connect_timeout)
+        self.upstream = Upstream(_timeouts(settings))
         self.metaserver = Metaserver(settings.host, settings.metaserver_url)
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
         self.health = Health(self.fleet, self.balancer, self.upstream, probing)
         self.dispatcher = Dispatcher(
-            self.fleet,
-            self.balancer,
+            Planner(self.fleet, self.balancer),
             {name: dialect(settings.order) for name, dialect in DIALECTS.items()},
             self.upstream,
             self.metaserver,
-            _timeouts(settings),
             self.metrics,
             time.monotonic,
         )
@@ -101,6 +100,7 @@ class Proxy:
 
 def _timeouts(settings: ProxySettings) -> Timeouts:
     return Timeouts(
+        connect=settings.connect_timeout,
         encode=settings.encode_timeout,
         prefill=settings.prefill_timeout,
         first_token=settings.first_token_timeout,

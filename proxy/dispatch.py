@@ -15,15 +15,13 @@ from typing import Any
 
 import orjson
 
-from proxy import plan as planning
 from proxy import relay
-from proxy.balancer.balance import Balancer
-from proxy.balancer.fleet import Fleet
 from proxy.callbacks import Metaserver, Waiting
 from proxy.core import BOTH, Body, Handle, Item, Job, Leg, Order, Plan, Role, Stage
 from proxy.dialects.base import BadReply, Dialect
 from proxy.errors import Broken, ProxyError, Refused, within_200
 from proxy.metrics import Metrics
+from proxy.plan import Planner
 from proxy.relay import Sink
 from proxy.tasks import together
 from proxy.upstream import Upstream, deadline
@@ -35,17 +33,6 @@ Handles = dict[int, Handle]
 # The prefill engine fetched an embedding that its encoder no longer holds: encoding again brings it back.
 _EMBEDDING_GONE = "embedding_gone"
 _ATTEMPTS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """The patience of each stage, in seconds."""
-
-    encode: float
-    prefill: float
-    first_token: float
-    stream_idle: float
-    answer: float
 
 
 @dataclass(slots=True)
@@ -74,21 +61,18 @@ class Dispatcher:
 
     def __init__(
         self,
-        fleet: Fleet,
-        balancer: Balancer,
+        planner: Planner,
         dialects: Mapping[str, Dialect],
         upstream: Upstream,
         metaserver: Metaserver,
-        timeouts: Timeouts,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
-        self._fleet = fleet
-        self._balancer = balancer
+        self._planner = planner
         self._dialects = dialects
         self._upstream = upstream
         self._metaserver = metaserver
-        self._timeouts = timeouts
+        self._timeouts = upstream.timeouts
         self._metrics = metrics
         self._clock = clock
 
@@ -108,7 +92,7 @@ class Dispatcher:
             run.attempts = attempt
             try:
                 with ExitStack() as leases:
-                    run.plan = planning.draw(run.job, self._fleet, self._balancer, leases)
+                    run.plan = self._planner.draw(run.job, leases)
                     await self._once(run, run.plan, _renamed(run.job, attempt))
                     return
             except ProxyError as error:

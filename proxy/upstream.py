@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -19,6 +20,18 @@ _KEEPALIVE_S = 2.5
 _ERROR_LIMIT = 1 << 20
 _CHUNK = 1 << 18
 _LARGE = 1 << 20  # aiohttp writes larger bodies in pieces only if they come as a file
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """The patience of each stage, in seconds."""
+
+    connect: float
+    encode: float
+    prefill: float
+    first_token: float
+    stream_idle: float
+    answer: float
 
 
 class Answer:
@@ -47,14 +60,14 @@ class Answer:
 class Upstream:
     """The one client session. `async with` opens and closes it."""
 
-    def __init__(self, connect_timeout: float) -> None:
-        self._connect_timeout = connect_timeout
+    def __init__(self, timeouts: Timeouts) -> None:
+        self.timeouts = timeouts
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Upstream:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeouts.connect),
             auto_decompress=False,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
             cookie_jar=aiohttp.DummyCookieJar(),

@@ -65,8 +65,7 @@ class Native:
         body = _without_media(job, handles)
         body.pop("stream_options", None)
         body.pop("min_tokens", None)
-        if handles:
-            body["ec_transfer_params"] = _entries(handles)
+        body |= _entries(job, handles)
         body |= {"kv_transfer_params": _ASK_PULL if handoff is None else handoff, "stream": False, "max_tokens": 1}
         for name in ("max_completion_tokens", "n"):
             if name in body:
@@ -83,12 +82,13 @@ class Native:
 
     def decode(self, job: Job, handles: Handles, handoff: Mapping[str, Any] | None, metaserver: str) -> Body:
         _one_prompt(job)
+        body = _without_media(job, handles)
+        body.pop("ec_transfer_params", None)  # a trusted client's; only prefill fetches embeddings
         asked = {"do_remote_decode": False, "do_remote_prefill": True, "metaserver": metaserver}
-        return _without_media(job, handles) | {"kv_transfer_params": asked if handoff is None else handoff}
+        return body | {"kv_transfer_params": asked if handoff is None else handoff}
 
     def whole(self, job: Job, handles: Handles) -> Body:
-        body = _without_media(job, handles)
-        return body | {"ec_transfer_params": _entries(handles)} if handles else body
+        return _without_media(job, handles) | _entries(job, handles)
 
 
 def _handle(mm_hash: str, entry: Any) -> Handle:
@@ -97,8 +97,12 @@ def _handle(mm_hash: str, entry: Any) -> Handle:
     return Handle(mm_hash, str(entry.get("modality", "image")), entry["metadata"], entry)
 
 
-def _entries(handles: Handles) -> dict[str, Mapping[str, Any]]:
-    return {handle.mm_hash: handle.entry for handle in handles.values()}
+def _entries(job: Job, handles: Handles) -> dict[str, Any]:
+    """The field with all handles, besides those that a trusted client brought; empty if there are none."""
+    if not handles:
+        return {}
+    brought = job.body.get("ec_transfer_params") or {}
+    return {"ec_transfer_params": {**brought, **{handle.mm_hash: handle.entry for handle in handles.values()}}}
 
 
 def _without_media(job: Job, handles: Handles) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from proxy.core import Instance, Role, Stage
 from proxy.errors import Broken, Refused, StageTimeout, Unreachable
-from proxy.upstream import Upstream, deadline
+from proxy.upstream import Timeouts, Upstream, deadline
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.native import Language
 
@@ -25,21 +25,25 @@ async def engine() -> AsyncIterator[Language]:
         yield engine
 
 
+def upstream(connect: float) -> Upstream:
+    return Upstream(Timeouts(connect, 1.0, 1.0, 1.0, 1.0, 1.0))
+
+
 def instance(engine: Language) -> Instance:
     return Instance(engine.url, Role.DECODE, "native")
 
 
-async def post(engine: Language, upstream: Upstream, body: bytes = BODY) -> bytes:
-    async with upstream.post(instance(engine), Stage.DECODE, PATH, body, HEADERS) as answer:
+async def post(engine: Language, up: Upstream, body: bytes = BODY) -> bytes:
+    async with up.post(instance(engine), Stage.DECODE, PATH, body, HEADERS) as answer:
         assert answer.content_type.startswith("application/json")
         return await answer.read()
 
 
 async def test_a_body_arrives_as_it_was_sent(engine: Language) -> None:
-    async with Upstream(5.0) as upstream:
-        assert b"choices" in await post(engine, upstream)
+    async with upstream(5.0) as up:
+        assert b"choices" in await post(engine, up)
         padded = BODY + b" " * (3 << 20)
-        assert b"choices" in await post(engine, upstream, padded)
+        assert b"choices" in await post(engine, up, padded)
         sent = engine.calls[1].headers
         assert (sent["content-length"], sent["content-type"]) == (str(len(padded)), "application/json")
         assert sent["x-request-id"] == "id" and "accept-encoding" not in sent
@@ -54,19 +58,19 @@ async def test_a_body_arrives_as_it_was_sent(engine: Language) -> None:
     ],
 )
 async def test_failures_have_names(engine: Language, fault: Fault, error: type[Exception], says: str) -> None:
-    async with Upstream(5.0) as upstream:
+    async with upstream(5.0) as up:
         engine.fail(fault)
         with pytest.raises(error, match=says):
-            await post(engine, upstream)
+            await post(engine, up)
 
 
 async def test_a_closed_port_is_unreachable(engine: Language) -> None:
     await engine.stop()
-    async with Upstream(5.0) as upstream:
+    async with upstream(5.0) as up:
         with pytest.raises(
             Unreachable, match=f"the decode engine {engine.netloc} cannot be reached: Connection refused"
         ):
-            await post(engine, upstream)
+            await post(engine, up)
 
 
 async def test_a_port_that_accepts_nobody_is_unreachable_in_time() -> None:
@@ -77,17 +81,17 @@ async def test_a_port_that_accepts_nobody_is_unreachable_in_time() -> None:
             client.setblocking(False)
             client.connect_ex(server.getsockname())
         silent = Instance(f"http://127.0.0.1:{server.getsockname()[1]}", Role.DECODE, "native")
-        async with Upstream(0.2) as upstream:
+        async with upstream(0.2) as up:
             with pytest.raises(Unreachable, match="did not accept a connection in time"):
-                async with upstream.post(silent, Stage.DECODE, PATH, BODY, HEADERS):
+                async with up.post(silent, Stage.DECODE, PATH, BODY, HEADERS):
                     pass
 
 
 async def test_leaving_early_hangs_up(engine: Language) -> None:
-    async with Upstream(5.0) as upstream:
+    async with upstream(5.0) as up:
         engine.fail(Fault(Kind.STALL, after=1))
         streamed = b'{"messages":[],"stream":true}'
-        async with upstream.post(instance(engine), Stage.DECODE, PATH, streamed, HEADERS) as answer:
+        async with up.post(instance(engine), Stage.DECODE, PATH, streamed, HEADERS) as answer:
             assert await answer.chunk()
         await engine.until(lambda: engine.aborted == 1)
 
@@ -103,10 +107,10 @@ async def test_a_deadline_names_its_stage_and_other_timeouts_stay_themselves(eng
 
 
 async def test_get_is_small_and_bounded(engine: Language) -> None:
-    async with Upstream(5.0) as upstream:
-        assert await upstream.get(instance(engine), "/health", 5.0) == (200, b"{}")
+    async with upstream(5.0) as up:
+        assert await up.get(instance(engine), "/health", 5.0) == (200, b"{}")
 
 
 async def test_a_session_is_needed(engine: Language) -> None:
     with pytest.raises(RuntimeError, match="async with"):
-        await post(engine, Upstream(1.0))
+        await post(engine, upstream(1.0))

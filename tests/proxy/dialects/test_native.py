@@ -138,6 +138,15 @@ def test_decode_keeps_what_the_client_asked_for() -> None:
     assert push["kv_transfer_params"] == asked
 
 
+def test_a_trusted_clients_handles_go_to_whoever_prefills() -> None:
+    body = chat(part(A), ec_transfer_params={"theirs": {"x": 1}})
+    j = openai.parse(orjson.dumps(body), Api.CHAT, "id", Identity(trust_client=True))
+    mine = {0: handle("h", 4)}
+    for shaped in (PUSH.prefill(j, mine, {}), PUSH.whole(j, mine)):
+        assert shaped["ec_transfer_params"] == {"theirs": {"x": 1}, "h": mine[0].entry}
+    assert "ec_transfer_params" not in PUSH.decode(j, mine, None, "")
+
+
 def test_prefill_parameters_are_read_or_missed() -> None:
     assert PULL.read_prefill({"kv_transfer_params": {"a": 1}}) == {"a": 1}
     with pytest.raises(BadReply, match="no kv_transfer_params"):
