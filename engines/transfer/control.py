@@ -27,7 +27,7 @@ from engines.transfer.base import (
     TransportUnavailable,
 )
 from engines.transfer.liveness import here, process_over
-from engines.transfer.messages import Peer, Question, Refused, Reply, Request, Response, refusal
+from engines.transfer.messages import Ask, Peer, Question, Refused, Reply, Request, Response, refusal
 from engines.transfer.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,11 @@ class Control:
             except (msgspec.DecodeError, msgspec.ValidationError):
                 self._count_garbage()
                 continue
-            self._tasks.spawn(self._answer(router, frames[0], request))
+            answering = self._answer(router, frames[0], request)
+            if isinstance(request.body, Ask):
+                self._tasks.spawn(answering)
+            else:
+                await answering  # decided at once: waits for nobody
 
     async def _answer(self, router: zmq.asyncio.Socket, identity: bytes, request: Request) -> None:
         body = await self._decide(request)

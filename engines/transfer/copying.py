@@ -8,12 +8,16 @@ loop 2.7 ms, process_vm_writev to ourselves (one call) 3.3 ms, numpy fancy index
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+
+import numpy as np
 
 from engines.transfer.plane import Halt
 from engines.transfer.spans import Moves
 
 PIECE = 8 << 20
-"""Bytes between two looks at `halt`: a few milliseconds."""
+ROWS = 512
+"""A look at `halt` comes after so many bytes or moves: a few milliseconds."""
 
 
 def address_of(buffer: memoryview) -> int:
@@ -23,15 +27,19 @@ def address_of(buffer: memoryview) -> int:
 
 def copy(source: int, target: int, moves: Moves, halt: Halt) -> None:
     """Copy moves from the mapping at `source` to the one at `target`; raises what `halt.check` raises."""
-    unchecked = 0
     memmove = ctypes.memmove
+    for rows in _looks(moves + np.array([source, target, 0], dtype=np.int64)):
+        halt.check()
+        for start, to, length in rows:
+            memmove(to, start, length)
+
+
+def _looks(moves: Moves) -> Iterator[list[list[int]]]:
+    """Rows to copy between two looks."""
+    if not len(moves) or int(moves[:, 2].max()) * ROWS <= PIECE or int(moves[:, 2].sum()) <= PIECE:
+        for first in range(0, len(moves), ROWS):
+            yield moves[first : first + ROWS].tolist()
+        return
     for start, to, length in moves.tolist():
-        done = 0
-        while done < length:
-            if unchecked >= PIECE:
-                halt.check()
-                unchecked = 0
-            piece = min(length - done, PIECE)
-            memmove(target + to + done, source + start + done, piece)
-            done += piece
-            unchecked += piece
+        for done in range(0, length, PIECE):
+            yield [[start + done, to + done, min(PIECE, length - done)]]

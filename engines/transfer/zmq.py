@@ -79,7 +79,7 @@ class ZmqPlane:
 
     def __init__(self, host: str) -> None:
         self._host = host
-        self._context = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._open: dict[str, OpenTicket] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -93,6 +93,7 @@ class ZmqPlane:
         return HeapArena(name, nbytes, array.data, array)
 
     def start(self, address: Address, ask: Ask) -> None:
+        self._context = zmq.Context()
         router = _socket(self._context, zmq.ROUTER, self._host)
         try:
             self._port = router.bind_to_random_port(f"tcp://{_bracket(self._host)}")
@@ -117,6 +118,7 @@ class ZmqPlane:
         return True
 
     def connect(self, peer: Address, timeout: float) -> ZmqChannel:
+        assert self._context is not None
         return ZmqChannel(self._context, peer)
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -126,10 +128,12 @@ class ZmqPlane:
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(DRAIN_TIMEOUT)
-        # term waits for every socket, also one whose thread is stuck
-        closer = threading.Thread(target=self._context.term, daemon=True)
-        closer.start()
-        closer.join(DRAIN_TIMEOUT)
+        if self._context is not None:
+            # term waits for every socket, also one whose thread is stuck
+            closer = threading.Thread(target=self._context.term, daemon=True)
+            closer.start()
+            closer.join(DRAIN_TIMEOUT)
+            self._context = None
 
     def _receive(self, router: zmq.Socket[bytes]) -> None:
         decoder, encoder = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Encoder()
