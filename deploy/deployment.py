@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiohttp
+
 from deploy.processes import Child, StartError
 
 TOPOLOGY = re.compile(r"^(?:(?P<e>\d+)e)?(?:(?P<p>\d+)p(?P<d>\d+)d|(?P<pd>\d+)pd)$")
@@ -100,6 +102,7 @@ class Deployment:
             await self._start_together(list(self.engines.values()))
             self.proxy = Child("proxy", "proxy", self._proxy_arguments(), self._log)
             await self._start_together([self.proxy])
+            await self._until_serving(self.proxy)
         except BaseException:
             await self.stop(grace=0)
             raise
@@ -118,6 +121,21 @@ class Deployment:
         started = clock()
         await child.start(self.start_timeout)
         say(f"{child.name:<10} {child.url}  ready after {clock() - started:.1f} s")
+
+    async def _until_serving(self, proxy: Child) -> None:
+        """Until the proxy has found every stage that it needs; its own READY only says that it listens."""
+        last = "no answer"
+        try:
+            async with asyncio.timeout(self.start_timeout), aiohttp.ClientSession() as session:
+                while proxy.returncode is None:
+                    async with session.get(f"{proxy.url}/ready") as response:
+                        if response.status == 200:
+                            return
+                        last = await response.text()
+                    await asyncio.sleep(0.1)
+        except (TimeoutError, aiohttp.ClientError):
+            pass
+        raise StartError(f"the proxy cannot serve: {last}\n{proxy.last_lines}")
 
     def _engine(self, name: str, role: str) -> Child:
         common = ["--model", str(self.model), "--host", self.host, "--transfer", self.transfer, *self.engine_arguments]

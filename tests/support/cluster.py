@@ -119,7 +119,7 @@ class Cluster(Client):
         """Everything that is not at rest, by process; empty when all is."""
         held: dict[str, Any] = {}
         for instance in (await self.get("/instances"))["instances"]:
-            if instance["active_tokens"] or instance["active_requests"]:
+            if instance["load"] or instance["leases"]:
                 held[f"proxy:{instance['url']}"] = instance
         for name, child in self.deployment.engines.items():
             if busy := busy_parts(await self.client(child).get("/info")):

@@ -44,7 +44,7 @@ class Phase:
 
 
 async def encoding(cluster: Cluster) -> bool:
-    return any(i["role"] == "encode" and i["active_requests"] for i in (await cluster.get("/instances"))["instances"])
+    return any(i["role"] == "encode" and i["leases"] for i in (await cluster.get("/instances"))["instances"])
 
 
 async def prefilling(cluster: Cluster) -> bool:

@@ -126,14 +126,11 @@ async def test_nothing_is_held_afterwards(family: Family) -> None:
 
 @pytest.mark.parametrize("transport", ["mooncake", "zmq", "storage"])
 async def test_every_transport_equals_the_reference(transport: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """`shm` is the transport of all other tests here; `storage` carries embeddings, and shm the KV beside it."""
+    """`shm` is the transport of all other tests here; `storage` carries embeddings, and shm the KV."""
     if transport == "mooncake":
         pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are not installed")
-    storage = ("--storage-path", str(tmp_path_factory.mktemp("embeddings")))
-    options: dict[str, Any] = {"transfer": transport}
-    if transport == "storage":
-        options = {"role_arguments": {"encode": ("--transfer", "storage")}, "engine_arguments": storage}
-    async with cluster("qwen3_vl", "1e1p1d", **options) as deployment:
+    storage = ("--storage-path", str(tmp_path_factory.mktemp("embeddings"))) if transport == "storage" else ()
+    async with cluster("qwen3_vl", "1e1p1d", transfer=transport, engine_arguments=storage) as deployment:
         for case in CASES:
             answer = await deployment.chat(case.content, max_tokens=MAX_TOKENS)
             assert answer.status == 200, answer.error
