@@ -33,8 +33,8 @@ NAME = "triptych_paged"
 # another kernel call.
 SMALL_GROUP_BLOCKS = 16
 
-# How many bytes of keys a group gathers at most. On a CPU the attention kernel then finds them in the cache: 32
-# sequences of 544 tokens took 3.2 ms instead of 4.7 ms a layer.
+# How many bytes of keys a group gathers at most. On a CPU the attention kernel then finds them in the
+# processor's cache: 32 sequences of 544 tokens took 3.2 ms instead of 4.7 ms a layer.
 GATHER_NBYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 
 
@@ -83,17 +83,16 @@ class Step:
 
 
 class Scratch:
-    """Memory for gathered keys and values, kept from step to step: fresh memory is page faults, 25 ms instead of 3 ms
-    for 36 MB.
+    """Memory for gathered keys and values, kept from step to step.
+
+    Fresh memory means page faults: gathering 36 MB took 25 ms into fresh memory and 3 ms into this.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self._held = [cache.pool.new_empty(0), cache.pool.new_empty(0)]
 
     def gather(self, part: int, layer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """`layer.index_select(0, rows)` into the memory of `part` (0 keys, 1 values); valid until the next call for
-        that part.
-        """
+        """`layer.index_select(0, rows)`, for `part` 0 (keys) or 1 (values); valid until the next call for that part."""
         count = rows.numel() * layer[0].numel()
         if self._held[part].numel() < count:
             self._held[part] = layer.new_empty(count)
@@ -127,8 +126,9 @@ def blocks(query: Query, block_size: int) -> int:
 
 
 def groups(counts: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Cut a descending list of block counts where padding to the longest would more than double the work, or where a
-    group would gather more than `limit` blocks.
+    """Cut a descending list of block counts into groups, as (first, last) pairs.
+
+    A cut is made where padding to the longest would more than double the work, or the group gather more than `limit`.
 
     >>> list(groups([100, 90, 40, 20, 3], 1000))
     [(0, 2), (2, 4), (4, 5)]
@@ -197,8 +197,9 @@ def gather(step: Step, layer: torch.Tensor, group: Gather) -> tuple[torch.Tensor
 
 
 def attend_decodes(step: Step, layer: torch.Tensor, query: torch.Tensor, group: Gather, scaling: float) -> torch.Tensor:
-    """`query` and the result are `[n, heads, head_dim]`. Heads that share a KV head ride in the query axis: KV is not
-    repeated.
+    """`query` and the result are `[n, heads, head_dim]`.
+
+    Query heads that share a KV head ride in the query axis of the kernel: KV is never repeated.
     """
     keys, values = gather(step, layer, group)
     packed = query.view(len(query), layer.shape[2], -1, query.shape[-1])
@@ -209,8 +210,9 @@ def attend_decodes(step: Step, layer: torch.Tensor, query: torch.Tensor, group: 
 def attend_chunk(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """`query` is `[1, heads, n, head_dim]`; without a mask its first token sees the first key alone, or the only one
-    sees all of them. The result is `[n, heads, head_dim]`.
+    """`query` is `[1, heads, n, head_dim]`, the result `[n, heads, head_dim]`.
+
+    Without a mask a single token sees every key, and the i-th of several the first i.
     """
     causal = mask is None and query.shape[2] > 1
     out = scaled_dot_product_attention(

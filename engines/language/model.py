@@ -140,11 +140,12 @@ class LanguageModel(nn.Module):
         deepstack: Sequence[Deepstack],
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Run all layers over packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]`; returns the logits of
-        `rows`, `[len(rows), vocab]`. Rows that end a sequence's share of the step may be asked for, no others.
+        """Packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]` → the logits of `rows`, `[len(rows), vocab]`.
 
-        The layers are driven here, not by transformers' `forward`, which would build masks and give every row of the
-        last layer its MLP: a quarter of a four-layer model's prefill.
+        `rows` may name the last row of a sequence's share of the step, no others: the last layer spares the rest.
+
+        The layers are driven here, not by transformers' `forward`, which would build masks and finish every row of
+        the last layer: without that a four-layer model's prefill is 1.3 times as fast.
         """
         hidden = hidden[None]
         rotary = self.model.rotary_emb(hidden, positions[:, None])
@@ -164,9 +165,7 @@ class LanguageModel(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Deepstack:
-    """An item's deeper vision features: level i is added to its rows of the pack after layer i. `levels` is `[rows,
-    n, hidden]`.
-    """
+    """An item's deeper vision features, `[rows, levels, hidden]`: level i is added to its rows after layer i."""
 
     first: int
     levels: torch.Tensor

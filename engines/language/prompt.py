@@ -21,9 +21,7 @@ TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
 class PromptError(ValueError):
-    """The messages cannot become a prompt. `param` is the path of what is wrong in the request body, where one is
-    known.
-    """
+    """The messages cannot become a prompt; `param` is the path in the body of what is wrong, where one is known."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -54,8 +52,7 @@ def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def readable(message: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """A message as chat templates expect it: parts are text or image, content is never null, tool arguments are
-    objects.
+    """A message as templates expect it: parts are text or image, content is never null, tool arguments are objects.
 
     :raises PromptError: the message or one of its parts is of another kind.
     """
@@ -137,9 +134,7 @@ def num_tokens(grid: tuple[int, int, int], merge_size: int) -> int:
 
 
 class Guard:
-    """Hides literals in a client's strings behind marks that nobody can guess, and finds them again in the rendered
-    text.
-    """
+    """Hides literals in a client's strings behind marks that nobody can guess, and finds them in the rendered text."""
 
     def __init__(self, literals: Sequence[str]) -> None:
         nonce = secrets.token_hex(16)

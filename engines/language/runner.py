@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from engines.errors import SetupError
 from engines.language.attention import Query, Scratch, plan
 from engines.language.kv import KVCache
 from engines.language.model import Deepstack, LanguageModel
@@ -23,9 +24,7 @@ OnLayers = Callable[[int, int], None]
 
 
 class BadEmbeddings(Exception):
-    """A sequence's vision embeddings are missing or do not fit its prompt. Raised before the model runs; fails
-    `sequence` alone.
-    """
+    """The vision embeddings of `sequence` are missing or do not fit its prompt. Raised before the model runs."""
 
     def __init__(self, sequence: Sequence, message: str) -> None:
         super().__init__(f"{sequence.id}: {message}")
@@ -42,8 +41,9 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One step's inputs, in pack order. `last_rows[i]` is the row whose logits the i-th sampling sequence of the
-    batch needs.
+    """One step's inputs, in pack order.
+
+    `last_rows[i]` is the row whose logits the i-th sampling sequence of the batch needs.
     """
 
     token_ids: torch.Tensor
@@ -59,6 +59,10 @@ class Runner:
     def __init__(
         self, model: LanguageModel, cache: KVCache, layers_per_push: int = 1, sampler: Sampler | None = None
     ) -> None:
+        if cache.pool.device.type != model.device.type:
+            raise SetupError(
+                f"the KV cache is in {cache.pool.device.type} memory, but the model on {model.device.type}"
+            )
         self.model = model
         self.cache = cache
         self.scratch = Scratch(cache)
@@ -85,9 +89,7 @@ class Runner:
         return self.sampler.sample(logits, [entry.seq for entry in batch if entry.sample])
 
     def pack(self, batch: Listing[Scheduled]) -> Pack:
-        """Order the batch as attention wants it (single tokens first, longest first) and gather the inputs of every
-        token.
-        """
+        """The inputs of every token, in the order that attention wants: single tokens first, of these longest first."""
         order = sorted(range(len(batch)), key=lambda i: (batch[i].count > 1, -batch[i].start))
         total = sum(entry.count for entry in batch)
         ids: list[int] = []

@@ -27,7 +27,9 @@ TINY = 1e-30  # the least temperature that float32 divides by without trouble
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A chosen token. `logprob` and `top_logprobs` (id, log-probability; best first) only when the request asked for
+    """A chosen token.
+
+    `logprob` and `top_logprobs` (id, log-probability; best first) are there only when the request asked for
     them.
     """
 
@@ -43,7 +45,9 @@ def draw(seed: int, position: int) -> float:
 
 
 class Sampler:
-    """`eos_token_ids` are what `min_tokens` forbids beside a request's own stop ids; `entropy` seeds requests that
+    """Samples for any number of sequences.
+
+    `eos_token_ids` are what `min_tokens` forbids beside a request's own stop ids; `entropy` seeds requests that
     gave no seed.
     """
 

@@ -120,9 +120,7 @@ class ChatTokenizer:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, special or not; none for the unused ids at the end of a padded
-        vocabulary.
-        """
+        """The bytes that a token stands for, special or not; none for ids that pad the vocabulary."""
         if (known := self._bytes.get(token_id)) is not None:
             return known
         token = self._backend.id_to_token(token_id)
@@ -139,8 +137,9 @@ class ChatTokenizer:
 
 
 class Detokenizer:
-    """Turns one sequence's tokens into text as they come. A character is handed out when its last byte is here, not
-    before.
+    """Turns one sequence's tokens into text as they come.
+
+    A character is handed out when its last byte is here, not before.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, skip_special_tokens: bool = True) -> None:
@@ -160,8 +159,9 @@ class Detokenizer:
 
 
 def bytes_of(token: str) -> bytes:
-    """The bytes behind a vocabulary entry. One with a character outside the byte alphabet is an added token, and is
-    its own text.
+    """The bytes behind a vocabulary entry.
+
+    One with a character outside the byte alphabet is an added token, and is its own text.
     """
     try:
         return bytes(BYTE_OF[character] for character in token)

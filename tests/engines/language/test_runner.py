@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engines.errors import SetupError
 from engines.language.model import LanguageModel
 from engines.language.runner import BadEmbeddings, Runner
 from engines.language.sequence import Scheduled
@@ -192,3 +193,11 @@ class TestBadEmbeddings:
         seq.embeddings[0][3, 300] = poison
         with pytest.raises(BadEmbeddings, match="not finite"):
             loop.step([seq])
+
+
+def test_a_cache_on_another_device_is_refused():
+    model = language_model("qwen2_vl")
+    cache = new_cache(model)
+    cache.pool = cache.pool.to("meta")
+    with pytest.raises(SetupError, match="KV cache is in meta memory, but the model on cpu"):
+        Runner(model, cache)
