@@ -59,7 +59,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What /info and /metrics show: a snapshot of the last step."""
+    """What /info and /metrics show: how things stood when a step began or ended."""
 
     waiting: int = 0
     running: int = 0
@@ -160,8 +160,8 @@ class LanguageEngine:
     def _step(self) -> bool:
         """Schedule, run, postprocess. False when nothing can run until a command comes."""
         step = self._scheduler.schedule()
-        self._swap(step)
         self._announce(step)
+        self._swap(step)
         self._postprocess(self._compute(step.scheduled))
         if self._scheduler.idle:
             self._scheduler.check()
@@ -187,10 +187,10 @@ class LanguageEngine:
             swap.seq.host_copy = None
 
     def _announce(self, step: Step) -> None:
+        """Now, and not after the step: another engine waits for the blocks, and /info shows who runs."""
         for seq in step.admitted:
             self._emit(partial(self._requests[seq].stream.on_blocks, tuple(seq.block_table)))
-        if step.admitted:
-            self._flush()  # now, and not after the step: another engine waits for it
+        self._flush()
 
     def _compute(self, batch: Listing[Scheduled]) -> list[tuple[Scheduled, Sampled | None]]:
         """Run the batch. If that fails, run its entries one by one, to fail only those that are to blame."""
