@@ -194,6 +194,8 @@ class _Reply:
                 if choice.stopped:
                     leg.stream.stop(index)
             yield pieces
+            if all(choice.finish_reason for choice in self._choices):
+                return  # the engine may not know yet of a stop string
 
     def _measure(self, count: int) -> None:
         now = time.monotonic()

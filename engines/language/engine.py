@@ -147,11 +147,13 @@ class LanguageEngine:
 
     def _run(self) -> None:
         busy = False
-        while self._obey(wait=not busy):
+        while True:
             try:
+                if not self._obey(wait=not busy):
+                    break
                 busy = self._step()
             except Exception as error:  # noqa: BLE001 - the edge of the model thread, which must outlive any step
-                self._recover(error)
+                busy = self._recover(error)
             self._flush()
         for request in set(self._requests.values()):
             self._fail(request, ShuttingDown(GOING))
@@ -169,13 +171,12 @@ class LanguageEngine:
 
     def _obey(self, wait: bool) -> bool:
         """Carry out the commands that are there, after waiting for one if `wait`. False: the engine is to end."""
-        commands = [self._commands.get()] if wait else []
-        while not self._commands.empty():
-            commands.append(self._commands.get())
-        for command in commands:
+        while wait or not self._commands.empty():
+            command = self._commands.get()
             if command is None:
                 return False
             command()
+            wait = False
         return True
 
     def _swap(self, step: Step) -> None:
@@ -223,7 +224,9 @@ class LanguageEngine:
 
     def _postprocess(self, results: list[tuple[Scheduled, Sampled | None]]) -> None:
         for entry, sampled in results:
-            request = self._requests[entry.seq]
+            request = self._requests.get(entry.seq)
+            if request is None:
+                continue  # another choice of its request has just failed
             self._scheduler.advance(entry, None if sampled is None else sampled.token_id)
             if request.error is not None:
                 self._fail(request, request.error)
@@ -291,12 +294,16 @@ class LanguageEngine:
         self._emit(partial(request.stream.on_end, told))
         self._prefilled(request)
 
-    def _recover(self, error: Exception) -> None:
-        """A step broke outside the model: fail what was in it, or was on its way to or from host memory."""
+    def _recover(self, error: Exception) -> bool:
+        """A step broke outside the model: fail what was in it, or on its way to or from host memory.
+
+        True: the next step may be tried at once, because it will be another one.
+        """
         log.critical("the engine's step failed", exc_info=error)
         doomed = [*self._scheduler.running, *self._scheduler.returning]
         for request in {self._requests[seq] for seq in doomed if seq in self._requests}:
             self._fail(request, error)
+        return bool(doomed)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,23 @@ async def test_an_error_of_one_sequence_fails_its_request_alone() -> None:
         await all_free(engine)
 
 
+async def test_one_choice_that_fails_takes_its_request_and_nobody_else() -> None:
+    async with running(num_blocks=32) as (engine, runner):
+
+        def fails(batch: Any) -> None:
+            if any(entry.seq.id == "bad/2" for entry in batch):
+                raise ValueError("unlucky")
+
+        runner.fails = fails
+        runner.gate.clear()
+        bad, good = engine.submit(make("bad", PROMPT[:2], n=3)), engine.submit(make("good", PROMPT[:2]))
+        runner.gate.set()
+        with pytest.raises(EngineError, match="unlucky"):
+            await collect(bad)
+        assert await collect(good) == {0: expected(PROMPT[:2], 6)}
+        await all_free(engine)
+
+
 async def test_a_broken_model_fails_what_runs_and_the_engine_goes_on() -> None:
     async with running() as (engine, runner):
 
