@@ -78,7 +78,6 @@ class Metaserver:
             yield waiting
         finally:
             del self._waiting[request_id]
-            waiting._asked.cancel()
             waiting.finish(ProxyError("the request ended before its prefill", code="request_ended"))
 
     def find(self, engine_id: Any) -> Waiting:

@@ -205,7 +205,7 @@ class Dispatcher:
                 idle = self._timeouts.stream_idle
                 await relay.stream(answer, run.sink, head, Stage.DECODE, run.timer, idle)
             else:
-                await relay.whole(answer, run.sink, head, Stage.DECODE)
+                await relay.whole(answer, run.sink, head, Stage.DECODE, run.timer)
         self._timed(run, "decode", run.decode_began)
 
     def _first_answer(self, job: Job) -> float:

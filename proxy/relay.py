@@ -79,9 +79,13 @@ class ClientSink:
             raise ClientGone from error
 
 
-async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
-    """Relay an unwithin_200 answer. Raises Broken if it is none, Refused if it is an error with status 200."""
+async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asyncio.Timeout) -> None:
+    """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200.
+
+    `timer` bounds the wait for the engine, none for the client: once the answer has begun, only ClientGone can come.
+    """
     body = await answer.read()
+    timer.reschedule(None)
     parsed = _object(body, stage)
     if "error" in parsed:
         raise within_200(parsed, stage=stage)
