@@ -13,7 +13,16 @@ from typing import Any, cast
 
 import msgspec
 
-from engines.transfer.base import Address, Arena, PeerFailed, Spans, TransferError, TransferTimeout
+from engines.transfer.base import (
+    Address,
+    Arena,
+    LayoutMismatch,
+    PeerFailed,
+    Spans,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
 from engines.transfer.control import Control
 from engines.transfer.liveness import Deaths
 from engines.transfer.messages import (
@@ -60,7 +69,7 @@ class Endpoint:
         self._tasks = Tasks()
         self._control = Control(host, advertise, self._answer)
         deaths = self._deaths = Deaths(self._tasks, timeout)
-        self._sending = SendingSide(plane, self._control, self._tasks, deaths, timeout)
+        self._sending = SendingSide(plane, self._control, deaths, timeout)
         self._receiving = ReceivingSide(plane, self._control, self._tasks, deaths, timeout)
         self._started = self._closed = False
 
@@ -81,7 +90,11 @@ class Endpoint:
         await self._control.start()
         self._started = True
         self._receiving.facts = self.facts
-        self.plane.start(self.address, self._ask)
+        try:
+            self.plane.start(self.address, self._ask)
+        except TransferError:
+            await self.close()
+            raise
         self._tasks.spawn(self._housekeeping())
 
     async def close(self) -> None:
@@ -91,7 +104,6 @@ class Endpoint:
         self._receiving.close()
         if self._started:
             await self._sending.close(CLOSE_TIMEOUT)
-            await asyncio.sleep(0)  # let the threads' last words reach the pushes
         await self._tasks.close()
         await self._control.close()
         self.plane.close()
@@ -122,18 +134,20 @@ class Endpoint:
 
     async def open(self, offer: Mapping[str, Any], *, timeout: float) -> OutgoingPush:
         parsed = parse(offer, Offer, self.name)
+        if self._sending.writes_to(parsed.ticket):
+            raise TransferCancelled("this offer is open already: a ticket has one push")
         receiver = parsed.address.address()
         try:
             answer = await self._control.request(receiver, Claim(parsed.ticket), timeout=min(timeout, self._timeout))
-        except (TransferTimeout, asyncio.CancelledError):
-            # the claim may still arrive: the same link brings this right behind it
+            if isinstance(answer, Refused):
+                raise as_error(answer)
+            if not isinstance(answer, Granted):
+                raise PeerFailed(f"the receiver answered a claim with {type(answer).__name__}")
+            return self._sending.push(parsed, answer.facts, timeout)
+        except (TransferTimeout, LayoutMismatch, asyncio.CancelledError):
+            # the claim was granted or may still arrive: the same link brings this right behind it
             self._tasks.spawn(self._disclaim(receiver, parsed.ticket))
             raise
-        if isinstance(answer, Refused):
-            raise as_error(answer)
-        if not isinstance(answer, Granted):
-            raise PeerFailed(f"the receiver answered a claim with {type(answer).__name__}")
-        return self._sending.push(parsed, answer.facts, timeout)
 
     async def _disclaim(self, receiver: Address, ticket: str) -> None:
         with contextlib.suppress(TransferError):
@@ -168,7 +182,10 @@ class Endpoint:
     async def _housekeeping(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self._sending.tick()
-            self._receiving.tick()
+            try:
+                self._sending.tick()
+                self._receiving.tick()
+            except Exception:  # the edge: an owner's failing on_free must not end the search for proofs
+                logger.exception("housekeeping of the transfer layer failed")
             self._deaths.retain(self._sending.peers() | self._receiving.peers())
             self._control.drop_idle()

@@ -33,6 +33,8 @@ from engines.transfer.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 REMEMBERED_REVOCATIONS = 65536
+GOODBYE = 0.5
+"""Seconds for telling receivers, at close, that their pushes have failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,8 +69,9 @@ class Publication:
 class SendingSide:
     """Everything here runs on the loop; only the peers' threads write."""
 
-    def __init__(self, plane: Plane, control: Control, tasks: Tasks, deaths: Deaths, timeout: float) -> None:
-        self._plane, self._control, self._tasks, self._deaths = plane, control, tasks, deaths
+    def __init__(self, plane: Plane, control: Control, deaths: Deaths, timeout: float) -> None:
+        self._plane, self._control, self._deaths = plane, control, deaths
+        self._tasks = Tasks()
         self._timeout = timeout
         self._asking: set[str] = set()
         self._senders: dict[str, PeerSender] = {}
@@ -148,6 +151,9 @@ class SendingSide:
         push = OutgoingPush(self, sender, offer, facts, time.monotonic() + timeout)
         self._pushes[push.ticket] = push
         return push
+
+    def writes_to(self, ticket: str) -> bool:
+        return ticket in self._pushes
 
     def revoke(self, peer: Address, ticket: str) -> bool:
         """The receiver wants no more; True once nothing of ours can arrive in the ticket."""
@@ -229,6 +235,8 @@ class SendingSide:
             push.stop(TransferCancelled("the sender is shutting down"))
         senders, self._senders = list(self._senders.values()), {}
         await asyncio.gather(*(asyncio.to_thread(sender.close, timeout) for sender in senders))
+        await self._tasks.finish(GOODBYE)
+        await self._tasks.close()
 
 
 def _nothing() -> None:

@@ -29,6 +29,11 @@ class Tasks:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a background task of the transfer layer failed", exc_info=error)
 
+    async def finish(self, timeout: float) -> None:
+        """Wait for those that run, at most so many seconds."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout)
+
     async def close(self) -> None:
         """Cancel all and wait until they have ended."""
         tasks = list(self._tasks)
