@@ -42,7 +42,10 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
     layout = layout_of(settings, facts, model.dtype)
     async with AsyncExitStack() as stack:
         transfers, kv_arena, embedding_arena = await _open(settings, layout, stack)
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        # One call lasts as long as a prefill, so there may be many; a kept connection that has gone stale would fail a
+        # POST, which nobody may repeat.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         cache = KVCache(layout, kv_arena.buffer)
         runner = Runner(model, cache, settings.layers_per_push)
         limits = limits_of(settings, facts, layout)
