@@ -1,6 +1,6 @@
 """A deployment on one machine: which engines, started as processes, and the proxy in front of them.
 
-Nothing of them is imported. An engine that dies is started again on its port (three times a minute at most), as a
+Nothing of them is imported. An engine that dies is started again on its port (a few times a minute at most), as a
 process manager would do; the proxy finds it by probing.
 """
 
@@ -19,7 +19,7 @@ import aiohttp
 from deploy.processes import Child, StartError
 
 TOPOLOGY = re.compile(r"^(?:(?P<e>\d+)e)?(?:(?P<p>\d+)p(?P<d>\d+)d|(?P<pd>\d+)pd)$")
-RESTARTS, RESTART_WINDOW = 3, 60.0
+RESTART_WINDOW = 60.0
 
 
 def say(text: str) -> None:
@@ -78,6 +78,7 @@ class Deployment:
     role_arguments: dict[str, Sequence[str]] = field(default_factory=dict)
     proxy_arguments: Sequence[str] = ()
     start_timeout: float = 120.0
+    restarts: int = 3  # of one engine within RESTART_WINDOW seconds
     verbose: bool = False
     engines: dict[str, Child] = field(default_factory=dict)
     proxy: Child | None = None
@@ -174,7 +175,7 @@ class Deployment:
         while True:
             code = await child.wait()
             deaths = [moment for moment in deaths if clock() - moment < RESTART_WINDOW] + [clock()]
-            if len(deaths) > RESTARTS:
+            if len(deaths) > self.restarts:
                 say(f"{child.name} ended {len(deaths)} times in {RESTART_WINDOW:.0f} s; left down:\n{child.last_lines}")
                 return
             say(f"{child.name} ended with {code}; starting it again")

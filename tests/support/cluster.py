@@ -122,7 +122,11 @@ class Cluster(Client):
             if instance["load"] or instance["leases"]:
                 held[f"proxy:{instance['url']}"] = instance
         for name, child in self.deployment.engines.items():
-            if busy := busy_parts(await self.client(child).get("/info")):
+            try:
+                busy = busy_parts(await self.client(child).get("/info"))
+            except aiohttp.ClientError as error:
+                busy = {"unreachable": error}
+            if busy:
                 held[name] = busy
         return held
 

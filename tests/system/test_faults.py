@@ -11,7 +11,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -82,7 +82,12 @@ STRUCK = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["push", "pull"])
 async def deployment(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
-    options: dict[str, Any] = {"kv_handoff": request.param, "proxy_arguments": PROXY, "engine_arguments": ENGINES}
+    options: dict[str, Any] = {
+        "kv_handoff": request.param,
+        "proxy_arguments": PROXY,
+        "engine_arguments": ENGINES,
+        "restarts": 100,
+    }
     async with cluster(FAMILY, "1e1p1d", role_arguments=LEASES, **options) as running:
         running.deployment.keep_alive()
         yield running
@@ -102,8 +107,8 @@ async def in_phase(cluster: Cluster, phase: Phase, stream: bool) -> asyncio.Task
 
 async def serves_exactly(cluster: Cluster) -> None:
     """Everything is given back, all engines are back, and a request through all three stages is answered exactly."""
-    await eventually(lambda: all_ready(cluster), 60)
-    await cluster.idle(30)
+    await cluster.idle(60)
+    await eventually(lambda: all_ready(cluster), 30)
     case = CASES[2]
     answer = await cluster.chat(case.content, max_tokens=12)
     assert answer.status == 200, answer.error
@@ -161,7 +166,8 @@ async def test_a_client_that_leaves_takes_its_request_along(deployment: Cluster,
 
 async def test_an_engine_that_is_not_needed_any_more_may_die(deployment: Cluster) -> None:
     """Once D has the KV cache, P's death costs nothing."""
-    task = await in_phase(deployment, PHASES["decode"], stream=True)
+    short = replace(PHASES["decode"], fields={"max_tokens": 300, "ignore_eos": True})
+    task = await in_phase(deployment, short, stream=True)
     deployment.engine("prefill").signal(signal.SIGKILL)
     answer = await task
     assert answer.done, answer.error
