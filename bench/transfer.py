@@ -35,7 +35,7 @@ ARENA = 64 << 20
 BLOCK = 16 << 10
 MIB16 = 16 << 20
 TIMEOUT = 60.0
-STREAM = 4
+STREAM = 8
 KEY = "0" * 64
 COPYING = ("shm", "mooncake", "zmq")
 MEMCPY_LIMIT = 1.3
@@ -226,7 +226,7 @@ def usable(name: str, report: Report) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.transfer", description=__doc__.split("\n\n")[0])
     add_arguments(parser)
-    parser.add_argument("--repeats", type=int, default=15, help="samples per cell; the median counts (default 15)")
+    parser.add_argument("--repeats", type=int, default=11, help="samples per cell; the median counts (default 11)")
     parser.add_argument(
         "--transports", default=",".join((*COPYING, "storage")), help="comma-separated (default: %(default)s)"
     )
