@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -68,6 +68,12 @@ def workloads(scale: float = 1.0) -> list[Workload]:
         streamed(FOUR, 16, 1, quarters),
         streamed(ONE, 16, 1, whole),
     ]
+
+
+def held_requests(clients: int) -> Workload:
+    """What is sent at once for the figure of memory."""
+    body = answers.request("held", 1, stream=True, size=900, images=[answers.image(4 << 20, 9)])
+    return Workload("held", body, True, 1, clients, 1)
 
 
 @dataclass(slots=True)
@@ -175,7 +181,7 @@ async def turns(
                 await measure_direct(fleet.decode[0], workload, results[DIRECT])
             for candidate in started[number % len(started) :] + started[: number % len(started)]:
                 await measure(candidate, workload, results[candidate.name])
-    held = replace(loads[-1], clients=max(1, round(HELD_REQUESTS * scale)), spread=0.0)
+    held = held_requests(max(1, round(HELD_REQUESTS * scale)))
     for candidate in started:
         report.progress(f"memory of {candidate.name}")
         slow = fleet.decode if candidate.name == "nginx" else (*fleet.encode, *fleet.prefill)

@@ -29,7 +29,7 @@ def test_only_a_stream_that_has_begun_may_end_in_an_error() -> None:
 def test_bars_are_for_our_own_proxy(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("truth")
     peer = Case("vllm-router", "decode", Fault.CUT)
-    outcomes = [Outcome(case, True, Verdict.LIE, 200, False, True) for case in (DECODE_CUT, peer)]
+    outcomes = [Outcome(case, True, Verdict.LIE, 200, False, 2) for case in (DECODE_CUT, peer)]
     truth.tell(report, outcomes, [Cancelled("triptych-push", "decode, streamed", 4, 3, 0.05)])
     assert {bar.name: bar.holds for bar in report.bars} == {
         "triptych-push: share answered as well as could be": False,
@@ -59,3 +59,11 @@ def test_a_small_run_judges_every_answer(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_unknown_fault_is_refused() -> None:
     with pytest.raises(SystemExit):
         truth.main(["--faults", "earthquake", "--peers", ""])
+
+
+def test_a_400_must_reach_its_client_once_per_call(capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case("triptych-push", "decode", Fault.CLIENT_ERROR)
+    for met, holds in ((1, True), (2, False)):  # two calls for one answer: the mistake was tried again
+        report = Report("truth")
+        truth.tell(report, [Outcome(case, True, Verdict.ERROR, 400, True, met)], [])
+        assert next(bar.holds for bar in report.bars if "400" in bar.name) is holds
