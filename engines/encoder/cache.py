@@ -50,6 +50,7 @@ class Entry:
     nbytes: int
     state: State = State.FILLING
     pins: int = 0
+    unread: int = 0  # answers that named it and whose readers have not come yet
     held_until: float = 0.0
     leaving_since: float = 0.0
     value: Any = field(default=None, repr=False)
@@ -166,11 +167,19 @@ class EmbeddingCache:
         return True
 
     def unpin(self, entry: Entry, held_until: float = 0.0) -> None:
-        """Undo one `pin`; `held_until` extends the hold when an answer named the entry."""
+        """Undo one `pin`; with `held_until` an answer named the entry, and holds it until it is read, or until then."""
         if entry.pins <= 0:
             raise ValueError(f"entry {entry.key[:8]} is not pinned")
         entry.pins -= 1
-        entry.held_until = max(entry.held_until, held_until)
+        if held_until:
+            entry.unread += 1
+            entry.held_until = max(entry.held_until, held_until)
+
+    def was_read(self, entry: Entry) -> None:
+        """A reader got all of it; the last one that an answer promised it to ends the hold."""
+        entry.unread = max(0, entry.unread - 1)
+        if not entry.unread:
+            entry.held_until = 0.0
 
     def evict(self, now: float) -> Entry | None:
         """READY → LEAVING for the least recently used entry that may go; None when none may.

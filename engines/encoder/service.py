@@ -6,8 +6,8 @@ parts in order.
                     fetch ▸ decode (pool) ▸ reserve in the arena ▸ forward (model thread) ▸ publish ─▶ pin
 
 The model writes an embedding once, into the arena it is published from. A pinned entry stays until `release`; one
-that an answer named stays --handle-ttl seconds longer. What is only cached goes when room is needed, least
-recently used first.
+that an answer named stays until it is read, for --handle-ttl seconds at most. What is only cached goes when room is
+needed, least recently used first.
 """
 
 from __future__ import annotations
@@ -129,8 +129,10 @@ class Encoder:
                 return entry
 
     def release(self, entry: Entry, *, named: bool) -> None:
-        """Undo `encode`'s pin. `named`: an answer named the entry, so its handle must stay good for --handle-ttl."""
-        self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if named else 0.0)
+        """Undo `encode`'s pin. `named`: an answer named the entry, whose handle stays good until it is read, for
+        --handle-ttl at most."""
+        hold = named and not self._transfer.durable
+        self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if hold else 0.0)
 
     async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
         if (entry := self.cache.find(key)) is not None:
@@ -185,6 +187,7 @@ class Encoder:
                 dtype=self._model.dtype_name,
                 shape=shape,
                 on_free=lambda: self._on_free(entry),
+                on_read=lambda: self.cache.was_read(entry),
             )
         except (TransferError, OSError) as error:
             raise EngineError(

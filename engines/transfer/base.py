@@ -162,6 +162,10 @@ class Transfer(Protocol):
     def carries_kv(self) -> bool:
         """False: published embeddings only; `offer`, `open` raise TransferError."""
 
+    @property
+    def durable(self) -> bool:
+        """True: what was published stays readable after `withdraw`, so nobody needs our memory for it."""
+
     facts: dict[str, Any]
     """Set before `start`, JSON-able; every sender that opens one of our tickets reads it (KV layout fingerprint …)."""
 
@@ -189,10 +193,12 @@ class Transfer(Protocol):
         dtype: str = "",
         shape: Sequence[int] = (),
         once: bool = False,
+        on_read: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         """Let holders of the (JSON-able) answer fetch these bytes, any number of times, until `withdraw` or `ttl` s.
 
-        `once`: withdrawn by the first fetch that succeeded. `dtype` and `shape` are what a storage file records.
+        `once`: withdrawn by the first fetch that succeeded. `on_read()` fires on the loop after each fetch that did;
+        never where `durable`. `dtype` and `shape` are what a storage file records.
         Raises ValueError if `key` is published already.
         """
 

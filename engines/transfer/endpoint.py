@@ -60,6 +60,7 @@ class Endpoint:
     """`timeout`: seconds for one control round trip with a peer."""
 
     carries_kv = True
+    durable = False
 
     def __init__(self, plane: Plane, *, host: str, advertise: str, timeout: float) -> None:
         self.plane = plane
@@ -119,8 +120,9 @@ class Endpoint:
         dtype: str = "",
         shape: Sequence[int] = (),
         once: bool = False,
+        on_read: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
-        publication = Publication(key, arena, table(spans, arena.nbytes), on_free, once)
+        publication = Publication(key, arena, table(spans, arena.nbytes), on_free, once, on_read)
         self._sending.publish(publication, ttl)
         nbytes = total(publication.spans)
         where = Where(self.name, Peer.of(self.address), key, publication.secret, nbytes)

@@ -46,6 +46,7 @@ class Publication:
     spans: Table
     on_free: Callable[[], None]
     once: bool
+    on_read: Callable[[], None] | None = None
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     readers: int = 0
     withdrawn: bool = False
@@ -128,6 +129,8 @@ class SendingSide:
     async def _serve(self, publication: Publication, push: OutgoingPush) -> None:
         try:
             await push.finish()
+            if publication.on_read is not None:
+                publication.on_read()
             if publication.once:
                 self._withdraw(publication)
         except TransferError as error:

@@ -181,6 +181,7 @@ class StorageTicket:
 class Storage:
     name = "storage"
     carries_kv = False
+    durable = True
 
     def __init__(self, path: Path, host: str) -> None:
         self.facts: dict[str, Any] = {}
@@ -220,6 +221,7 @@ class Storage:
         dtype: str = "",
         shape: Sequence[int] = (),
         once: bool = False,
+        on_read: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         checked = table(spans, arena.nbytes)
         if dtype not in DTYPES or math.prod(shape) * WIDTHS[DTYPES[dtype]] != total(checked):

@@ -70,6 +70,19 @@ def test_a_hold_is_only_ever_extended() -> None:
     assert entry.held_until == 10.0
 
 
+def test_the_last_promised_reader_ends_the_hold() -> None:
+    cache = EmbeddingCache(UNIT)
+    entry = put(cache, "a")
+    for _ in range(2):
+        assert cache.pin(entry)
+        cache.unpin(entry, held_until=10.0)
+    cache.was_read(entry)
+    assert cache.evict(now=5.0) is None, "another answer named it, and its reader has not come"
+    cache.was_read(entry)
+    cache.was_read(entry)
+    assert cache.evict(now=5.0) is entry
+
+
 def test_an_entry_that_left_cannot_be_pinned() -> None:
     cache = EmbeddingCache(UNIT)
     entry = put(cache, "a")

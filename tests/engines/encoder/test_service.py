@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from engines.encoder.cache import Entry
 from engines.errors import BadRequest, EngineError, Overloaded, TooLarge
 from engines.transfer.base import GoneError, TransferError
 from tests.support.encoding import TOKEN_BYTES, Toy, embedding, item, toy_encoder
+from tests.support.waiting import until
 
 NEVER_HELD = {"handle_ttl": 1e-9}
 
@@ -21,12 +21,6 @@ async def encoded(toy: Toy, tokens: int, seed: str, *, named: bool = True) -> En
     entry = await toy.encoder.encode(item(tokens, seed))
     toy.encoder.release(entry, named=named)
     return entry
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_an_embedding_can_be_fetched_where_the_handle_says() -> None:
@@ -83,6 +77,17 @@ async def test_handles_are_held_for_their_readers_and_a_full_arena_says_which_fl
             await toy.encoder.encode(item(1, "c"))
         assert (caught.value.status, caught.value.retryable, caught.value.code) == (503, True, "cache_full")
         assert await encoded(toy, 5, "a"), "what is cached is served all the same"
+        toy.check()
+
+
+async def test_a_handle_that_was_read_is_held_no_longer() -> None:
+    async with toy_encoder(tokens=10) as toy:
+        a = await encoded(toy, 5, "a")
+        await encoded(toy, 5, "b")
+        await toy.fetch(a.value.where, a.nbytes)
+        await until(lambda: not a.unread)
+        c = await encoded(toy, 5, "c")
+        assert c.offset == a.offset
         toy.check()
 
 

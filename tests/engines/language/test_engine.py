@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from engines.language.sequence import Handoff, SamplingParams, Sequence
 from engines.language.stream import Stream
 from engines.transfer.base import PeerFailed
 from tests.support.fake_runner import FakeCache, FakeRunner, expected
+from tests.support.waiting import until
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 
@@ -42,11 +43,6 @@ async def collect(stream: Stream) -> dict[int, list[int]]:
         for token in tokens:
             answer.setdefault(token.index, []).append(token.token_id)
     return answer
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 async def all_free(engine: LanguageEngine) -> None:

@@ -91,10 +91,13 @@ def nothing():
     pass
 
 
-async def publish(node, key, data, *, offset=0, ttl=None, on_free=nothing, once=False):
+async def publish(node, key, data, *, offset=0, on_free=nothing, **options):
     node.fill(offset, data)
     where = await node.transfer.publish(
-        key, node.arena, [(offset, len(data))], ttl=ttl, on_free=on_free, dtype="uint8", shape=[len(data)], once=once
+        key,
+        node.arena,
+        [(offset, len(data))],
+        **{"ttl": None, "on_free": on_free, "dtype": "uint8", "shape": [len(data)], **options},
     )
     return json.loads(json.dumps(where))
 

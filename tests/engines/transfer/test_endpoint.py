@@ -90,6 +90,23 @@ async def test_once_is_withdrawn_by_the_first_success(pair, freed):
     second.release()
 
 
+async def test_the_owner_is_told_of_each_read_that_succeeded(pair):
+    sender, receiver = pair
+    reads = []
+    where = await publish(sender, "k", b"data", on_read=lambda: reads.append("k"))
+    for count in (1, 2):
+        ticket = reserve(receiver, [(0, 4)])
+        await ticket.fetch(where)
+        ticket.release()
+        await until(lambda count=count: len(reads) == count)
+    sender.transfer.withdraw("k")
+    ticket = reserve(receiver, [(0, 4)])
+    with pytest.raises(GoneError):
+        await ticket.fetch(where)
+    ticket.release()
+    assert len(reads) == 2
+
+
 async def test_a_time_to_live_ends_a_publication(pair, freed):
     sender, receiver = pair
     where = await publish(sender, "k", b"data", ttl=0.05, on_free=freed("published"))
