@@ -231,7 +231,7 @@ def make(family: str, out: Path, seed: int = 0, layers: int = LAYERS) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m engines.checkpoint", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="triptych checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen3_vl")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; replaced if it exists")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -29,15 +30,11 @@ def test_an_unknown_command_names_those_there_are(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_each_command_explains_itself(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, command, "--help")
-    assert stopped.value.code in (0, None)
-    shown = capsys.readouterr().out
-    assert f"triptych {command}" in shown
-    assert "--" in shown
+def test_each_command_explains_itself(command: str) -> None:
+    asked = [sys.executable, "-m", "deploy.cli", command, "--help"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+    assert f"triptych {command}" in done.stdout
+    assert "--" in done.stdout
 
 
 def test_engines_without_torch_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
