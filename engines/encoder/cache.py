@@ -8,20 +8,19 @@ no clock.
 FILLING: reserved, the model writes it. READY: published, findable by its key. LEAVING: withdrawn, but a transfer
 may still read it: the range is free only after `freed`. An entry is evicted least recently used first, and only
 when nobody pins it (a request that will name it in its answer) and its hold is over (an answer named it: its
-handle must stay readable for a while).
+handle must stay readable until it is read, for a while at most).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from typing import Any
 
-ALIGNMENT = 64
+from engines.ranges import Ranges, rounded
+
 SETTLING_SECONDS = 1.0
 """How long a withdrawn range is counted on. A reader that stalls longer may be stopped; others are evicted instead."""
 
@@ -64,61 +63,11 @@ class Entry:
         return self.state is State.READY and not self.pins and self.held_until <= now
 
 
-class RangeAllocator:
-    """First fit over [0, capacity). Lengths are rounded up to ALIGNMENT; neighbouring holes are one hole."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity // ALIGNMENT * ALIGNMENT
-        self._holes: list[tuple[int, int]] = [(0, self.capacity)] if self.capacity else []
-
-    @property
-    def free(self) -> int:
-        return sum(length for _, length in self._holes)
-
-    def allocate(self, nbytes: int) -> int | None:
-        """The offset of a range of that length; None when no hole is long enough."""
-        need = rounded(nbytes)
-        for index, (offset, length) in enumerate(self._holes):
-            if length >= need:
-                self._holes[index : index + 1] = [(offset + need, length - need)] if length > need else []
-                return offset
-        return None
-
-    def release(self, offset: int, nbytes: int) -> None:
-        """Raises ValueError if any of the range is free already."""
-        self._holes = _merge(self._holes, [(offset, rounded(nbytes))])
-
-    def would_fit(self, nbytes: int, freed: Iterable[tuple[int, int]]) -> bool:
-        """Whether `allocate` would succeed after those ranges are released too."""
-        ranges = [(offset, rounded(length)) for offset, length in freed]
-        return any(length >= rounded(nbytes) for _, length in _merge(self._holes, ranges))
-
-
-def rounded(nbytes: int) -> int:
-    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
-
-
-def _merge(holes: list[tuple[int, int]], added: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged = list(holes)
-    for offset, length in added:
-        index = bisect_left(merged, (offset, 0))
-        before = sum(merged[index - 1]) if index else 0
-        after = merged[index][0] if index < len(merged) else offset + length
-        if before > offset or after < offset + length:
-            raise ValueError(f"the range {offset}+{length} is free already")
-        insort(merged, (offset, length))
-        if index + 1 < len(merged) and after == offset + length:
-            merged[index : index + 2] = [(offset, length + merged[index + 1][1])]
-        if index and before == offset:
-            merged[index - 1 : index + 1] = [(merged[index - 1][0], merged[index - 1][1] + merged[index][1])]
-    return merged
-
-
 class EmbeddingCache:
     """The entries of one arena of `capacity` bytes."""
 
     def __init__(self, capacity: int) -> None:
-        self.ranges = RangeAllocator(capacity)
+        self.ranges = Ranges(capacity)
         self._ready: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._filling: set[Entry] = set()
         self._leaving: set[Entry] = set()
@@ -132,7 +81,7 @@ class EmbeddingCache:
 
     def reserve(self, key: str, nbytes: int) -> Entry | None:
         """A FILLING entry; None when there is no room. Evicts nothing: see `evict`, `settling`."""
-        offset = self.ranges.allocate(nbytes)
+        offset = self.ranges.take(nbytes)
         if offset is None:
             return None
         entry = Entry(key, offset, nbytes)
@@ -156,7 +105,7 @@ class EmbeddingCache:
         """FILLING → GONE: nobody writes it any more and nobody was told of it."""
         entry.move(State.GONE)
         self._filling.remove(entry)
-        self.ranges.release(entry.offset, entry.nbytes)
+        self.ranges.give_back(entry.offset)
 
     def pin(self, entry: Entry) -> bool:
         """Keep a READY entry until `unpin`. False: it is not READY any more."""
@@ -199,12 +148,12 @@ class EmbeddingCache:
         """LEAVING → GONE: the range may be reserved again."""
         entry.move(State.GONE)
         self._leaving.remove(entry)
-        self.ranges.release(entry.offset, entry.nbytes)
+        self.ranges.give_back(entry.offset)
 
     def settling(self, nbytes: int, now: float) -> bool:
         """Whether the entries that left a moment ago make enough room, so that waiting beats evicting more."""
         recent = [entry for entry in self._leaving if now - entry.leaving_since < SETTLING_SECONDS]
-        return bool(recent) and self.ranges.would_fit(nbytes, ((entry.offset, entry.nbytes) for entry in recent))
+        return bool(recent) and self.ranges.would_fit(nbytes, (entry.offset for entry in recent))
 
     def info(self, now: float) -> dict[str, int]:
         """Sizes in bytes; `pinned`: entries that may not be evicted now."""

@@ -18,8 +18,8 @@ import torch
 
 from engines.errors import BadRequest, Overloaded
 from engines.language.failures import lost_embedding
-from engines.language.ranges import Ranges
 from engines.language.sequence import Item
+from engines.ranges import Ranges
 from engines.transfer.base import Arena, Ticket, Transfer, TransferError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

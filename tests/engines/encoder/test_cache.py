@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engines.encoder.cache import ALIGNMENT, TRANSITIONS, EmbeddingCache, Entry, RangeAllocator, State
+from engines.encoder.cache import TRANSITIONS, EmbeddingCache, Entry, State
+from engines.ranges import ALIGNMENT
 
 UNIT = ALIGNMENT
 
@@ -126,25 +127,6 @@ def test_settling_counts_on_recent_departures_only() -> None:
 @pytest.mark.parametrize(("nbytes", "fits"), [(1, True), (2 * UNIT, True), (2 * UNIT + 1, False)])
 def test_what_can_never_fit_is_known(nbytes: int, fits: bool) -> None:
     assert EmbeddingCache(2 * UNIT + 1).fits(nbytes) is fits
-
-
-def test_the_allocator_joins_neighbouring_holes() -> None:
-    ranges = RangeAllocator(4 * UNIT)
-    offsets = [ranges.allocate(UNIT) for _ in range(4)]
-    assert offsets == [0, UNIT, 2 * UNIT, 3 * UNIT]
-    assert ranges.allocate(1) is None
-    for offset in (0, 2 * UNIT, UNIT):
-        ranges.release(offset, UNIT)
-    assert ranges.allocate(3 * UNIT) == 0
-
-
-@pytest.mark.parametrize(("offset", "units"), [(0, 1), (UNIT, 1), (0, 4), (2 * UNIT, 2)])
-def test_a_range_is_released_once(offset: int, units: int) -> None:
-    ranges = RangeAllocator(4 * UNIT)
-    assert ranges.allocate(2 * UNIT) == 0
-    ranges.release(0, 2 * UNIT)
-    with pytest.raises(ValueError, match="free already"):
-        ranges.release(offset, units * UNIT)
 
 
 class CacheMachine(RuleBasedStateMachine):

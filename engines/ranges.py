@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 
 ALIGNMENT = 64  # a cache line, and more than any dtype needs
+
+
+def rounded(nbytes: int) -> int:
+    """What a range of `nbytes` really takes."""
+    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
 
 
 class Ranges:
@@ -21,7 +27,7 @@ class Ranges:
 
     def take(self, nbytes: int) -> int | None:
         """The offset of a range of at least `nbytes`, or None when no hole is large enough."""
-        size = max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)
+        size = rounded(nbytes)
         for number, (begin, end) in enumerate(self._holes):
             if end - begin >= size:
                 self._holes[number : number + 1] = [(begin + size, end)] if end - begin > size else []
@@ -44,13 +50,23 @@ class Ranges:
     def give_back(self, offset: int) -> None:
         """Raises KeyError unless `offset` is a range that was taken."""
         insort(self._holes, (offset, self._taken.pop(offset)))
-        merged: list[tuple[int, int]] = []
-        for begin, end in self._holes:
-            if merged and merged[-1][1] == begin:
-                merged[-1] = (merged[-1][0], end)
-            else:
-                merged.append((begin, end))
-        self._holes = merged
+        self._holes = merged(self._holes)
+
+    def would_fit(self, nbytes: int, offsets: Iterable[int]) -> bool:
+        """Whether `take` would succeed once the ranges at `offsets` are given back too."""
+        holes = sorted([*self._holes, *((offset, self._taken[offset]) for offset in offsets)])
+        return any(end - begin >= rounded(nbytes) for begin, end in merged(holes))
 
     def __repr__(self) -> str:
         return f"<Ranges {self.free}/{self.capacity} free in {len(self._holes)} holes>"
+
+
+def merged(holes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted (begin, end) holes with neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in holes:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined

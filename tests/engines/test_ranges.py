@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.language.ranges import ALIGNMENT, Ranges
+from engines.ranges import ALIGNMENT, Ranges
 
 
 def test_ranges_are_aligned_and_merge_when_given_back() -> None:
@@ -30,6 +30,16 @@ def test_all_or_nothing() -> None:
 def test_what_was_not_taken_cannot_be_given_back() -> None:
     with pytest.raises(KeyError):
         Ranges(ALIGNMENT).give_back(0)
+
+
+def test_what_leaves_may_make_room() -> None:
+    ranges = Ranges(3 * ALIGNMENT)
+    first, second, _ = (ranges.take(ALIGNMENT) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert not ranges.would_fit(2 * ALIGNMENT, [first])
+    assert ranges.would_fit(2 * ALIGNMENT, [second, first])
+    assert ranges.free == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 400)), max_size=50))
