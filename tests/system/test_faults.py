@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,16 +93,34 @@ async def deployment(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
         yield running
 
 
-async def in_phase(cluster: Cluster, phase: Phase, stream: bool) -> asyncio.Task[Answer]:
-    """Send the phase's request and return once it is there."""
-    task = asyncio.create_task(cluster.chat(phase.content, stream=stream, timeout=DEADLINE, **phase.fields))
+@asynccontextmanager
+async def in_phase(
+    cluster: Cluster, phase: Phase, stream: bool, frozen: str = ""
+) -> AsyncIterator[asyncio.Task[Answer]]:
+    """Send the phase's request, and run the body once it is there.
 
+    A pull takes milliseconds, so its decode engine is frozen between the prefill and the end of the body; `frozen`
+    names an engine that the body freezes and that must stay so.
+    """
+    task = asyncio.create_task(cluster.chat(phase.content, stream=stream, timeout=DEADLINE, **phase.fields))
+    held = cluster.engine("decode") if phase.name == "transfer" and cluster.deployment.kv_handoff == "pull" else None
+    if held is not None:
+        await seen(cluster, task, PHASES["prefill"])
+        held.signal(signal.SIGSTOP)
+    try:
+        await seen(cluster, task, phase)
+        yield task
+    finally:
+        if held is not None and frozen != "decode":
+            held.signal(signal.SIGCONT)
+
+
+async def seen(cluster: Cluster, task: asyncio.Task[Answer], phase: Phase) -> None:
     async def reached() -> bool:
         return task.done() or await phase.reached(cluster)
 
     await eventually(reached, 15)
     assert not task.done(), f"the request was over before it was seen in {phase.name}: {task}"
-    return task
 
 
 async def serves_exactly(cluster: Cluster) -> None:
@@ -130,23 +148,21 @@ def assert_truthful(answer: Answer, stages: set[str]) -> None:
     assert {"type", "param", "code", "retryable"} <= answer.error.keys()
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("phase", "role"), STRUCK, ids=lambda name: name)
-async def test_a_killed_engine_fails_its_request_truthfully(
-    deployment: Cluster, phase: str, role: str, stream: bool
-) -> None:
-    task = await in_phase(deployment, PHASES[phase], stream)
-    deployment.engine(role).signal(signal.SIGKILL)
+async def test_a_killed_engine_fails_its_request_truthfully(deployment: Cluster, phase: str, role: str) -> None:
+    streamed = deployment.deployment.kv_handoff == "push"  # and whole answers with pull
+    async with in_phase(deployment, PHASES[phase], streamed) as task:
+        deployment.engine(role).signal(signal.SIGKILL)
     assert_truthful(await task, {role, phase if phase != "transfer" else "prefill"})
     await serves_exactly(deployment)
 
 
 @pytest.mark.parametrize(("phase", "role"), STRUCK, ids=lambda name: name)
 async def test_a_frozen_engine_fails_its_request_by_the_deadline(deployment: Cluster, phase: str, role: str) -> None:
-    task = await in_phase(deployment, PHASES[phase], stream=True)
     engine = deployment.engine(role)
-    engine.signal(signal.SIGSTOP)
     try:
+        async with in_phase(deployment, PHASES[phase], stream=True, frozen=role) as task:
+            engine.signal(signal.SIGSTOP)
         assert_truthful(await task, {role, phase if phase != "transfer" else "prefill", "decode"})
     finally:
         engine.signal(signal.SIGCONT)
@@ -156,10 +172,10 @@ async def test_a_frozen_engine_fails_its_request_by_the_deadline(deployment: Clu
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("phase", PHASES)
 async def test_a_client_that_leaves_takes_its_request_along(deployment: Cluster, phase: str, stream: bool) -> None:
-    task = await in_phase(deployment, PHASES[phase], stream)
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    async with in_phase(deployment, PHASES[phase], stream) as task:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
     await deployment.idle(10)
     await serves_exactly(deployment)
 
@@ -167,8 +183,8 @@ async def test_a_client_that_leaves_takes_its_request_along(deployment: Cluster,
 async def test_an_engine_that_is_not_needed_any_more_may_die(deployment: Cluster) -> None:
     """Once D has the KV cache, P's death costs nothing."""
     short = replace(PHASES["decode"], fields={"max_tokens": 300, "ignore_eos": True})
-    task = await in_phase(deployment, short, stream=True)
-    deployment.engine("prefill").signal(signal.SIGKILL)
+    async with in_phase(deployment, short, stream=True) as task:
+        deployment.engine("prefill").signal(signal.SIGKILL)
     answer = await task
     assert answer.done, answer.error
     assert answer.events[-1]["choices"][0]["finish_reason"] == "length"
