@@ -317,23 +317,23 @@ class Call:
         self._connection.begin()
         if self._engine.pace.interval:
             loop = asyncio.get_running_loop()
-            self._tick(loop, events, loop.time())
+            self._tick(loop, next(events), events, loop.time())
             return
         for event in events:
             self._connection.write(event)
         self._end()
 
-    def _tick(self, loop: asyncio.AbstractEventLoop, events: Iterator[bytes], at: float) -> None:
-        """Say one token and set the clock for the next; the pace does not drift."""
+    def _tick(self, loop: asyncio.AbstractEventLoop, event: bytes, events: Iterator[bytes], at: float) -> None:
+        """Say one token and set the clock for the next; the pace does not drift, and the end comes with the last."""
         if self._gone:
             return
-        event = next(events, None)
-        if event is None:
+        self._connection.write(event)
+        following = next(events, None)
+        if following is None:
             self._end()
             return
-        self._connection.write(event)
         at += self._engine.pace.interval
-        loop.call_at(at, self._tick, loop, events, at)
+        loop.call_at(at, self._tick, loop, following, events, at)
 
     def _end(self) -> None:
         self._engine.counters.running -= 1
