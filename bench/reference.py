@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_utils import load_image
+from transformers.utils.logging import disable_progress_bar
 
 
 @dataclass(frozen=True)
@@ -57,5 +58,6 @@ class Reference:
 
 def load_reference(folder: Path) -> Reference:
     """Load the whole model of a checkpoint folder in float32."""
+    disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     return Reference(model, AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))

@@ -75,8 +75,9 @@ class Service:
         prompt = generation.prompt
         length = len(prompt.token_ids)
         last = prompt.items[-1] if prompt.items else None
-        if isinstance(plan, Ask | Fetch) and last is not None and last.offset + last.num_tokens == length:
-            raise BadRequest("the prompt ends in an image: decode runs its last token again and has no embeddings")
+        runs_last_again = isinstance(plan, Ask | Fetch) or generation.params.n > 1
+        if runs_last_again and last is not None and last.offset + last.num_tokens == length:
+            raise BadRequest("the prompt ends in an image: its last token is run again, and no embedding is held then")
         try:
             positions = Positions.build(prompt.items, self._rules.merge_size)
         except ValueError as error:

@@ -56,9 +56,9 @@ async def world(
             await transfer.close()
 
 
-def generation(tokens: list[int] | None = None, items: tuple[Item, ...] = (), **fields: Any) -> Generation:
+def generation(tokens: list[int] | None = None, items: tuple[Item, ...] = (), n: int = 1, **fields: Any) -> Generation:
     prompt = Prompt(tokens or [1, 2, 3, 4, 5], items)
-    return Generation(True, prompt, SamplingParams(max_tokens=4), False, False, {}, None, **fields)
+    return Generation(True, prompt, SamplingParams(max_tokens=4, n=n), False, False, {}, None, **fields)
 
 
 async def answer(service: Service, plan: Plan, what: Generation) -> list[int]:
@@ -114,6 +114,8 @@ async def test_decode_needs_a_last_token_that_is_text() -> None:
     async with world() as (service, _, _runner):
         with pytest.raises(BadRequest, match="ends in an image"):
             await answer(service, Ask("http://127.0.0.1:1/"), generation([1, 9, 9], (IMAGE,)))
+        with pytest.raises(BadRequest, match="ends in an image"):
+            await answer(service, Keep(), generation([1, 9, 9], (IMAGE,), n=2))
 
 
 async def test_a_grid_that_makes_other_tokens_is_refused() -> None:
