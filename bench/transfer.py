@@ -28,6 +28,7 @@ import uvloop
 
 from bench.report import Report, add_arguments
 from bench.transfer_raw import RawPeer, RawReceiver, RawSender, Use, memcpy
+from engines.serve import SWITCH_INTERVAL
 from engines.transfer import create
 from engines.transfer.base import Transfer, TransportUnavailable
 
@@ -35,7 +36,7 @@ ARENA = 64 << 20
 BLOCK = 16 << 10
 MIB16 = 16 << 20
 TIMEOUT = 60.0
-STREAM = 8
+STREAM = 28
 KEY = "0" * 64
 COPYING = ("shm", "mooncake", "zmq")
 MEMCPY_LIMIT = 1.3
@@ -233,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     report = Report("transfer")
     transports = [name for name in flags.transports.split(",") if usable(name, report)]
+    sys.setswitchinterval(SWITCH_INTERVAL)
     uvloop.run(run(report, flags.repeats, transports))
     return report.emit(flags)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import socket
 import struct
 import threading
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 Spans = list[tuple[int, int]]
+Bytes = npt.NDArray[np.uint8]
 Use = Callable[[Spans, Spans, int], None]
 """(source, target, times)"""
 IOV_MAX = 1024
@@ -21,9 +24,18 @@ HEADER = struct.Struct("<cI")
 TCP, SCATTER, NOTHING = b"T", b"S", b"N"
 
 
+def ordinary(nbytes: int, value: int) -> Bytes:
+    """Memory of ordinary pages, as torch allocates it; numpy would ask for huge ones, which shared memory has not."""
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    memory = np.frombuffer(mapping, dtype=np.uint8)
+    memory[:] = value
+    return memory
+
+
 def memcpy(nbytes: int) -> Use:
     """Within one process, from one buffer of `nbytes` to another."""
-    source, target = np.full(nbytes, 7, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
+    source, target = ordinary(nbytes, 7), ordinary(nbytes, 0)
 
     def copy(sources: Spans, targets: Spans, times: int) -> None:
         a, b = source.ctypes.data, target.ctypes.data

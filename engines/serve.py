@@ -41,6 +41,10 @@ from engines.settings import WILDCARDS, EngineSettings, load
 
 log = logging.getLogger(__name__)
 
+SWITCH_INTERVAL = 0.0005
+"""Seconds for which a thread may keep the GIL from others. Model, loop and senders take turns; with Python's 5 ms a
+sender that copies 1000 blocks would wait 5 ms for the model thread again and again."""
+
 SettingsT = TypeVar("SettingsT", bound=EngineSettings)
 Build = Callable[[SettingsT], AbstractAsyncContextManager[Engine]]
 
@@ -110,6 +114,7 @@ def serve(cls: type[SettingsT], build: Build[SettingsT], *, prog: str, argv: lis
     try:
         settings = load(cls, sys.argv[1:] if argv is None else argv, prog=prog)
         _log_to_stderr(settings.log_level)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_main(settings, build))
     except asyncio.CancelledError:

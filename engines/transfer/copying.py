@@ -8,6 +8,7 @@ loop 2.7 ms, process_vm_writev to ourselves (one call) 3.3 ms, numpy fancy index
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,19 +28,18 @@ def address_of(buffer: memoryview) -> int:
 
 def copy(source: int, target: int, moves: Moves, halt: Halt) -> None:
     """Copy moves from the mapping at `source` to the one at `target`; raises what `halt.check` raises."""
-    memmove = ctypes.memmove
-    for rows in _looks(moves + np.array([source, target, 0], dtype=np.int64)):
+    for rows in _looks(moves):
         halt.check()
-        for start, to, length in rows:
-            memmove(to, start, length)
+        targets, sources = (rows[:, 1] + target).tolist(), (rows[:, 0] + source).tolist()
+        # the loop runs in C: 1000 calls take 0.4 ms less than from a `for`
+        deque(map(ctypes.memmove, targets, sources, rows[:, 2].tolist()), maxlen=0)
 
 
-def _looks(moves: Moves) -> Iterator[list[list[int]]]:
-    """Rows to copy between two looks."""
+def _looks(moves: Moves) -> Iterator[Moves]:
+    """Moves to make between two looks at `halt`; a large one comes in pieces."""
     if not len(moves) or int(moves[:, 2].max()) * ROWS <= PIECE or int(moves[:, 2].sum()) <= PIECE:
-        for first in range(0, len(moves), ROWS):
-            yield moves[first : first + ROWS].tolist()
+        yield from (moves[first : first + ROWS] for first in range(0, len(moves), ROWS))
         return
     for start, to, length in moves.tolist():
         for done in range(0, length, PIECE):
-            yield [[start + done, to + done, min(PIECE, length - done)]]
+            yield np.array([[start + done, to + done, min(PIECE, length - done)]], dtype=np.int64)
