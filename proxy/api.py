@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -199,8 +200,9 @@ def _of_http(error: web.HTTPException, request: web.Request) -> ProxyError:
 
 
 def _failed(error: ProxyError, headers: Mapping[str, str]) -> web.Response:
-    if error.status == 503:
-        headers = {"Retry-After": str(_RETRY_AFTER_S), **headers}
+    if error.retry_after is not None or error.status == 503:
+        after = _RETRY_AFTER_S if error.retry_after is None else math.ceil(error.retry_after)
+        headers = {"Retry-After": str(after), **headers}
     return web.Response(status=error.status, body=error.json(), content_type="application/json", headers=headers)
 
 

@@ -113,6 +113,7 @@ class Job:
     output_tokens: int  # predicted, of all choices together
     stream: bool
     headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
+    nbytes: int = 0  # of the request's body
 
     @property
     def prompt_tokens(self) -> int:

@@ -43,6 +43,7 @@ class ProxyError(Exception):
         code: str | int | None = None,
         stage: Stage | None = None,
         retryable: bool | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -50,6 +51,7 @@ class ProxyError(Exception):
         self.code = type(self).code if code is None else code
         self.stage = type(self).stage if stage is None else stage
         self.retryable = type(self).retryable if retryable is None else retryable
+        self.retry_after = retry_after  # seconds, for the header of that name
         self.attempts = 1
 
     def body(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ class StageTimeout(EngineFailed):
 class Refused(EngineFailed):
     """An engine's own error answer: its status, message, type, param and code are kept."""
 
-    def __init__(self, status: int, answer: bytes, *, stage: Stage) -> None:
+    def __init__(self, status: int, answer: bytes, *, stage: Stage, retry_after: str | None = None) -> None:
         said = _said(answer)
         super().__init__(
             str(said.get("message") or f"the {stage} engine answered {status} and said nothing"),
@@ -153,6 +155,7 @@ class Refused(EngineFailed):
             code=said.get("code") if isinstance(said.get("code"), str | int) else status,
             stage=_stage(said.get("stage"), stage),
             retryable=bool(said.get("retryable", status >= 500 or status == 429)),
+            retry_after=_seconds(retry_after),
         )
         self.status = status if 400 <= status <= 599 else 502
         self.type = _text(said.get("type")) or ("invalid_request_error" if status < 500 else "engine_error")
@@ -170,6 +173,12 @@ def _said(answer: bytes) -> Mapping[str, Any]:
     if isinstance(inner, dict):
         return inner if "message" in inner else {"message": str(inner.get("detail", inner))[:500]}
     return {"message": str(inner)[:500]}
+
+
+def _seconds(value: str | None) -> float | None:
+    """A Retry-After header in seconds. One that names a date is not followed: its clock is not ours."""
+    text = (value or "").strip()
+    return float(text) if text.isascii() and text.isdigit() else None
 
 
 def _text(value: Any) -> str | None:

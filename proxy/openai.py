@@ -54,6 +54,7 @@ def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Ma
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
+        nbytes=len(raw),
     )
 
 

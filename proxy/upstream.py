@@ -95,7 +95,8 @@ class Upstream:
             )
         async with response:
             if response.status != 200:
-                raise Refused(response.status, await _some(response, stage, instance), stage=stage)
+                said = await _some(response, stage, instance)
+                raise Refused(response.status, said, stage=stage, retry_after=response.headers.get("Retry-After"))
             yield Answer(response, stage, instance)
 
     async def get(self, instance: Instance, path: str, timeout: float) -> tuple[int, bytes]:
