@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from heapq import heapify, heappop, heappush
-from itertools import count
 from typing import NamedTuple
+
+from proxy.balancer.board import Standing
 
 
 class Entry(NamedTuple):
@@ -24,34 +25,32 @@ class LeastLoaded:
     """
 
     def __init__(self) -> None:
-        self._turns = count(1)
         self._current: dict[str, Entry] = {}
         self._heap: list[Entry] = []
 
     def __repr__(self) -> str:
         return f"<LeastLoaded {sorted(self._current.values())}>"
 
-    def choose(self, candidates: Collection[str]) -> str:
+    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
         wanted = set(candidates)
         for key in wanted - self._current.keys():
-            self._put(Entry(0, 0, key))
+            self._put(Entry(*standing(key), key))
         passed_over = []
         while True:
             entry = heappop(self._heap)
             if self._current.get(entry.key) != entry:
                 continue
+            passed_over.append(entry)
             if entry.key in wanted:
                 break
-            passed_over.append(entry)
         for other in passed_over:
             heappush(self._heap, other)
-        self._put(entry._replace(used=next(self._turns)))
         return entry.key
 
-    def changed(self, key: str, load: int) -> None:
+    def changed(self, key: str, standing: Standing) -> None:
         entry = self._current.get(key)  # None: it has left the fleet, and its last leases come back
-        if entry is not None and entry.load != load:
-            self._put(entry._replace(load=load))
+        if entry is not None and entry[:2] != standing:
+            self._put(Entry(*standing, key))
 
     def forget(self, key: str) -> None:
         self._current.pop(key, None)
