@@ -20,11 +20,10 @@ class Balancer:
     def take(self, role: Role, candidates: Sequence[Instance], tokens: int) -> Lease:
         """Choose one of `candidates` (not empty) and charge it. The caller owns the lease."""
         by_url = {instance.url: instance for instance in candidates}
-        policy, standing = self._policies[role], self.ledger.standing
-        if self.ledger.shared:
-            for url in by_url:
-                policy.changed(url, standing(url))
-        chosen = by_url[policy.choose(by_url, standing)]
+        policy = self._policies[role]
+        for url, standing in self.ledger.news(by_url):
+            policy.changed(url, standing)
+        chosen = by_url[policy.choose(by_url, self.ledger.standing)]
         return self.ledger.lease(chosen, role, max(1, tokens))
 
     def forget(self, instance: Instance) -> None:

@@ -1,11 +1,10 @@
 """Loads, leases and turns of every instance by worker, in one flat buffer. Chooses nothing, and opens no memory.
 
-All cells are signed 64-bit integers. With W workers and R rows:
+All cells are signed 64-bit integers. With W workers:
 
-    turns       W                      the last turn that each worker has taken
-    directory   R                      whose row this is: a hash of the key, 0 for nobody's
-    row 0       loads W │ leases W │ used W
-    row 1       …                      (R of them)
+    turns     W                                              the last turn that each worker has taken
+    row 0     owner 1 │ loads W │ leases W │ used W          owner: a hash of the key whose row it is, 0 for nobody's
+    row 1     …                                              (ROWS of them)
 
 A cell has one writer. Worker w writes only cell w of each group of W, so nothing on the hot path takes a lock and no
 update is lost; a total is the sum over the workers, a last use the latest of theirs. CPython stores and loads an item
@@ -15,14 +14,15 @@ new one. A worker that dies leaves its cells behind, and `clear` gives back what
 Turns order the choices of all workers without a shared counter: each is one more than the latest anybody has taken.
 Two workers that choose within the same microseconds may take the same turn; the tie then goes by name.
 
-Which row belongs to a key is agreed on under `lock`, once per key; afterwards one cell says that it still holds. A row
-with no lease on it may be given to another key when none is free, which costs the old one its last use only.
+Which row belongs to a key is agreed on under `lock`, once per key; afterwards the owner's cell says that it still
+does. A row with no lease on it may be given to another key when none is free, which costs the old one its last use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from struct import Struct
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -39,6 +39,18 @@ class Standing(NamedTuple):
     used: int
 
 
+class _Row:
+    """A key's row, as this worker has found it."""
+
+    __slots__ = ("cells", "hashed", "number", "told")
+
+    def __init__(self, hashed: int, number: int, cells: memoryview[int]) -> None:
+        self.hashed = hashed
+        self.number = number
+        self.cells = cells
+        self.told = b""  # its bytes when `news` last told of it
+
+
 class Board:
     """One worker's view of the buffer."""
 
@@ -53,40 +65,44 @@ class Board:
         self._worker = worker
         self._lock = lock
         self._cells = memoryview(buffer)[: size(workers)].cast("q")
-        self._width = 3 * workers
-        self._rows = workers + ROWS
-        self._known: dict[str, tuple[int, int]] = {}  # key → its hash and its row, to be confirmed
+        self._width = 1 + 3 * workers
+        self._unpack = Struct(f"{self._width}q").unpack
+        self._known: dict[str, _Row] = {}
 
     def __repr__(self) -> str:
-        used = sum(1 for row in range(_FIRST, ROWS) if self._cells[self.workers + row])
+        used = sum(1 for row in range(_FIRST, ROWS) if self._cells[self._start(row)])
         return f"<Board worker {self._worker} of {self.workers}, {used} rows>"
 
     # ---- rows by key
 
     def row(self, key: str) -> int:
         """The row of `key` in every worker's view. Raises LookupError if all rows are in use."""
-        known = self._known.get(key)
-        if known is not None and self._cells[self.workers + known[1]] == known[0]:
-            return known[1]
-        with self._lock():
-            found = self._assign(_hashed(key))
-        self._known[key] = found
-        return found[1]
+        return self._row(key).number
 
-    def _assign(self, hashed: int) -> tuple[int, int]:
-        directory = self._cells[self.workers : self._rows].tolist()
-        owned = directory[_FIRST:]
+    def _row(self, key: str) -> _Row:
+        known = self._known.get(key)
+        if known is None or known.cells[0] != known.hashed:
+            hashed = _hashed(key)
+            with self._lock():
+                number = self._assign(hashed)
+            start = self._start(number)
+            known = self._known[key] = _Row(hashed, number, self._cells[start : start + self._width])
+        return known
+
+    def _assign(self, hashed: int) -> int:
+        owners = self._cells[self._start(_FIRST) :: self._width].tolist()
         for wanted in (hashed, 0):
-            if wanted in owned:
-                row = _FIRST + owned.index(wanted)
+            if wanted in owners:
+                row = _FIRST + owners.index(wanted)
                 break
         else:
             row = self._idlest()
-        if directory[row] != hashed:
-            start = self._rows + row * self._width
-            self._cells[start : start + self._width] = memoryview(bytes(self._width * _CELL)).cast("q")
-            self._cells[self.workers + row] = hashed
-        return hashed, row
+        start = self._start(row)
+        if self._cells[start] != hashed:
+            for cell in range(start + 1, start + self._width):
+                self._cells[cell] = 0
+            self._cells[start] = hashed
+        return row
 
     def _idlest(self) -> int:
         idle = [row for row in range(_FIRST, ROWS) if not self.leases(row)]
@@ -94,20 +110,35 @@ class Board:
             raise LookupError(f"{ROWS - _FIRST} instances with requests on them are all that one proxy can account for")
         return min(idle, key=lambda row: self.standing(row).used)
 
+    def _start(self, row: int) -> int:
+        return self.workers + row * self._width
+
     # ---- reading, over all workers
 
     def standing(self, row: int) -> Standing:
-        loads = self._rows + row * self._width
-        used = loads + 2 * self.workers
+        start = self._start(row)
+        return self._read(self._cells[start : start + self._width].tobytes())
+
+    def _read(self, row: bytes) -> Standing:
+        cells = self._unpack(row)
         if self.workers == 1:
-            return Standing(self._cells[loads], self._cells[used])
-        return Standing(
-            sum(self._cells[loads : loads + self.workers].tolist()),
-            max(self._cells[used : used + self.workers].tolist()),
-        )
+            return Standing(cells[1], cells[3])
+        return Standing(sum(cells[1 : 1 + self.workers]), max(cells[-self.workers :]))
+
+    def news(self, keys: Iterable[str]) -> list[tuple[str, Standing]]:
+        """The standing of each of `keys` on whose row anything has changed since this was last asked."""
+        found = []
+        for key in keys:
+            row = self._known.get(key) or self._row(key)
+            now = row.cells.tobytes()
+            if now != row.told:
+                row = self._row(key)  # the change may be that it is another's row now
+                row.told = now = row.cells.tobytes()
+                found.append((key, self._read(now)))
+        return found
 
     def leases(self, row: int) -> int:
-        start = self._rows + row * self._width + self.workers
+        start = self._start(row) + 1 + self.workers
         return sum(self._cells[start : start + self.workers].tolist())
 
     # ---- writing: this worker's own cells
@@ -118,17 +149,17 @@ class Board:
         return turn
 
     def use(self, row: int, turn: int) -> None:
-        self._cells[self._rows + row * self._width + 2 * self.workers + self._worker] = turn
+        self._cells[self._start(row) + 1 + 2 * self.workers + self._worker] = turn
 
     def hold(self, row: int, load: int, leases: int) -> None:
         """What this worker holds of a row, in all."""
-        start = self._rows + row * self._width + self._worker
+        start = self._start(row) + 1 + self._worker
         self._cells[start] = load
         self._cells[start + self.workers] = leases
 
     def held(self, row: int) -> tuple[int, int]:
         """Load and leases that this worker holds of a row."""
-        start = self._rows + row * self._width + self._worker
+        start = self._start(row) + 1 + self._worker
         return self._cells[start], self._cells[start + self.workers]
 
     # ---- for whoever has seen a worker die
@@ -136,17 +167,13 @@ class Board:
     def clear(self, worker: int) -> None:
         """Give back what a dead worker held. Its turns stay: the order of choices is everybody's."""
         for row in range(ROWS):
-            start = self._rows + row * self._width + worker
+            start = self._start(row) + 1 + worker
             self._cells[start] = self._cells[start + self.workers] = 0
-
-    def release(self) -> None:
-        """Let the buffer go; nothing works afterwards."""
-        self._cells.release()
 
 
 def size(workers: int) -> int:
     """Bytes of a board."""
-    return _CELL * (workers + ROWS + ROWS * 3 * workers)
+    return _CELL * (workers + ROWS * (1 + 3 * workers))
 
 
 def alone() -> Board:

@@ -5,7 +5,7 @@ The unit is predicted tokens. One invariant, checked in every test: an instance'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from proxy.balancer.board import Board, Standing, alone
@@ -54,10 +54,9 @@ class Ledger:
     def __repr__(self) -> str:
         return f"<Ledger {len(self._open)} leases, {self._loads()}>"
 
-    @property
-    def shared(self) -> bool:
-        """Whether other processes charge the same instances."""
-        return self._board.workers > 1
+    def news(self, urls: Iterable[str]) -> Iterable[tuple[str, Standing]]:
+        """What other processes may have changed of these since this was last asked; nothing if there are none."""
+        return self._board.news(urls) if self._board.workers > 1 else ()
 
     def lease(self, instance: Instance, role: Role, tokens: int) -> Lease:
         """Charge `tokens` (> 0) to `instance` until the lease is closed; counts as a use of it."""

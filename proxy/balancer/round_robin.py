@@ -10,11 +10,18 @@ from proxy.balancer.board import Standing
 class RoundRobin:
     """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go."""
 
+    def __init__(self) -> None:
+        self._used: dict[str, int] = {}
+
     def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
-        return min(candidates, key=lambda key: (standing(key).used, key))
+        for key in candidates:
+            if key not in self._used:
+                self._used[key] = standing(key).used
+        return min(candidates, key=lambda key: (self._used[key], key))
 
     def changed(self, key: str, standing: Standing) -> None:
-        pass
+        if key in self._used:  # else it has left the fleet, and its last leases come back
+            self._used[key] = standing.used
 
     def forget(self, key: str) -> None:
-        pass
+        self._used.pop(key, None)

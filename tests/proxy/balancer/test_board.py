@@ -62,6 +62,17 @@ def test_a_row_that_is_given_away_is_noticed_by_who_knew_it() -> None:
     assert first.standing(again) == Standing(0, 0)
 
 
+def test_news_are_told_once_whoever_made_them() -> None:
+    first, second = boards(2)
+    assert [key for key, _ in first.news("ab")] == ["a", "b"], "everything is new at first"
+    assert first.news("ab") == []
+    second.hold(second.row("b"), 5, 1)
+    assert first.news("a") == []
+    assert first.news("ab") == [("b", Standing(5, 0))]
+    first.hold(first.row("a"), 1, 1)
+    assert first.news("ab") == [("a", Standing(1, 0))]
+
+
 def test_a_row_with_a_lease_is_never_given_away() -> None:
     board = alone()
     for number in range(ROWS - 8):

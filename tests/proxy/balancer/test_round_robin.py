@@ -12,9 +12,13 @@ class Turns:
         self.used: dict[str, int] = {}
 
     def choose(self, candidates: str) -> str:
-        key = self.policy.choose(candidates, lambda key: Standing(1000 if key == "a" else 0, self.used.get(key, 0)))
+        key = self.policy.choose(candidates, self.standing)
         self.used[key] = 1 + max(self.used.values(), default=0)
+        self.policy.changed(key, self.standing(key))
         return key
+
+    def standing(self, key: str) -> Standing:
+        return Standing(1000 if key == "a" else 0, self.used.get(key, 0))
 
 
 def test_a_newcomer_is_next_and_a_leaver_is_skipped() -> None:
@@ -22,6 +26,7 @@ def test_a_newcomer_is_next_and_a_leaver_is_skipped() -> None:
     assert [turns.choose("ab") for _ in range(3)] == ["a", "b", "a"]
     assert turns.choose("abc") == "c"
     assert turns.choose("ac") == "a"
+    turns.policy.forget("b")
     assert turns.choose("abc") == "b"
 
 
