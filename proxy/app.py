@@ -10,8 +10,6 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from aiohttp import web
-
 from proxy import api, callbacks
 from proxy.admin import Admin
 from proxy.balancer import POLICIES
@@ -21,6 +19,9 @@ from proxy.callbacks import Metaserver
 from proxy.dialects import DIALECTS
 from proxy.dispatch import Dispatcher
 from proxy.health import Health, Probing
+from proxy.http.router import Router, post
+from proxy.http.server import Limits as HttpLimits
+from proxy.http.server import Server
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
@@ -62,33 +63,25 @@ class Proxy:
         host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
-    def application(self) -> web.Application:
+    def server(self) -> Server:
         settings = self.settings
-        app = web.Application(middlewares=[api.errors], client_max_size=settings.max_body_bytes)
         openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
-        app.add_routes([*openai.routes(), *admin.routes(), web.post(callbacks.ROUTE, self.metaserver.handle)])
-        return app
+        routes = [*openai.routes(), *admin.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
+        return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
         async with self.upstream, together() as group:
-            runner = web.AppRunner(
-                self.application(),
-                handler_cancellation=True,  # a client's disconnect cancels its request's task and so every leg
-                access_log=None,
-                shutdown_timeout=self.settings.grace_timeout,
-            )
-            await runner.setup()
+            server = self.server()
             try:
-                await web.TCPSite(runner, self.settings.host or None, self.settings.port, backlog=1024).start()
-                self.port = self.metaserver.port = runner.addresses[0][1]
+                self.port = self.metaserver.port = await server.start(self.settings.host or None, self.settings.port)
                 probes = group.create_task(self.health.run())  # a crash of it ends the proxy, loudly
                 yield self
                 probes.cancel()
             finally:
-                await runner.cleanup()
+                await server.stop(self.settings.grace_timeout)
 
     def _identity(self, headers: Mapping[str, str]) -> Identity:
         settings = self.settings

@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from aiohttp import web
 
 from proxy.core import Instance
 from proxy.errors import BadRequest, Conflict, NotFound, ProxyError
+from proxy.http.message import Response, json_response
+from proxy.http.server import Request
 
 ROUTE = "/v1/metaserver"
 _ENGINE_ID = re.compile(r"chatcmpl-(?P<chat>.+)|cmpl-(?P<text>.+)-0")
@@ -98,7 +99,7 @@ class Metaserver:
             self._reached_at[instance.url] = _url(await _local_address(instance.url), self.port)
         return self._reached_at[instance.url]
 
-    async def handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: Request) -> Response:
         """POST /v1/metaserver: answers once the prefill engine is done. Raises ProxyError."""
         try:
             descriptor = orjson.loads(await request.read())
@@ -107,7 +108,7 @@ class Metaserver:
         if not isinstance(descriptor, dict):
             raise BadRequest("the body must be a JSON object")
         await self.find(descriptor.get("request_id")).prefill(descriptor)
-        return web.json_response({"status": "ok"})
+        return json_response({"status": "ok"})
 
 
 def _url(host: str, port: int) -> str:

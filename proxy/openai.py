@@ -32,7 +32,9 @@ class Identity:
     trust_client: bool = False  # keep client uuids, accept *_embeds and transfer parameters
 
 
-def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None) -> Job:
+def parse(
+    raw: bytes | bytearray, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None
+) -> Job:
     """The job in a request's bytes. Raises BadRequest, ForbiddenField.
 
     Takes milliseconds per megabyte of media; large bodies belong in a thread.
@@ -58,7 +60,7 @@ def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Ma
     )
 
 
-def _load(raw: bytes) -> Body:
+def _load(raw: bytes | bytearray) -> Body:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
