@@ -12,16 +12,22 @@ from contextlib import asynccontextmanager
 
 from proxy import api, callbacks
 from proxy.admin import Admin
+from proxy.admission import Admission, Limits
 from proxy.balancer import POLICIES
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
+from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.dialects import DIALECTS
-from proxy.dispatch import Dispatcher
+from proxy.dispatch import Dispatcher, Rules
+from proxy.encoding import Encoding
+from proxy.gate import Gate
 from proxy.health import Health, Probing
+from proxy.hedge import Hedge
 from proxy.http.router import Router, post
 from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
+from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
@@ -44,17 +50,21 @@ class Proxy:
         self.metrics = Metrics()
         self.upstream = Upstream(_timeouts(settings))
         self.metaserver = Metaserver(settings.host, settings.metaserver_url)
+        self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
-        self.health = Health(self.fleet, self.balancer, self.upstream, probing)
-        self.dispatcher = Dispatcher(
-            Planner(self.fleet, self.balancer),
-            {name: dialect(settings.order) for name, dialect in DIALECTS.items()},
-            self.upstream,
-            self.metaserver,
-            self.metrics,
-            time.monotonic,
-        )
+        self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
+        self.gate = Gate(Admission(_limits(settings)))
+        self.dispatcher = self._dispatcher(settings)
         self.port = settings.port
+
+    def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
+        dialects = {name: dialect(settings.order) for name, dialect in DIALECTS.items()}
+        suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
+        legs = Legs(dialects, self.upstream, self.metrics, time.monotonic, suspicion)
+        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding)
+        encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
+        rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
+        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules)
 
     @property
     def url(self) -> str:
@@ -81,6 +91,7 @@ class Proxy:
                 yield self
                 probes.cancel()
             finally:
+                self.gate.close()
                 await server.stop(self.settings.grace_timeout)
 
     def _identity(self, headers: Mapping[str, str]) -> Identity:
@@ -99,6 +110,15 @@ def _timeouts(settings: ProxySettings) -> Timeouts:
         first_token=settings.first_token_timeout,
         stream_idle=settings.stream_idle_timeout,
         answer=settings.answer_timeout,
+    )
+
+
+def _limits(settings: ProxySettings) -> Limits:
+    return Limits(
+        requests=settings.max_concurrent,
+        nbytes=settings.max_bytes_in_flight,
+        queue=settings.max_queue,
+        patience=settings.queue_timeout,
     )
 
 

@@ -8,6 +8,9 @@ ProxyError                    500  the tree's root; a class carries status, type
 ├─ Conflict                   409
 ├─ Unauthorized               401
 ├─ NoInstance                 503  nobody can take this stage now
+├─ Overloaded                 429  more waits already than may
+├─ QueueTimeout               503  no place became free in time
+├─ DeadlineExceeded           504  the request's own time is over
 ├─ EngineFailed               502  an engine was called and did not do its part
 │  ├─ Unreachable             502  no connection
 │  ├─ Broken                  502  reset, truncated, or not the promised format
@@ -114,6 +117,29 @@ class NoInstance(ProxyError):
     type = "service_unavailable"
     code = "no_instance"
     retryable = True
+
+
+class Overloaded(ProxyError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retryable = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=1.0)
+
+
+class QueueTimeout(ProxyError):
+    status = 503
+    type = "service_unavailable"
+    code = "queue_timeout"
+    retryable = True
+
+
+class DeadlineExceeded(ProxyError):
+    status = 504
+    type = "timeout_error"
+    code = "request_timeout"
 
 
 class ShuttingDown(ProxyError):

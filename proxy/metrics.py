@@ -32,6 +32,15 @@ class Metrics:
         self.failures = Counter(
             "triptych_failures", "Legs that failed, by stage and error code", ["stage", "code"], registry=registry
         )
+        self.causes = Counter(
+            "triptych_leg_failures",
+            "Legs that failed, by stage and what it was: connect, timeout, broken, server_error, busy, lost, client",
+            ["stage", "cause"],
+            registry=registry,
+        )
+        self.retries = Counter("triptych_retries", "Legs sent to another instance", ["stage"], registry=registry)
+        self.hedges = Counter("triptych_hedges", "Second attempts beside a slow encoder", registry=registry)
+        self.resumes = Counter("triptych_resumes", "Streams continued by another instance", registry=registry)
         self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)
         self.items = Counter("triptych_items", "Media items received, by modality", ["modality"], registry=registry)
         self.in_flight = Gauge("triptych_requests_in_flight", "Requests not yet ended", registry=registry)
