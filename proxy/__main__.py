@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import uvloop
 
-from proxy.app import run
+from proxy.app import run, supervise
 from proxy.settings import load
 
 
@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     try:
+        if settings.workers > 1:
+            return supervise(settings)
         uvloop.run(run(settings))
     except OSError as error:
         print(f"triptych proxy: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)

@@ -41,12 +41,16 @@ class Segment:
             fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, number)
 
     def claim(self, number: int) -> bool:
-        """Take lock `number` for the rest of this process's life, unless another process has it."""
+        """Take lock `number` until `disclaim` or this process's end, unless another process has it."""
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except (BlockingIOError, PermissionError):
             return False
         return True
+
+    def disclaim(self, number: int) -> None:
+        """Let go of lock `number`; harmless if it is not held."""
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, number)
 
     def close(self) -> None:
         """Let go of it, locks included. Every view of `buffer` must have been released."""

@@ -56,14 +56,15 @@ class Roster(Fleet):
         self,
         buffer: bytearray | memoryview,
         lock: Callable[[], AbstractContextManager[object]] = nullcontext,
-        gone: Callable[[Instance], None] = lambda instance: None,
+        told: Callable[[Instance, State], None] = lambda instance, before: None,
     ) -> None:
-        """`gone` is told of every instance that leaves the fleet, whoever removed it."""
+        """`told` hears of every instance whose state another worker changed, with its state before."""
         super().__init__()
         self._bytes = memoryview(buffer)[:SIZE].cast("B")
         self._version = self._bytes[:8].cast("q")
         self._lock = lock
-        self.gone = gone
+        self._told = told
+        self.takeovers = 0  # how often something was found that another worker wrote
         self._seen = 0
         self._facts: dict[str, Facts] = {}  # as they stand in the memory
         self._changing = False
@@ -100,10 +101,13 @@ class Roster(Fleet):
         with self._change():
             if self._instances.get(instance.url) is not instance:
                 return False  # removed by another worker a moment ago
-            changed = super().apply(instance, event, reason)
-        if instance.url not in self._instances:
-            self.gone(instance)
-        return changed
+            return super().apply(instance, event, reason)
+
+    def share(self) -> None:
+        """Publish what was set on instances here without an event, such as why one is not READY yet."""
+        if {url: Facts.of(instance) for url, instance in self._instances.items()} != self._facts:
+            with self._change():
+                pass
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -135,6 +139,7 @@ class Roster(Fleet):
         for url, facts in listed.items():
             self._take_over(url, facts)
         self._facts = listed
+        self.takeovers += 1
         return True
 
     def _read(self, version: int) -> dict[str, Facts] | None:
@@ -170,15 +175,17 @@ class Roster(Fleet):
         if seen is None or facts.dialect != seen.dialect:
             instance.dialect = facts.dialect
         if seen is None or (facts.state, facts.reason) != (seen.state, seen.reason):
-            instance.state, instance.reason = State(facts.state), facts.reason
+            before, instance.state, instance.reason = instance.state, State(facts.state), facts.reason
+            if instance.state is not before:
+                self._told(instance, before)
         if seen is None or facts.model != seen.model:
             instance.model = facts.model
 
     def _leave(self, url: str) -> None:
         instance = self._instances.pop(url, None)
         if instance is not None:
-            instance.state, instance.reason = State.GONE, "removed"
-            self.gone(instance)
+            before, instance.state, instance.reason = instance.state, State.GONE, "removed"
+            self._told(instance, before)
 
     def _undo(self, urls: Set[str]) -> None:
         for url in urls:

@@ -36,4 +36,5 @@ def test_a_lock_is_anothers_until_that_is_killed() -> None:
         holder.kill()
         holder.communicate()
     assert segment.claim(1)
+    segment.disclaim(1)
     segment.close()

@@ -14,10 +14,15 @@ from proxy.core import Instance, Role, State
 URLS = [f"http://h:{port}" for port in range(4)]
 
 
-def rosters(count: int) -> tuple[list[Roster], list[Instance]]:
+def rosters(count: int) -> tuple[list[Roster], list[tuple[Instance, State, State]]]:
+    """Fleets on one memory; and what they were told: whom, the state before and after."""
     buffer = bytearray(roster.SIZE)
-    gone: list[Instance] = []
-    return [Roster(buffer, gone=gone.append) for _ in range(count)], gone
+    told: list[tuple[Instance, State, State]] = []
+
+    def tell(instance: Instance, before: State) -> None:
+        told.append((instance, before, instance.state))
+
+    return [Roster(buffer, told=tell) for _ in range(count)], told
 
 
 def shown(fleet: Roster) -> list[tuple[object, ...]]:
@@ -42,7 +47,7 @@ def test_whoever_changes_the_fleet_all_see_the_same(steps: list[tuple[int, str, 
 
 
 def test_an_instance_stays_the_same_object_and_hears_of_its_end() -> None:
-    (here, there), gone = rosters(2)
+    (here, there), told = rosters(2)
     here.join(URLS[0], Role.DECODE, "auto")
     ours, theirs = here.get(URLS[0]), there.get(URLS[0])
     assert ours is not None and theirs is not None and ours is not theirs
@@ -53,7 +58,7 @@ def test_an_instance_stays_the_same_object_and_hears_of_its_end() -> None:
     here.remove(URLS[0])
     assert there.get(URLS[0]) is None
     assert theirs.state is State.GONE
-    assert gone == [ours, theirs]
+    assert told == [(ours, State.JOINING, State.READY), (theirs, State.READY, State.GONE)]
     assert here.apply(ours, Event.HEALTHY, "") is there.apply(theirs, Event.HEALTHY, "") is False
 
 
@@ -70,6 +75,17 @@ def test_what_was_set_here_is_not_undone_by_news_of_something_else() -> None:
     here.join(URLS[0], Role.DECODE, "auto")
     there.refresh()
     assert other.model == "tiny"
+
+
+def test_what_was_set_without_an_event_can_be_shared() -> None:
+    (here, there), _ = rosters(2)
+    here.join(URLS[0], Role.DECODE, "native").reason = "it sleeps"
+    other = there.get(URLS[0])
+    assert other is not None and other.reason == "not probed yet"
+    here.share()
+    here.share()
+    assert list(there)[0].reason == "it sleeps"
+    assert (here.takeovers, there.takeovers) == (0, 2)
 
 
 def test_a_reader_is_never_shown_half_a_fleet() -> None:
