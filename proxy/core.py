@@ -115,6 +115,7 @@ class Job:
     stream: bool
     headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
     nbytes: int = 0  # of the request's body
+    raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
 
     @property
     def prompt_tokens(self) -> int:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import orjson
 
+from proxy import openai
 from proxy.core import Body, Instance, Job, Leg, Stage
 from proxy.dialects.base import BadReply, Dialect
 from proxy.errors import Broken, ProxyError, Unreachable, within_200
+from proxy.http.message import size
 from proxy.metrics import Metrics
 from proxy.retry import STAGES, cause
 from proxy.upstream import Answer, Upstream
@@ -51,8 +53,8 @@ class Legs:
         self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str
     ) -> AbstractAsyncContextManager[Answer]:
         """Send `body`; yields once the engine has answered with status 200. Raises EngineFailed."""
-        data = orjson.dumps(body)
-        self.metrics.bytes.labels("to_engines").inc(len(data))
+        data = openai.encoded(body, job)
+        self.metrics.bytes.labels("to_engines").inc(size(data))
         path = _ENCODE_ROUTE if stage is Stage.ENCODE else job.api
         headers = {**job.headers, "x-request-id": request_id}
         return self._upstream.post(leg.instance, stage, path, data, headers)

@@ -88,7 +88,7 @@ class Native:
         return body | {"kv_transfer_params": asked if handoff is None else handoff}
 
     def whole(self, job: Job, handles: Handles) -> Body:
-        return _without_media(job, handles) | _entries(job, handles)
+        return _without_media(job, handles) | _entries(job, handles) if job.items else job.body
 
 
 def _handle(mm_hash: str, entry: Any) -> Handle:
