@@ -11,7 +11,7 @@ import asyncio
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -119,31 +119,32 @@ class Metaserver:
     async def handle(self, request: Request) -> Response:
         """POST /v1/metaserver: answers once the prefill engine is done. Raises ProxyError."""
         body = await request.read()
-        status, answer = await self._routed(bytes(body), request.query.get("worker"))
+        status, answer = await self.routed(bytes(body), request.query.get("worker"))
         return Response(status, answer, {"content-type": JSON})
 
-    async def _routed(self, body: bytes, worker: str | None) -> tuple[int, bytes]:
-        """The answer of the worker that waits; without a worker in the URL, of the first that knows the request."""
+    async def routed(self, body: bytes, worker: str | None) -> tuple[int, bytes]:
+        """The answer of the worker that waits; without a worker in the URL, of the first that knows the request.
+
+        Raises NotFound if the worker that it names has died.
+        """
         siblings = self._siblings
-        if siblings is None or worker == str(siblings.worker):
+        if siblings is None or worker == str(siblings.worker) or self._knows(body):
             return await self.answer(body)
         named = [other for other in siblings.others if str(other) == worker]
         if named:
             return await siblings.ask(named[0], body)
         for other in siblings.others:
-            if self._knows(body):
-                break
-            status, answer = await siblings.ask(other, body)
-            if status != NotFound.status:
-                return status, answer
+            with suppress(NotFound):
+                status, answer = await siblings.ask(other, body)
+                if status != NotFound.status:
+                    return status, answer
         return await self.answer(body)
 
     def _knows(self, body: bytes) -> bool:
-        try:
+        with suppress(NotFound, BadRequest):
             self.find(_descriptor(body).get("request_id"))
-        except NotFound:
-            return False
-        return True
+            return True
+        return False
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Status and body for a callback that is this worker's own, once its prefill is done."""

@@ -123,6 +123,7 @@ async def _follow(fleet: Roster, health: Health) -> None:
     while True:
         seen = fleet.takeovers
         await asyncio.sleep(_LOOK_S)
+        fleet.refresh()
         fleet.share()
         if fleet.takeovers != seen:
             health.wake()
