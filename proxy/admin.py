@@ -97,6 +97,7 @@ class Admin:
             "dialect": instance.dialect,
             "state": instance.state,
             "reason": instance.reason,
+            "circuit": self._health.circuit(instance),
             "model": instance.model,
             "leases": ledger.leases(url=instance.url),
             "load": ledger.load(instance.url),

@@ -66,7 +66,7 @@ class Admission:
         if nbytes > self.limits.nbytes:
             raise TooLarge(f"the body has {nbytes} bytes, more than may be in flight at all ({self.limits.nbytes})")
         entry = Entry(priority, next(self._numbers), nbytes)
-        if not self._waiting and self._fits(entry):
+        if self._fits(entry) and self._is_first(entry):
             self._admit(entry)
             return entry, None
         refused = self._make_way(entry) if self._waiting >= self.limits.queue else None
@@ -106,6 +106,11 @@ class Admission:
         worst.place = Place.REFUSED
         self._waiting -= 1
         return worst
+
+    def _is_first(self, entry: Entry) -> bool:
+        while self._queue and self._queue[0].place is not Place.WAITING:
+            heappop(self._queue)
+        return not self._queue or entry < self._queue[0]
 
     def _fits(self, entry: Entry) -> bool:
         return self.requests < self.limits.requests and self.nbytes + entry.nbytes <= self.limits.nbytes

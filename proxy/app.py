@@ -59,7 +59,7 @@ class Proxy:
         self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
-        self.gate = Gate(Admission(_limits(settings)))
+        self.gate = Gate(Admission(_limits(settings)), self.metrics)
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
 

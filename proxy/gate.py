@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 
 from proxy.admission import Admission, Entry, Place, full
 from proxy.errors import QueueTimeout, ShuttingDown
+from proxy.metrics import Metrics
 
 
 class Gate:
     """One for the whole process."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, metrics: Metrics) -> None:
         self.admission = admission
+        self._metrics = metrics
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by the entry's number
         self._closed = False
 
@@ -45,8 +47,9 @@ class Gate:
         patience = self.admission.limits.patience
         timer = asyncio.timeout(patience)
         try:
-            async with timer:
-                await future
+            with self._metrics.queued.track_inprogress():
+                async with timer:
+                    await future
         except TimeoutError:
             if not timer.expired():
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import orjson
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
-from proxy.breaker import Breakers
+from proxy.breaker import Breakers, Circuit
 from proxy.core import Instance, State
 from proxy.dialects import ENGINES
 from proxy.errors import EngineFailed, Unreachable
@@ -58,6 +59,10 @@ class Health:
     def suspect(self, instance: Instance) -> None:
         """Its circuit has opened: a probe tells whether it is dead, or only unwell."""
         self.wake()
+
+    def circuit(self, instance: Instance) -> Circuit:
+        """Whether failed legs keep it from new ones now, as this process has seen them."""
+        return self._breakers.circuit(instance.url, time.monotonic())
 
     async def run(self) -> None:
         """Probe for ever."""

@@ -99,4 +99,5 @@ class Legs:
         if isinstance(error, Unreachable):
             self._suspicion.dead(leg.instance, error.message)
         if leg.hold is not None and leg.hold.failed(error, self.clock()):
+            self.metrics.openings.labels(leg.instance.role.label, leg.instance.netloc).inc()
             self._suspicion.opened(leg.instance)

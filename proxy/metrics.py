@@ -50,6 +50,15 @@ class Metrics:
             registry=registry,
         )
         self.retries = Counter("triptych_retries", "Legs sent to another instance", ["stage"], registry=registry)
+        self.openings = Counter(
+            "triptych_circuit_openings", "Circuits opened by failed legs", ["role", "instance"], registry=registry
+        )
+        self.queued = Gauge(
+            "triptych_requests_queued",
+            "Requests that wait to be admitted",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.hedges = Counter("triptych_hedges", "Second attempts beside a slow encoder", registry=registry)
         self.resumes = Counter("triptych_resumes", "Streams continued by another instance", registry=registry)
         self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)

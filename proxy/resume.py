@@ -74,7 +74,7 @@ class Tape:
         fields: dict[str, Any] = {ASK: True}
         if self.token_ids:
             fields[CONTINUE] = list(self.token_ids)
-        return replace(job, body={**job.body, **fields})
+        return replace(job, body={**job.body, **fields}, raw=b"")
 
     def cut(self) -> None:
         """The stream broke off; what comes next continues it."""
