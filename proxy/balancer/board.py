@@ -125,16 +125,19 @@ class Board:
             return Standing(cells[1], cells[3])
         return Standing(sum(cells[1 : 1 + self.workers]), max(cells[-self.workers :]))
 
+    def seen(self, key: str) -> Standing:
+        """The standing of `key`, which is no news afterwards."""
+        row = self._row(key)
+        row.told = row.cells.tobytes()
+        return self._read(row.told)
+
     def news(self, keys: Iterable[str]) -> list[tuple[str, Standing]]:
-        """The standing of each of `keys` on whose row anything has changed since this was last asked."""
+        """The standing of each of `keys` on whose row anything has changed since it was last seen or told of here."""
         found = []
         for key in keys:
-            row = self._known.get(key) or self._row(key)
-            now = row.cells.tobytes()
-            if now != row.told:
-                row = self._row(key)  # the change may be that it is another's row now
-                row.told = now = row.cells.tobytes()
-                found.append((key, self._read(now)))
+            row = self._known.get(key)
+            if row is None or row.cells.tobytes() != row.told:  # this may be because it is another's row now
+                found.append((key, self.seen(key)))
         return found
 
     def leases(self, row: int) -> int:

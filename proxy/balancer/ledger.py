@@ -81,7 +81,7 @@ class Ledger:
             self._board.hold(row, *held)
             if not held[1]:
                 del self._held[row]
-        self._listener(lease.role, lease.instance.url, self._board.standing(lease.row))
+        self._listener(lease.role, lease.instance.url, self._board.seen(lease.instance.url))
 
     def standing(self, url: str) -> Standing:
         """Load and last use of this instance, whoever charged it."""

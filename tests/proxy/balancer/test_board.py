@@ -70,7 +70,9 @@ def test_news_are_told_once_whoever_made_them() -> None:
     assert first.news("a") == []
     assert first.news("ab") == [("b", Standing(5, 0))]
     first.hold(first.row("a"), 1, 1)
-    assert first.news("ab") == [("a", Standing(1, 0))]
+    assert second.news("ab") == [("a", Standing(1, 0)), ("b", Standing(5, 0))]
+    assert first.seen("a") == Standing(1, 0)
+    assert first.news("ab") == []
 
 
 def test_a_row_with_a_lease_is_never_given_away() -> None:

@@ -84,7 +84,7 @@ def test_what_was_set_without_an_event_can_be_shared() -> None:
     assert other is not None and other.reason == "not probed yet"
     here.share()
     here.share()
-    assert list(there)[0].reason == "it sleeps"
+    assert next(iter(there)).reason == "it sleeps"
     assert (here.takeovers, there.takeovers) == (0, 2)
 
 
