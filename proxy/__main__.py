@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 after a clean stop, 1 if the address cannot be had; wrong flags exit with 2."""
     settings = load(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s",
     )
     try:
         if settings.workers > 1:

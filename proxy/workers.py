@@ -130,7 +130,12 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         worker.born, worker.ready = time.monotonic(), False
-        worker.pid = os.fork()
+        try:
+            worker.pid = os.fork()
+        except OSError as error:  # no memory or no process to be had now
+            log.error("worker %d cannot be started: %s", place, error.strerror)
+            worker.due = worker.born + _LONGEST_DELAY_S
+            return
         if worker.pid == 0:
             self._be(place)
 

@@ -109,3 +109,11 @@ def test_help_teaches_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in ProxySettings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text and field.description
     assert "seconds to connect to an engine" in text
+
+
+def test_there_is_one_worker_unless_more_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(*D).workers == 1
+    assert load(*D, "--workers", "4").workers == 4
+    with pytest.raises(SystemExit):
+        load(*D, "--workers", "0")
+    assert "--workers: " in capsys.readouterr().err

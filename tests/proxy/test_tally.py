@@ -56,3 +56,23 @@ def test_counts_add_up_and_go_on_where_a_killed_worker_ended(tmp_path: Path, wor
     assert found["triptych_s_bucket", "1.0"] == 0
     assert found["triptych_s_bucket", "2.0"] == found["triptych_s_bucket", "+Inf"] == total + 5
     assert found["triptych_flying",] == total - 1 + 5
+
+
+def test_a_file_that_grows_keeps_every_count(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from proxy import tally
+tally.install(Path(sys.argv[1]), 0)
+from prometheus_client import CollectorRegistry, Counter
+counter = Counter("triptych_x", "what", ["path"], registry=CollectorRegistry())
+early = counter.labels("early")
+for number in range(2000):
+    counter.labels(str(number)).inc()
+    early.inc()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert (tmp_path / "counter_0.db").stat().st_size > 1 << 16
+    found = told(tmp_path)
+    assert found["triptych_x_total", "early"] == 2000
+    assert all(found["triptych_x_total", str(number)] == 1 for number in range(2000))
