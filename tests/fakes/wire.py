@@ -16,8 +16,8 @@ from proxy.errors import Broken, ProxyError, Refused, Unreachable
 from proxy.upstream import Timeouts
 
 ENDINGS = ("ok", "refused", "broken", "500", "503", "429", "400", "html", "error", "cut")
-CONTENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":null}]}\n\n'
-WHOLE = CONTENT + b"data: [DONE]\n\n"
+CONTENT = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":null,"token_ids":[1]}]}\n\n'
+END = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
 
 
 @dataclass(eq=False)
@@ -103,7 +103,8 @@ def _answer(call: Pending, ending: str) -> Answer:
         return Answer(b"data: " + data + b"\n\n" if stream else data, kind)
     cut = Broken("cut", stage=stage) if ending == "cut" else None
     if stream:
-        return Answer(WHOLE if cut is None else CONTENT, kind, cut)
+        said = b"" if "continue_token_ids" in call.body else CONTENT
+        return Answer(said + END if cut is None else said, kind, cut)
     return Answer(orjson.dumps(_whole(call)), kind, cut)
 
 

@@ -120,7 +120,7 @@ class World:
         elif what == "answer" and self.wire.calls:
             call = self.wire.calls[one % len(self.wire.calls)]
             if not call.ending.done():
-                call.ending.set_result(ENDINGS[two % len(ENDINGS)] if two < 40 else "ok")
+                call.ending.set_result(ENDINGS[two % len(ENDINGS)] if two < 20 else "ok")
         elif what == "cancel" and self.clients:
             self.clients[one % len(self.clients)][1].cancel()
         elif what == "engine":
@@ -180,7 +180,8 @@ STEPS = st.lists(
         st.integers(0, 20),
         st.integers(0, 60),
     ),
-    max_size=50,
+    min_size=20,
+    max_size=80,
 )
 
 
