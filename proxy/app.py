@@ -20,7 +20,7 @@ from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
-from proxy.core import Instance, State
+from proxy.core import Instance, Order, Role, State
 from proxy.crew import Crew, Seat
 from proxy.dialects import DIALECTS
 from proxy.dispatch import Dispatcher, Rules
@@ -41,6 +41,8 @@ from proxy.upstream import Timeouts, Upstream
 from proxy.workers import Supervisor, reserve
 
 log = logging.getLogger(__name__)
+
+_DRAIN_LOOK_S = 0.02
 
 
 class Proxy:
@@ -98,7 +100,17 @@ class Proxy:
                 probes.cancel()
             finally:
                 self.gate.close()
-                await server.stop(self.settings.grace_timeout)
+                await server.stop(await self._last_callbacks(self.settings.grace_timeout))
+
+    async def _last_callbacks(self, grace: float) -> float:
+        """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`
+        seconds; new requests get 503 meanwhile. Returns what is left of it."""
+        if self.settings.order is not Order.DECODE_FIRST or Role.PREFILL not in self.fleet.census():
+            return grace
+        began = time.monotonic()
+        while self.gate.admission.requests and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left, _DRAIN_LOOK_S))
+        return max(0.0, began + grace - time.monotonic())
 
     async def _probing(self) -> None:
         if self._seat is None:
