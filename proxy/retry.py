@@ -55,8 +55,8 @@ RULES: Mapping[Cause, Rule] = {
     Cause.OURS: Rule(elsewhere=False, again=False, blame=Blame.NONE),
 }
 
-# Codes of our engines: an embedding or the KV of a prompt did not come. Making it again helps.
-_LOST = frozenset({"embedding_gone", "embedding_invalid", "kv_gone", "kv_timeout", "peer_failed", "peer_unreachable"})
+# Codes of our engines: an embedding or the KV of a prompt is gone. Making it again helps; after a timeout, elsewhere.
+_LOST = frozenset({"embedding_gone", "embedding_invalid", "kv_gone", "peer_failed", "peer_unreachable"})
 _ROLES = {Stage.ENCODE: Role.ENCODE, Stage.PREFILL: Role.PREFILL, Stage.DECODE: Role.DECODE}
 STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, BOTH: Stage.DECODE}
 """The stage that a leg of each role is."""
