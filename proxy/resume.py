@@ -131,6 +131,7 @@ class TapedSink:
         self._sink = sink
         self._tape = tape
         self.started = False
+        self.sent = 0  # the sink behind it counts
 
     def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:
         self.started = True
@@ -146,6 +147,9 @@ class TapedSink:
 
     def end(self) -> None:
         self._sink.end()
+
+    def chunk_writer(self) -> None:
+        """None: whoever wants to resume must see every event."""
 
     @property
     def paused(self) -> bool:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from proxy.core import Instance, Stage
 from proxy.errors import Broken, EngineFailed, Refused, StageTimeout, Unreachable
-from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Feed
+from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Feed, Shortcut
 from proxy.http.message import JSON, Buffer
 
 _ERROR_LIMIT = 1 << 20
@@ -57,12 +57,12 @@ class Answer:
         except Cut as error:
             raise _named(error, self._stage, self._instance) from None
 
-    def pipe(self, feed: Feed, broken: Callable[[EngineFailed], None]) -> None:
+    def pipe(self, feed: Feed, broken: Callable[[EngineFailed], None], shortcut: Shortcut | None = None) -> None:
         """Call `feed` with each piece in the moment it arrives, and with an empty one at the end.
 
-        If the answer breaks off, `broken` is called instead of that.
+        If the answer breaks off, `broken` is called instead of that. `shortcut` may take whole chunks unread.
         """
-        self._exchange.pipe(feed, lambda error: broken(_named(error, self._stage, self._instance)))
+        self._exchange.pipe(feed, lambda error: broken(_named(error, self._stage, self._instance)), shortcut)
 
     async def end(self) -> None:
         """Wait until the answer is whole. Raises Broken."""

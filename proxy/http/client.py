@@ -29,6 +29,10 @@ _FRAMED = ("content-length", "transfer-encoding")
 Feed: TypeAlias = Callable[[bytes], None]
 """Gets each piece of an answer as it arrives, and the empty one at its end."""
 
+Shortcut: TypeAlias = Callable[[bytes], bool]
+"""Gets what was read from the socket while between two chunks of a body. True: it was exactly one whole chunk, written
+as HTTP writes it, and has been dealt with; False: nothing was done with it, and it is parsed."""
+
 
 class ConnectFailed(Exception):
     """No connection: nothing was sent."""
@@ -87,14 +91,15 @@ class Exchange:
         self._connection.resume()
         return data
 
-    def pipe(self, feed: Feed, lost: Callable[[Cut], None]) -> None:
+    def pipe(self, feed: Feed, lost: Callable[[Cut], None], shortcut: Shortcut | None = None) -> None:
         """From now on call `feed` with every piece in the moment it arrives, and first with what has.
 
-        If the answer breaks off, `lost` is called instead of `feed`'s end.
+        If the answer breaks off, `lost` is called instead of `feed`'s end. `shortcut` is asked first where it can be.
         """
         if self._held:
             feed(self._taken())
         self._feed, self._lost = feed, lost
+        self._connection.shortcut = shortcut
         self._connection.resume()
         if self.done:
             feed(b"")
@@ -166,6 +171,8 @@ class _Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._exchange: Exchange | None = None
         self._interim = False  # a 1xx answer is being read
+        self._between = False  # two chunks
+        self.shortcut: Shortcut | None = None
         self._reading = True
         self._reusable = True
         self.idle_since = 0.0
@@ -178,6 +185,7 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         exchange = self._exchange = Exchange(self)
         self._reusable = True
+        self._between = False
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
         if isinstance(body, list):
@@ -190,7 +198,7 @@ class _Connection(asyncio.Protocol):
 
     def release(self, loop: asyncio.AbstractEventLoop) -> None:
         """The exchange is over for its owner: keep the connection if the next exchange can have it."""
-        exchange, self._exchange = self._exchange, None
+        exchange, self._exchange, self.shortcut = self._exchange, None, None
         if self._transport is None or exchange is None:
             return
         if exchange.done and self._reusable and not self._transport.get_write_buffer_size():
@@ -232,6 +240,8 @@ class _Connection(asyncio.Protocol):
             exchange.failed(str(exc) if exc is not None else "closed")
 
     def data_received(self, data: bytes) -> None:
+        if self._between and self.shortcut is not None and self.shortcut(data):
+            return
         if self._exchange is None or self._parser is None or self._exchange.done:
             self._reusable = False  # bytes that nobody asked for
             self.close()
@@ -266,7 +276,14 @@ class _Connection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.got(data)
 
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
+
     def on_message_complete(self) -> None:
+        self._between = False
         if self._interim:
             self._interim = False
         elif self._exchange is not None:

@@ -139,6 +139,10 @@ class Request:
         """More of the body, at once; nothing is dropped while `paused`."""
         self._connection.write_body(data)
 
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """Takes chunks of the body with their frames, as they came from elsewhere; None if there are none here."""
+        return self._connection.chunk_writer()
+
     def end(self) -> None:
         self._connection.end_body()
 
@@ -475,6 +479,9 @@ class Connection(asyncio.BufferedProtocol):
             transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         else:
             transport.writelines((b"%x\r\n" % len(data), data, b"\r\n"))
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        return self._transport.write if self._chunked and self._transport is not None else None
 
     def end_body(self) -> None:
         if self._chunked:

@@ -37,10 +37,13 @@ class _Fields:
 
 def parse_head(data: bytes) -> Head:
     """The head in `data`, which ends with its empty line. Raises HttpError."""
-    found = _FIRST_LINE.match(data[: data.find(b"\r")])
-    parser = _parse(fields := _Fields(), data, found is not None)
-    if found is None:
+    first = data[: data.find(b"\r")]
+    if not first.rpartition(b" ")[2].startswith(b"HTTP/1."):
         raise HttpError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "http_version")
+    parser = _parse(fields := _Fields(), data)
+    found = _FIRST_LINE.match(first)
+    if found is None:
+        raise HttpError(400, "not HTTP: bad request line")
     headers = _headers(fields.fields)
     old = found[1] == b"0"
     if not old and "host" not in headers:
@@ -52,7 +55,7 @@ def parse_head(data: bytes) -> Head:
         query=query,
         headers=headers,
         length=_length(headers, old),
-        keep_alive=parser.should_keep_alive(),
+        keep_alive=_keeps_alive(headers, old),
         expects=not old and headers.get("expect", "").lower() == "100-continue",
         old=old,
     )
@@ -60,18 +63,17 @@ def parse_head(data: bytes) -> Head:
 
 def check_beginning(data: bytes) -> None:
     """Refuse a head that can no longer become a good one, before its end has come. Raises HttpError."""
-    _parse(_Fields(), data, True)
+    _parse(_Fields(), data)
 
 
-def _parse(fields: _Fields, data: bytes, http: bool) -> httptools.HttpRequestParser:
+def _parse(fields: _Fields, data: bytes) -> httptools.HttpRequestParser:
     parser = httptools.HttpRequestParser(fields)
     try:
         parser.feed_data(data)
     except httptools.HttpParserUpgrade:
         pass  # an offer, which we do not take
     except httptools.HttpParserError as error:
-        if http:
-            raise HttpError(400, f"not HTTP: {error}") from None
+        raise HttpError(400, f"not HTTP: {error}") from None
     return parser
 
 
@@ -88,6 +90,14 @@ def _headers(fields: list[tuple[bytes, bytes]]) -> Headers:
         else:
             headers[name] += ", " + text
     return headers
+
+
+def _keeps_alive(headers: Headers, old: bool) -> bool:
+    named = headers.get("connection")
+    if named is None:
+        return not old
+    options = {option.strip() for option in named.lower().split(",")}
+    return "keep-alive" in options if old else "close" not in options
 
 
 def _length(headers: Headers, old: bool) -> int | None:

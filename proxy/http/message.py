@@ -65,7 +65,8 @@ def head_bytes(first: str, headers: Mapping[str, str], framing: str) -> bytes:
     """A head from its first line and fields; `framing` is whole lines of ours."""
     lines = [first, framing, *[f"{name}: {value}\r\n" for name, value in headers.items()], "\r\n"]
     data = "".join(lines).encode("latin-1", "replace")
-    if data.count(b"\n") != len(headers) + framing.count("\n") + 2 or b"\0" in data:
+    lines_due = len(headers) + framing.count("\n") + 2
+    if data.count(b"\n") != lines_due or data.count(b"\r") != lines_due or b"\0" in data:
         clean = {name: _BREAKS.sub(" ", value) for name, value in headers.items()}
         return head_bytes(first, clean, framing)  # a line break in a value ends here, not on the wire
     return data
