@@ -6,11 +6,14 @@ import asyncio
 from collections import deque
 from typing import Any
 
+import aiohttp
 import orjson
 import pytest
 
+from proxy.app import Proxy
 from proxy.core import BOTH
-from tests.fakes.deployment import Deployment, deployment
+from proxy.settings import ProxySettings
+from tests.fakes.deployment import FAST, Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
 from tests.fakes.native import PIECES, Engine, Language
@@ -225,3 +228,30 @@ async def test_a_wait_has_an_end_and_a_body_may_be_too_large() -> None:
         assert large.status == 413, large.body
         asking.cancel()
         await engine.until(lambda: engine.running == 0)
+
+
+async def test_stopping_ends_every_leg_and_empties_the_queue() -> None:
+    async with Language() as engine, aiohttp.ClientSession() as http:
+        engine.always = Fault(Kind.HANG)
+        flags = FAST | {"grace_timeout": 0.2, "max_concurrent": 1, "decode_servers_urls": engine.url}
+        proxy = Proxy(ProxySettings(**flags))
+
+        async def ask() -> int:
+            async with http.post(f"{proxy.url}/v1/chat/completions", json=chat()) as response:
+                return response.status
+
+        async with proxy.serving():
+            await proxy.health.tick()
+            asking = [asyncio.create_task(ask())]
+            await engine.until(lambda: engine.running == 1)
+            asking.append(asyncio.create_task(ask()))
+            async with asyncio.timeout(10):
+                while proxy.gate.admission.waiting != 1:
+                    await asyncio.sleep(0.005)
+        await engine.until(lambda: engine.aborted == 1 and engine.running == 0)
+        ended, waited = await asyncio.gather(*asking, return_exceptions=True)
+        assert waited == 503
+        assert ended == 503 or isinstance(ended, aiohttp.ClientError)
+        proxy.balancer.ledger.check()
+        assert not proxy.balancer.ledger.leases()
+        assert (proxy.gate.admission.requests, proxy.gate.admission.waiting) == (0, 0)
