@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from proxy import relay
+from proxy import relay, wishes
 from proxy.callbacks import Metaserver, Waiting
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
 from proxy.encoding import Encoding, Handles
-from proxy.errors import BadRequest, DeadlineExceeded, NoInstance, ProxyError
+from proxy.errors import DeadlineExceeded, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
 from proxy.plan import NOBODY, Planner
@@ -108,13 +107,13 @@ class Dispatcher:
         """
         if self._rules.resume and eligible(run.job):
             run.tape = Tape()
-        async with self._total_deadline(run), self._gate.admitted(_priority(run.job), run.job.nbytes):
+        async with self._total_deadline(run), self._gate.admitted(wishes.priority(run.job), run.job.nbytes):
             with ExitStack() as holds:
                 await self._serve(run, holds)
 
     @asynccontextmanager
     async def _total_deadline(self, run: Run) -> AsyncIterator[None]:
-        seconds = _asked_seconds(run.job) or self._rules.request_timeout
+        seconds = wishes.seconds(run.job) or self._rules.request_timeout
         try:
             async with asyncio.timeout(seconds) as timer:
                 yield
@@ -304,26 +303,3 @@ def _attempt(run: Run) -> Job:
     """The job as this attempt's engines get it. One that still holds an earlier attempt must not take this for it."""
     job = run.job if run.attempts == 1 else replace(run.job, id=f"{run.job.id}-{run.attempts}")
     return job if run.tape is None else run.tape.asking(job)
-
-
-def _priority(job: Job) -> int:
-    """A lower number goes first, as in vLLM. What is no number is none."""
-    asked = job.body.get("priority", job.headers.get("x-priority", 0))
-    try:
-        return int(asked)
-    except (TypeError, ValueError):
-        return 0
-
-
-def _asked_seconds(job: Job) -> float | None:
-    """The client's own deadline. Raises BadRequest."""
-    asked = job.headers.get("x-request-timeout")
-    if asked is None:
-        return None
-    try:
-        seconds = float(asked)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise BadRequest(f"x-request-timeout must be seconds, got {asked!r}", param="x-request-timeout")
-    return seconds
