@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import uvloop
 
-from proxy.app import run
+from proxy.app import run, supervise
 from proxy.settings import load
 
 
@@ -16,9 +16,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 after a clean stop, 1 if the address cannot be had; wrong flags exit with 2."""
     settings = load(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s",
     )
     try:
+        if settings.workers > 1:
+            return supervise(settings)
         uvloop.run(run(settings))
     except OSError as error:
         print(f"triptych proxy: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 from typing import Any, TypeVar
 
-from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from proxy.balancer.balance import Balancer
@@ -13,6 +12,9 @@ from proxy.balancer.fleet import Event, Fleet
 from proxy.core import Instance, Role, State
 from proxy.errors import BadRequest, Conflict, NotFound, Unauthorized
 from proxy.health import Health
+from proxy.http.message import Response, json_response
+from proxy.http.router import Route, delete, get, post
+from proxy.http.server import Request
 from proxy.settings import Endpoint
 
 T = TypeVar("T", bound=BaseModel)
@@ -41,18 +43,18 @@ class Admin:
         self._key = key
         self._dialect = dialect
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         return [
-            web.get("/instances", self.list),
-            web.post("/instances", self.register),
-            web.delete("/instances", self.remove),
-            web.post("/instances/drain", self.drain),
+            get("/instances", self.list),
+            post("/instances", self.register),
+            delete("/instances", self.remove),
+            post("/instances/drain", self.drain),
         ]
 
-    async def list(self, request: web.Request) -> web.Response:
-        return web.json_response({"instances": [self._shown(instance) for instance in self._fleet]})
+    async def list(self, request: Request) -> Response:
+        return json_response({"instances": [self._shown(instance) for instance in self._fleet]})
 
-    async def register(self, request: web.Request) -> web.Response:
+    async def register(self, request: Request) -> Response:
         """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain."""
         self._authorize(request)
         asked = await _body(request, Registration)
@@ -65,9 +67,9 @@ class Admin:
         except ValueError as error:
             raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
         self._health.wake()
-        return web.json_response({"registered": True, "instance": self._shown(instance)})
+        return json_response({"registered": True, "instance": self._shown(instance)})
 
-    async def remove(self, request: web.Request) -> web.Response:
+    async def remove(self, request: Request) -> Response:
         """Forget an instance now. What runs on it goes on."""
         self._authorize(request)
         if not (url := request.query.get("url")):
@@ -75,9 +77,9 @@ class Admin:
         instance = self._fleet.remove(url.rstrip("/"))
         if instance is not None:
             self._balancer.forget(instance)
-        return web.json_response({"removed": instance is not None})
+        return json_response({"removed": instance is not None})
 
-    async def drain(self, request: web.Request) -> web.Response:
+    async def drain(self, request: Request) -> Response:
         """Give an instance nothing new; it leaves the fleet when its last request has ended."""
         self._authorize(request)
         asked = await _body(request, Named)
@@ -85,7 +87,7 @@ class Admin:
         if instance is None:
             raise NotFound(f"no instance {asked.url}", param="url")
         self._fleet.apply(instance, Event.DRAIN, "drained by an admin")
-        return web.json_response({"draining": instance.state is State.DRAINING, "instance": self._shown(instance)})
+        return json_response({"draining": instance.state is State.DRAINING, "instance": self._shown(instance)})
 
     def _shown(self, instance: Instance) -> dict[str, Any]:
         ledger = self._balancer.ledger
@@ -95,12 +97,13 @@ class Admin:
             "dialect": instance.dialect,
             "state": instance.state,
             "reason": instance.reason,
+            "circuit": self._health.circuit(instance),
             "model": instance.model,
             "leases": ledger.leases(url=instance.url),
             "load": ledger.load(instance.url),
         }
 
-    def _authorize(self, request: web.Request) -> None:
+    def _authorize(self, request: Request) -> None:
         if self._key is None:
             return
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -109,7 +112,7 @@ class Admin:
             raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
 
 
-async def _body(request: web.Request, model: type[T]) -> T:
+async def _body(request: Request, model: type[T]) -> T:
     try:
         return model.model_validate_json(await request.read())
     except ValidationError as error:

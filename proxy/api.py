@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import orjson
-from aiohttp import web
 
 from proxy import openai
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
-from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError, TooLarge
+from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
+from proxy.http.message import JSON, HttpError, Response, json_response
+from proxy.http.router import Handler, NoRoute, Route, Router, get, post
+from proxy.http.server import Request
 from proxy.metrics import Metrics
 from proxy.openai import Identity
-from proxy.relay import ClientGone, ClientSink
+from proxy.relay import ClientSink
 from proxy.routing import router
 from proxy.upstream import Upstream
 
@@ -37,8 +40,6 @@ _LARGE = 1 << 18  # bytes; parsing and hashing more than this takes a millisecon
 _MODELS_TIMEOUT_S = 5.0
 _RETRY_AFTER_S = 1  # probes bring an engine back within seconds
 _CLIENT_GONE = "499"  # nginx's number for it, in logs and metrics only
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class OpenAI:
@@ -59,19 +60,19 @@ class OpenAI:
         self._identity = identity
         self._active: set[str] = set()  # engine-facing ids in flight
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         return [
-            web.post(Api.CHAT, self.generate),
-            web.post(Api.COMPLETIONS, self.generate),
-            web.get("/v1/models", self.models),
-            web.get("/health", self.health),
-            web.get("/ready", self.ready),
-            web.get("/metrics", self.exposition),
+            post(Api.CHAT, self.generate),
+            post(Api.COMPLETIONS, self.generate),
+            get("/v1/models", self.models),
+            get("/health", self.health),
+            get("/ready", self.ready),
+            get("/metrics", self.exposition),
         ]
 
     # ---- generation
 
-    async def generate(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: Request) -> Response | None:
         sink = ClientSink(request, {"x-request-id": request_id.get()})
         with self._claimed(request_id.get()) as engine_id, self._metrics.in_flight.track_inprogress():
             job = await self._job(request, engine_id)
@@ -83,14 +84,14 @@ class OpenAI:
                 self._ended(run, str(error.status), error)
                 if not sink.started:
                     return _failed(error, run.headers())
-                await sink.write(error.event())
-                await sink.end()
-            except (asyncio.CancelledError, ClientGone):
+                sink.write(error.event())
+                sink.end()
+            except asyncio.CancelledError:
                 self._ended(run, _CLIENT_GONE)
                 raise
-        return sink.response
+        return None
 
-    async def _job(self, request: web.Request, engine_id: str) -> Job:
+    async def _job(self, request: Request, engine_id: str) -> Job:
         raw = await request.read()
         self._metrics.bytes.labels("from_clients").inc(len(raw))
         api, headers = Api(request.path), _end_to_end(request.headers)
@@ -129,7 +130,7 @@ class OpenAI:
 
     # ---- the proxy's own
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, request: Request) -> Response:
         """The models of every engine that can answer a client, each once."""
         asked = [i for role in (Role.DECODE, Role.PREFILL | Role.DECODE) for i in self._fleet.ready(role)]
         if not asked:
@@ -138,7 +139,7 @@ class OpenAI:
         found = {model["id"]: model for models in reversed(lists) for model in models}
         if not found:
             raise EngineFailed("no engine told its models")
-        return web.json_response({"object": "list", "data": list(found.values())})
+        return json_response({"object": "list", "data": list(found.values())})
 
     async def _models_of(self, instance: Instance) -> list[dict[str, Any]]:
         try:
@@ -149,66 +150,77 @@ class OpenAI:
             log.warning("%s does not tell its models: %s", instance.netloc, error)
             return []
 
-    async def health(self, request: web.Request) -> web.Response:
+    async def health(self, request: Request) -> Response:
         """This process is alive."""
-        return web.json_response({})
+        return json_response({})
 
-    async def ready(self, request: web.Request) -> web.Response:
+    async def ready(self, request: Request) -> Response:
         """Every stage that this fleet has can be served: 200, else 503; the instances' states either way."""
         census = self._fleet.census()
         ready = router.servable(census)
         states = [{"url": i.url, "role": i.role.label, "state": i.state, "reason": i.reason} for i in self._fleet]
-        return web.json_response({"ready": ready, "instances": states}, status=200 if ready else 503)
+        return json_response({"ready": ready, "instances": states}, status=200 if ready else 503)
 
-    async def exposition(self, request: web.Request) -> web.Response:
+    async def exposition(self, request: Request) -> Response:
         text = self._metrics.render(self._fleet, self._balancer.ledger)
-        return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return Response(200, text, {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-@web.middleware
-async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Request ids, and the error contract for everything that fails before an answer has begun."""
-    given = request.headers.get("x-request-id", "")
-    request_id.set(given if _ID.fullmatch(given) else secrets.token_hex(16))
-    try:
-        response = await handler(request)
-    except ProxyError as error:
-        log.info("%s %s %s %s: %s", request_id.get(), request.method, request.path, error.status, error)
-        response = _failed(error, {})
-    except web.HTTPRequestEntityTooLarge as error:
-        response = _failed(TooLarge(error.text or "the body is too large"), {})
-    except web.HTTPException as error:
-        response = _failed(_of_http(error, request), {})
-    except web.RequestPayloadError as error:
-        response = _failed(BadRequest(f"the body cannot be read: {error}"), {})
-    except ConnectionError:
-        raise  # the client has gone
-    except Exception:  # the edge of the server: a bug is answered as one, and logged whole
-        log.exception("%s failed inside the proxy", request_id.get())
-        response = _failed(ProxyError("the proxy failed; its log says why"), {})
-    if not response.prepared:
-        response.headers["x-request-id"] = request_id.get()
-    return response
+def edge(router: Router) -> Handler:
+    """Every route behind one handler: request ids, and the error contract for what fails before an answer has begun."""
+
+    async def handle(request: Request) -> Response | None:
+        given = request.headers.get("x-request-id", "")
+        request_id.set(given if _ID.fullmatch(given) else secrets.token_hex(16))
+        try:
+            response = await router.find(request.method, request.path)(request)
+        except ProxyError as error:
+            log.info("%s %s %s %s: %s", request_id.get(), request.method, request.path, error.status, error)
+            response = _failed(error, {})
+        except HttpError as error:
+            response = refused(error)
+        except NoRoute as error:
+            response = _nowhere(error, request)
+        except Exception:
+            log.exception("%s failed inside the proxy", request_id.get())
+            response = _failed(ProxyError("the proxy failed; its log says why"), {})
+        if response is not None and request.started:
+            return None  # too late for another answer: what is open is cut
+        if response is not None:
+            response.headers["x-request-id"] = request_id.get()
+        return response
+
+    return handle
 
 
-def _of_http(error: web.HTTPException, request: web.Request) -> ProxyError:
-    kind = NotFound if error.status == 404 else BadRequest
-    failure = kind(f"{request.method} {request.path}: {error.reason}", code=error.reason.lower().replace(" ", "_"))
+def refused(error: HttpError) -> Response:
+    """The answer to what could not be read as a request."""
+    failure = BadRequest(str(error), code=error.code)
     failure.status = error.status
-    return failure
+    return _failed(failure, {})
 
 
-def _failed(error: ProxyError, headers: Mapping[str, str]) -> web.Response:
-    if error.status == 503:
-        headers = {"Retry-After": str(_RETRY_AFTER_S), **headers}
-    return web.Response(status=error.status, body=error.json(), content_type="application/json", headers=headers)
+def _nowhere(error: NoRoute, request: Request) -> Response:
+    where = f"{request.method} {request.path}"
+    if not error.allowed:
+        return _failed(NotFound(f"{where}: there is no such path"), {})
+    failure = BadRequest(f"{where}: {error}", code="method_not_allowed")
+    failure.status = 405
+    return _failed(failure, {"allow": ", ".join(sorted(error.allowed))})
+
+
+def _failed(error: ProxyError, headers: Mapping[str, str]) -> Response:
+    named = {"content-type": JSON, **headers}
+    if error.retry_after is not None or error.status == 503:
+        after = _RETRY_AFTER_S if error.retry_after is None else math.ceil(error.retry_after)
+        named["retry-after"] = str(after)
+    return Response(error.status, error.json(), named)
 
 
 def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
     """What engines get to see of a client's headers: credentials, tracing and extensions."""
-    lowered = ((name.lower(), value) for name, value in headers.items())
     return {
         name: value
-        for name, value in lowered
+        for name, value in headers.items()
         if name in _FORWARDED or (name.startswith("x-") and name not in _NOT_FORWARDED)
     }

@@ -10,85 +10,120 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from aiohttp import web
+import uvloop
 
-from proxy import api, callbacks
+from proxy import api, callbacks, tally
 from proxy.admin import Admin
+from proxy.admission import Admission, Limits
 from proxy.balancer import POLICIES
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
+from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
+from proxy.core import Instance, Order, Role, State
+from proxy.crew import Crew, Seat
 from proxy.dialects import DIALECTS
-from proxy.dispatch import Dispatcher
+from proxy.dispatch import Dispatcher, Rules
+from proxy.encoding import Encoding
+from proxy.gate import Gate
 from proxy.health import Health, Probing
+from proxy.hedge import Hedge
+from proxy.http.router import Router, post
+from proxy.http.server import Limits as HttpLimits
+from proxy.http.server import Server
+from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
 from proxy.settings import ProxySettings
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
+from proxy.workers import Supervisor, reserve
 
 log = logging.getLogger(__name__)
+
+_DRAIN_LOOK_S = 0.02
 
 
 class Proxy:
     """Every part of one proxy, wired. `serving()` runs it."""
 
-    def __init__(self, settings: ProxySettings) -> None:
+    def __init__(self, settings: ProxySettings, seat: Seat | None = None) -> None:
+        """`seat`: this process's place among several workers, whose supervisor has filled the fleet."""
         self.settings = settings
-        self.fleet = Fleet()
-        for role, endpoint in settings.fleet():
-            self.fleet.join(endpoint.url, role, endpoint.dialect)
-        self.balancer = Balancer({role: POLICIES[name]() for role, name in settings.policies().items()})
-        self.metrics = Metrics()
+        self._seat = seat
+        self.fleet = _filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
+        policies = {role: POLICIES[name]() for role, name in settings.policies().items()}
+        self.balancer = Balancer(policies, seat.board() if seat else None)
+        self.metrics = Metrics(seat.folder if seat else None)
         self.upstream = Upstream(_timeouts(settings))
-        self.metaserver = Metaserver(settings.host, settings.metaserver_url)
+        self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
+        self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
-        self.health = Health(self.fleet, self.balancer, self.upstream, probing)
-        self.dispatcher = Dispatcher(
-            Planner(self.fleet, self.balancer),
-            {name: dialect(settings.order) for name, dialect in DIALECTS.items()},
-            self.upstream,
-            self.metaserver,
-            self.metrics,
-            time.monotonic,
-        )
-        self.port = settings.port
+        self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
+        self.gate = Gate(Admission(_limits(settings)), self.metrics)
+        self.dispatcher = self._dispatcher(settings)
+        self.port = seat.port if seat else settings.port
+
+    def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
+        dialects = {name: dialect(settings.order) for name, dialect in DIALECTS.items()}
+        suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
+        legs = Legs(dialects, self.upstream, self.metrics, time.monotonic, suspicion)
+        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding)
+        encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
+        rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
+        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules)
 
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        host = self.settings.host
-        host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return _url(self.settings.host, self.port)
 
-    def application(self) -> web.Application:
+    def server(self) -> Server:
         settings = self.settings
-        app = web.Application(middlewares=[api.errors], client_max_size=settings.max_body_bytes)
         openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
-        app.add_routes([*openai.routes(), *admin.routes(), web.post(callbacks.ROUTE, self.metaserver.handle)])
-        return app
+        routes = [*openai.routes(), *admin.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
+        return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
-        async with self.upstream, together() as group:
-            runner = web.AppRunner(
-                self.application(),
-                handler_cancellation=True,  # a client's disconnect cancels its request's task and so every leg
-                access_log=None,
-                shutdown_timeout=self.settings.grace_timeout,
-            )
-            await runner.setup()
+        async with self.upstream, self.metaserver.listening(), together() as group:
+            server = self.server()
             try:
-                await web.TCPSite(runner, self.settings.host or None, self.settings.port, backlog=1024).start()
-                self.port = self.metaserver.port = runner.addresses[0][1]
-                probes = group.create_task(self.health.run())  # a crash of it ends the proxy, loudly
+                shared = self._seat is not None
+                self.port = await server.start(self.settings.host or None, self.port, reuse_port=shared)
+                self.metaserver.port = self.port
+                probes = group.create_task(self._probing())  # a crash of it ends the proxy, loudly
                 yield self
                 probes.cancel()
             finally:
-                await runner.cleanup()
+                self.gate.close()
+                await server.stop(await self._last_callbacks(self.settings.grace_timeout))
+
+    async def _last_callbacks(self, grace: float) -> float:
+        """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`
+        seconds; new requests get 503 meanwhile. Returns what is left of it."""
+        if self.settings.order is not Order.DECODE_FIRST or Role.PREFILL not in self.fleet.census():
+            return grace
+        began = time.monotonic()
+        while self.gate.admission.requests and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(min(left, _DRAIN_LOOK_S))
+        return max(0.0, began + grace - time.monotonic())
+
+    async def _probing(self) -> None:
+        if self._seat is None:
+            await self.health.run()
+        else:
+            await self._seat.probe(self.health)
+
+    def _told(self, instance: Instance, before: State) -> None:
+        """Another worker has moved `instance`."""
+        if instance.state is State.GONE:
+            self.balancer.forget(instance)
+        if before is State.DOWN or instance.state is State.GONE:
+            self.breakers.forget(instance.url)  # another process, most likely
 
     def _identity(self, headers: Mapping[str, str]) -> Identity:
         settings = self.settings
@@ -109,16 +144,69 @@ def _timeouts(settings: ProxySettings) -> Timeouts:
     )
 
 
-async def run(settings: ProxySettings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises OSError if the address cannot be had."""
+def _limits(settings: ProxySettings) -> Limits:
+    """An equal share for each worker: connections are dealt to them evenly, and nobody asks another for a place."""
+    share = settings.workers
+    return Limits(
+        requests=-(-settings.max_concurrent // share),
+        nbytes=min(settings.max_bytes_in_flight, max(settings.max_bytes_in_flight // share, settings.max_body_bytes)),
+        queue=-(-settings.max_queue // share),
+        patience=settings.queue_timeout,
+    )
+
+
+def _filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
+    for role, endpoint in settings.fleet():
+        fleet.join(endpoint.url, role, endpoint.dialect)
+        log.info("%s %s (%s)", role.label, endpoint.url, endpoint.dialect)
+    return fleet
+
+
+def _url(host: str, port: int) -> str:
+    host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _say_ready(url: str) -> None:
+    print(f"READY {url}", flush=True, file=sys.stdout)
+
+
+async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, or a worker's supervisor is gone. Raises OSError if the address cannot be had."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    proxy = Proxy(settings)
+    if seat is not None:
+        seat.watch(stop.set)
+    proxy = Proxy(settings, seat)
     async with proxy.serving():
-        for instance in proxy.fleet:
-            log.info("%s %s (%s)", instance.role.label, instance.url, instance.dialect)
-        print(f"READY {proxy.url}", flush=True, file=sys.stdout)
+        if seat is None:
+            _say_ready(proxy.url)
+        else:
+            seat.ready()
         await stop.wait()
         log.info("stopping; requests in flight have %.0f s", settings.grace_timeout)
+
+
+def supervise(settings: ProxySettings) -> int:
+    """Serve with several workers until SIGTERM or SIGINT; the exit status. Raises OSError as `run` does."""
+    held = reserve(settings.host, settings.port)
+    port = held[0].getsockname()[1]
+    crew = Crew.create(settings.workers)
+    _filled(crew.fleet(), settings)
+
+    def work(seat: Seat) -> None:
+        tally.install(seat.folder, seat.worker)
+        uvloop.run(run(settings, seat))
+        seat.leave()
+
+    def ready() -> None:
+        _say_ready(_url(settings.host, port))
+
+    try:
+        return Supervisor(crew, port, work, ready, settings.grace_timeout).run()
+    finally:
+        crew.remove()
+        for sock in held:
+            sock.close()

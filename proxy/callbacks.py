@@ -1,6 +1,8 @@
 """The metaserver: a decode engine asks here for the prefill of a request that it has made room for (push).
 
 The request's own task runs the prefill, so that a client's disconnect ends it; the callback only waits for that.
+
+With several workers on one address, any of them may get the call: the URL says whose it is, and the others pass it on.
 """
 
 from __future__ import annotations
@@ -8,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from aiohttp import web
 
 from proxy.core import Instance
 from proxy.errors import BadRequest, Conflict, NotFound, ProxyError
+from proxy.http.message import JSON, Response
+from proxy.http.server import Request
+from proxy.siblings import Siblings
 
 ROUTE = "/v1/metaserver"
 _ENGINE_ID = re.compile(r"chatcmpl-(?P<chat>.+)|cmpl-(?P<text>.+)-0")
@@ -58,9 +62,10 @@ class Waiting:
 class Metaserver:
     """The waiting requests by id, and the address under which engines find this proxy."""
 
-    def __init__(self, host: str, url: str | None = None) -> None:
+    def __init__(self, host: str, url: str | None = None, siblings: Siblings | None = None) -> None:
         self._host = host
         self._url = url
+        self._siblings = siblings
         self._waiting: dict[str, Waiting] = {}
         self._reached_at: dict[str, str] = {}
         self.port = 0  # known once the server is bound
@@ -80,6 +85,15 @@ class Metaserver:
             del self._waiting[request_id]
             waiting.finish(ProxyError("the request ended before its prefill", code="request_ended"))
 
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Within, other workers can pass on what is this one's."""
+        if self._siblings is None:
+            yield
+        else:
+            async with self._siblings.listening(self.answer):
+                yield
+
     def find(self, engine_id: Any) -> Waiting:
         """The request behind an engine's own id for it, `chatcmpl-<id>` or `cmpl-<id>-0`. Raises NotFound."""
         match = _ENGINE_ID.fullmatch(engine_id) if isinstance(engine_id, str) else None
@@ -89,25 +103,67 @@ class Metaserver:
         return waiting
 
     async def url_for(self, instance: Instance) -> str:
-        """The metaserver's URL as this instance can reach it."""
-        if self._url:
-            return self._url
+        """The metaserver's URL as this instance can reach it; it leads to this worker, whoever gets the call."""
+        url = self._url or await self._found_url(instance)
+        if self._siblings is None:
+            return url
+        return f"{url}{'&' if '?' in url else '?'}worker={self._siblings.worker}"
+
+    async def _found_url(self, instance: Instance) -> str:
         if self._host not in _WILDCARDS:
             return _url(self._host, self.port)
         if instance.url not in self._reached_at:
             self._reached_at[instance.url] = _url(await _local_address(instance.url), self.port)
         return self._reached_at[instance.url]
 
-    async def handle(self, request: web.Request) -> web.Response:
+    async def handle(self, request: Request) -> Response:
         """POST /v1/metaserver: answers once the prefill engine is done. Raises ProxyError."""
+        body = await request.read()
+        status, answer = await self.routed(bytes(body), request.query.get("worker"))
+        return Response(status, answer, {"content-type": JSON})
+
+    async def routed(self, body: bytes, worker: str | None) -> tuple[int, bytes]:
+        """The answer of the worker that waits; without a worker in the URL, of the first that knows the request.
+
+        Raises NotFound if the worker that it names has died.
+        """
+        siblings = self._siblings
+        if siblings is None or worker == str(siblings.worker) or self._knows(body):
+            return await self.answer(body)
+        named = [other for other in siblings.others if str(other) == worker]
+        if named:
+            return await siblings.ask(named[0], body)
+        for other in siblings.others:
+            with suppress(NotFound):
+                status, answer = await siblings.ask(other, body)
+                if status != NotFound.status:
+                    return status, answer
+        return await self.answer(body)
+
+    def _knows(self, body: bytes) -> bool:
+        with suppress(NotFound, BadRequest):
+            self.find(_descriptor(body).get("request_id"))
+            return True
+        return False
+
+    async def answer(self, body: bytes) -> tuple[int, bytes]:
+        """Status and body for a callback that is this worker's own, once its prefill is done."""
         try:
-            descriptor = orjson.loads(await request.read())
-        except orjson.JSONDecodeError as error:
-            raise BadRequest(f"the body is not JSON: {error}") from None
-        if not isinstance(descriptor, dict):
-            raise BadRequest("the body must be a JSON object")
-        await self.find(descriptor.get("request_id")).prefill(descriptor)
-        return web.json_response({"status": "ok"})
+            descriptor = _descriptor(body)
+            await self.find(descriptor.get("request_id")).prefill(descriptor)
+        except ProxyError as error:
+            return error.status, error.json()
+        return 200, b'{"status":"ok"}'
+
+
+def _descriptor(body: bytes) -> Mapping[str, Any]:
+    try:
+        descriptor = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(descriptor, dict):
+        raise BadRequest("the body must be a JSON object")
+    return descriptor
 
 
 def _url(host: str, port: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, Flag, StrEnum, auto
-from typing import Any
+from typing import Any, Protocol
 
 Body = Mapping[str, Any]
 """A parsed OpenAI request or answer: derived from, never mutated."""
@@ -76,6 +76,7 @@ class Path(Enum):
     E_PD = ("E-PD", (Role.ENCODE, BOTH))
     P_D = ("P-D", (Role.PREFILL, Role.DECODE))
     PD = ("PD", (BOTH,))
+    EPD = ("EPD", (BOTH,))  # media encoded inline, by an engine that has an encoder of its own
 
     def __init__(self, label: str, roles: tuple[Role, ...]) -> None:
         self.label = label
@@ -113,6 +114,8 @@ class Job:
     output_tokens: int  # predicted, of all choices together
     stream: bool
     headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
+    nbytes: int = 0  # of the request's body
+    raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
 
     @property
     def prompt_tokens(self) -> int:
@@ -147,6 +150,19 @@ class Handle:
     entry: Mapping[str, Any]
 
 
+class Hold(Protocol):
+    """What a leg keeps from others while it lasts: load in the ledger, a circuit's trial. Closed once or more often."""
+
+    def succeeded(self) -> None:
+        """The engine did its part."""
+
+    def failed(self, error: Exception, now: float) -> bool:
+        """The leg failed; whose fault it was is judged here. True: nobody should be sent there for a time."""
+
+    def close(self) -> None:
+        """The leg is over, whatever happened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Leg:
     """One stage of one request on one instance; an encode leg carries the items sent there."""
@@ -154,6 +170,7 @@ class Leg:
     role: Role
     instance: Instance
     items: tuple[Item, ...] = ()
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

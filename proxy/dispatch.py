@@ -1,38 +1,50 @@
-"""Runs a plan: when each leg is sent, what cancels what, what the client gets. Chooses no path and no instance.
+"""Runs a request: when each leg is sent, what cancels what, where it goes on after a failure, what the client gets.
 
-Both orders are coded once, here; dialects shape the bodies. Every leg runs inside the request's own task, so that one
-cancellation (the client left, a sibling failed, shutdown) ends all of them, and the leases are returned on the way out.
+Chooses no path and no instance (`plan`), and does not judge failures (`retry`). Both orders of prefill and decode are
+coded once, here. Every leg runs inside the request's own task, so that one cancellation (the client left, a deadline,
+shutdown) ends all of them, and all that was held is returned on the way out.
+
+    admitted ▸ plan ▸ encode ▸ prefill and decode ──▶ client
+                         ▲          │ failed before the first byte: elsewhere, under a new id
+                         └──────────┘ failed after it: told, or (--resume) continued where that is exact
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
-from proxy import relay
+from proxy import relay, wishes
 from proxy.callbacks import Metaserver, Waiting
-from proxy.core import BOTH, Body, Handle, Item, Job, Leg, Order, Plan, Role, Stage
-from proxy.dialects.base import BadReply, Dialect
-from proxy.errors import Broken, ProxyError, Refused, within_200
-from proxy.metrics import Metrics
-from proxy.plan import Planner
+from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
+from proxy.encoding import Encoding, Handles
+from proxy.errors import DeadlineExceeded, NoInstance, ProxyError
+from proxy.gate import Gate
+from proxy.legs import Legs
+from proxy.plan import NOBODY, Planner
 from proxy.relay import Sink
+from proxy.resume import Tape, TapedSink, eligible
+from proxy.retry import STAGES, Cause, cause, culprit, rule
+from proxy.sse import DONE
 from proxy.tasks import together
-from proxy.upstream import Upstream, deadline
+from proxy.upstream import deadline
 
 log = logging.getLogger(__name__)
 
-Handles = dict[int, Handle]
+_RETRY_AFTER_S = 1.0  # where every engine is busy and none says for how long
 
-# The prefill engine fetched an embedding that its encoder no longer holds: encoding again brings it back.
-_EMBEDDING_GONE = "embedding_gone"
-_ATTEMPTS = 2
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the flags of the same names say."""
+
+    max_attempts: int = 3
+    resume: bool = False
+    request_timeout: float | None = None
 
 
 @dataclass(slots=True)
@@ -44,9 +56,18 @@ class Run:
     began: float
     plan: Plan | None = None
     attempts: int = 0
+    tried: set[str] = field(default_factory=set)  # URLs whose legs of this request failed
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     timer: asyncio.Timeout | None = None  # of the leg that answers
     decode_began: float = 0.0
+    handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
+    tape: Tape | None = None  # of a stream that could be continued
+    out: Sink | None = None  # where the present attempt's answer goes
+
+    @property
+    def begun(self) -> bool:
+        """Whether the present attempt has answered something."""
+        return self.out is not None and self.out.started
 
     def headers(self) -> dict[str, str]:
         """The route receipt and the durations known by now."""
@@ -60,21 +81,17 @@ class Dispatcher:
     """One for the whole proxy; all that belongs to one request is in its Run."""
 
     def __init__(
-        self,
-        planner: Planner,
-        dialects: Mapping[str, Dialect],
-        upstream: Upstream,
-        metaserver: Metaserver,
-        metrics: Metrics,
-        clock: Callable[[], float],
+        self, planner: Planner, legs: Legs, encoding: Encoding, metaserver: Metaserver, gate: Gate, rules: Rules
     ) -> None:
         self._planner = planner
-        self._dialects = dialects
-        self._upstream = upstream
+        self._legs = legs
         self._metaserver = metaserver
-        self._timeouts = upstream.timeouts
-        self._metrics = metrics
-        self._clock = clock
+        self._encoding = encoding
+        self._gate = gate
+        self._rules = rules
+        self._metrics = legs.metrics
+        self._timeouts = legs.timeouts
+        self._clock = legs.clock
 
     def begin(self, job: Job, sink: Sink) -> Run:
         return Run(job, sink, self._clock())
@@ -88,72 +105,132 @@ class Dispatcher:
 
         Once `run.sink.started` is true, an error can only be told as the stream's last event.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            run.attempts = attempt
-            try:
-                with ExitStack() as leases:
-                    run.plan = self._planner.draw(run.job, leases)
-                    await self._once(run, run.plan, _renamed(run.job, attempt))
-                    return
-            except ProxyError as error:
-                error.attempts = attempt
-                self._metrics.failures.labels(error.stage, str(error.code)).inc()
-                if error.code != _EMBEDDING_GONE or run.sink.started or attempt == _ATTEMPTS:
-                    raise
-                log.info("%s encodes again: %s", run.job.id, error)
+        if self._rules.resume and eligible(run.job):
+            run.tape = Tape()
+        async with self._total_deadline(run), self._gate.admitted(wishes.priority(run.job), run.job.nbytes):
+            with ExitStack() as holds:
+                await self._serve(run, holds)
 
-    async def _once(self, run: Run, plan: Plan, job: Job) -> None:
-        handles = await self._encode(run, plan, job)
+    @asynccontextmanager
+    async def _total_deadline(self, run: Run) -> AsyncIterator[None]:
+        seconds = wishes.seconds(run.job) or self._rules.request_timeout
+        try:
+            async with asyncio.timeout(seconds) as timer:
+                yield
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            error = DeadlineExceeded(f"the request was not finished within {seconds:g} s")
+            error.attempts = max(1, run.attempts)
+            raise error from None
+
+    # ---- the ladder
+
+    async def _serve(self, run: Run, holds: ExitStack) -> None:
+        plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
+        handles: Handles | None = None
+        while True:
+            run.attempts += 1
+            job = _attempt(run)
+            try:
+                if handles is None:
+                    plan, handles = await self._encode(run, plan, job, holds)
+                run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
+                await self._generate(run, plan, job, handles)
+                return
+            except ProxyError as error:
+                error.attempts = max(error.attempts, run.attempts)
+                if handles is None:
+                    raise  # encoding has a ladder of its own
+                if run.sink.started and self._closed(run):
+                    return
+                role = culprit(error, plan.path)
+                plan = run.plan = self._mend(run, plan, role, error, holds)
+                handles = None if role is Role.ENCODE else handles
+            log.info("%s goes on elsewhere: %s", job.id, plan)
+
+    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: ExitStack) -> Plan:
+        """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""
+        verdict, now = rule(error), self._clock()
+        may_go_on = not run.sink.started or (run.tape is not None and run.tape.usable)
+        drawn = None
+        if verdict.elsewhere and may_go_on and run.attempts < self._rules.max_attempts:
+            drawn = self._redrawn(run, plan, role, error, now, holds)
+        if drawn is None:
+            if cause(error) is Cause.BUSY and error.retry_after is None:
+                error.retry_after = _RETRY_AFTER_S
+            raise error
+        if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
+            run.handoff = None
+        self._metrics.retries.labels(STAGES[role]).inc()
+        if run.tape is not None and run.sink.started:
+            run.tape.cut()
+            self._metrics.resumes.inc()
+        return drawn
+
+    def _redrawn(
+        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: ExitStack
+    ) -> Plan | None:
+        if role is Role.ENCODE:
+            if not plan.encodes:
+                return None
+            try:
+                plan = self._planner.encode_again(plan, run.job, now, holds)
+            except NoInstance:
+                return None
+        else:
+            run.tried.add(plan.leg(role).instance.url)
+        drawn = self._planner.redraw(plan, run.job, now, run.tried, holds)
+        if drawn is None and rule(error).again:
+            drawn = self._planner.redraw(plan, run.job, now, NOBODY, holds)
+        return drawn
+
+    def _closed(self, run: Run) -> bool:
+        """End a stream that lost nothing but its end."""
+        if run.tape is None or not run.tape.complete(run.job):
+            return False
+        run.sink.write(b"data: " + DONE + b"\n\n")
+        run.sink.end()
+        return True
+
+    async def _encode(self, run: Run, plan: Plan, job: Job, holds: ExitStack) -> tuple[Plan, Handles]:
+        """All items' handles; or fewer, and a plan whose engine encodes the others itself."""
+        if not plan.encodes:
+            return plan, {}
+        began = self._clock()
+        found = await self._encoding.run(plan, job, self._planner.can_inline(began))
+        self._timed(run, "encode", began)
+        if found.failure is not None:
+            log.warning("%s is encoded inline: %s", job.id, found.failure)
+            inline = self._planner.inline(plan, job, self._clock(), holds)
+            if inline is None:
+                raise found.failure
+            plan = run.plan = inline
+        return plan, found.handles
+
+    async def _generate(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         if BOTH in plan.path.roles:
             leg = plan.leg(BOTH)
-            await self._answer(run, leg, self._dialect(leg).whole(job, handles), job)
-        elif self._dialect(plan.leg(Role.DECODE)).order is Order.SEQUENTIAL:
+            await self._answer(run, leg, self._legs.dialect(leg).whole(job, handles), job)
+        elif self._legs.dialect(plan.leg(Role.DECODE)).order is Order.SEQUENTIAL:
             await self._sequential(run, plan, job, handles)
         else:
             await self._decode_first(run, plan, job, handles)
-
-    # ---- encode: all encoders of the request at once; the first failure cancels the others
-
-    async def _encode(self, run: Run, plan: Plan, job: Job) -> Handles:
-        if not plan.encodes:
-            return {}
-        began = self._clock()
-        async with together() as group:
-            tasks = [group.create_task(self._encode_leg(leg, job)) for leg in plan.encodes]
-        self._timed(run, "encode", began)
-        found = {index: handle for task in tasks for index, handle in task.result().items()}
-        by_identity = {item.identity: found[item.index] for leg in plan.encodes for item in leg.items}
-        return {item.index: by_identity[item.identity] for item in job.items}
-
-    async def _encode_leg(self, leg: Leg, job: Job) -> Handles:
-        dialect = self._dialect(leg)
-        try:
-            async with deadline(self._timeouts.encode, Stage.ENCODE, leg.instance):
-                reply = await self._call(
-                    leg, Stage.ENCODE, dialect.encode(job, leg.items), job, _child_id(job, leg.items)
-                )
-            return dialect.read_encode(leg.items, reply)
-        except Refused as error:
-            error.param = dialect.blame(leg.items, error.param)
-            raise
-        except BadReply as error:
-            raise Broken(f"{error} ({leg.instance.netloc})", stage=Stage.ENCODE) from None
 
     # ---- the two orders of prefill and decode
 
     async def _sequential(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
-        reply = await self._prefill(run, prefill, job, handles, None)
-        try:
-            handoff = self._dialect(prefill).read_prefill(reply)
-        except BadReply as error:
-            raise Broken(f"{error} ({prefill.instance.netloc})", stage=Stage.PREFILL) from None
-        await self._answer(run, decode, self._dialect(decode).decode(job, handles, handoff, ""), job)
+        if run.handoff is None:
+            with self._legs.judged(prefill):
+                reply = await self._prefill(run, prefill, job, handles, None)
+                run.handoff = self._legs.dialect(prefill).read_prefill(reply)
+        await self._answer(run, decode, self._legs.dialect(decode).decode(job, handles, run.handoff, ""), job)
 
     async def _decode_first(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
         url = await self._metaserver.url_for(decode.instance)
-        body = self._dialect(decode).decode(job, handles, None, url)
+        body = self._legs.dialect(decode).decode(job, handles, None, url)
         with self._metaserver.expect(job.id) as waiting:
             async with together() as group:
                 task = group.create_task(self._prefill_on_call(run, waiting, prefill, job, handles))
@@ -165,14 +242,15 @@ class Dispatcher:
         descriptor = await waiting.descriptor()
         self._patience(run, None)  # the prefill has a deadline of its own
         try:
-            await self._prefill(run, leg, job, handles, descriptor)
+            with self._legs.judged(leg):
+                await self._prefill(run, leg, job, handles, descriptor)
         except ProxyError as error:
             waiting.finish(error)
-            if not run.sink.started:
+            if not run.begun:
                 raise
             log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
         waiting.finish(None)
-        if not run.sink.started:
+        if not run.begun:
             run.decode_began = self._clock()
         self._patience(run, self._first_answer(job))
 
@@ -181,9 +259,8 @@ class Dispatcher:
     ) -> Body:
         began = self._clock()
         async with deadline(self._timeouts.prefill, Stage.PREFILL, leg.instance):
-            reply = await self._call(
-                leg, Stage.PREFILL, self._dialect(leg).prefill(job, handles, descriptor), job, job.id
-            )
+            body = self._legs.dialect(leg).prefill(job, handles, descriptor)
+            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id)
         self._timed(run, "prefill", began)
         return reply
 
@@ -191,21 +268,22 @@ class Dispatcher:
 
     async def _answer(self, run: Run, leg: Leg, body: Body, job: Job) -> None:
         def head() -> Mapping[str, str]:
-            self._timed(run, "ttft", run.began)
+            if not run.sink.started:
+                self._timed(run, "ttft", run.began)
             return run.headers()
 
-        data = orjson.dumps(body)
-        self._metrics.bytes.labels("to_engines").inc(len(data))
+        assert run.out is not None
         run.decode_began = self._clock()
-        async with (
-            deadline(self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
-            self._upstream.post(leg.instance, Stage.DECODE, job.api, data, _headers(job, job.id)) as answer,
-        ):
-            if job.stream:
-                idle = self._timeouts.stream_idle
-                await relay.stream(answer, run.sink, head, Stage.DECODE, run.timer, idle)
-            else:
-                await relay.whole(answer, run.sink, head, Stage.DECODE, run.timer)
+        with self._legs.judged(leg):
+            async with (
+                deadline(self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
+                self._legs.post(leg, Stage.DECODE, body, job, job.id) as answer,
+            ):
+                if job.stream:
+                    idle = self._timeouts.stream_idle
+                    await relay.stream(answer, run.out, head, Stage.DECODE, run.timer, idle)
+                else:
+                    await relay.whole(answer, run.out, head, Stage.DECODE, run.timer)
         self._timed(run, "decode", run.decode_began)
 
     def _first_answer(self, job: Job) -> float:
@@ -213,44 +291,15 @@ class Dispatcher:
 
     def _patience(self, run: Run, seconds: float | None) -> None:
         """How long the answering leg may take from now to its first byte; nothing changes once that is there."""
-        if run.timer is not None and not run.sink.started and not run.timer.expired():
+        if run.timer is not None and not run.begun and not run.timer.expired():
             run.timer.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
-
-    # ---- shared by the legs
-
-    async def _call(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str) -> Body:
-        """A leg whose answer is a small JSON object for the proxy. Raises EngineFailed."""
-        data = orjson.dumps(body)
-        self._metrics.bytes.labels("to_engines").inc(len(data))
-        path = job.api if stage is not Stage.ENCODE else "/v1/chat/completions"
-        async with self._upstream.post(leg.instance, stage, path, data, _headers(job, request_id)) as answer:
-            reply = await answer.read()
-        try:
-            parsed = orjson.loads(reply)
-        except orjson.JSONDecodeError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise Broken(f"the {stage} engine {leg.instance.netloc} answered 200 without a JSON object", stage=stage)
-        if parsed.get("error"):
-            raise within_200(parsed, stage=stage)
-        return parsed
-
-    def _dialect(self, leg: Leg) -> Dialect:
-        return self._dialects[leg.instance.dialect]
 
     def _timed(self, run: Run, stage: str, began: float) -> None:
         run.timings[stage] = self._clock() - began
         self._metrics.observe(stage, run.timings[stage])
 
 
-def _renamed(job: Job, attempt: int) -> Job:
-    """An engine that still holds the first attempt must not take the second one for it."""
-    return job if attempt == 1 else replace(job, id=f"{job.id}-{attempt}")
-
-
-def _child_id(job: Job, items: tuple[Item, ...]) -> str:
-    return f"{job.id}:{items[0].index}"
-
-
-def _headers(job: Job, request_id: str) -> dict[str, str]:
-    return {**job.headers, "x-request-id": request_id}
+def _attempt(run: Run) -> Job:
+    """The job as this attempt's engines get it. One that still holds an earlier attempt must not take this for it."""
+    job = run.job if run.attempts == 1 else replace(run.job, id=f"{run.job.id}-{run.attempts}")
+    return job if run.tape is None else run.tape.asking(job)

@@ -8,6 +8,9 @@ ProxyError                    500  the tree's root; a class carries status, type
 ├─ Conflict                   409
 ├─ Unauthorized               401
 ├─ NoInstance                 503  nobody can take this stage now
+├─ Overloaded                 429  more waits already than may
+├─ QueueTimeout               503  no place became free in time
+├─ DeadlineExceeded           504  the request's own time is over
 ├─ EngineFailed               502  an engine was called and did not do its part
 │  ├─ Unreachable             502  no connection
 │  ├─ Broken                  502  reset, truncated, or not the promised format
@@ -43,6 +46,7 @@ class ProxyError(Exception):
         code: str | int | None = None,
         stage: Stage | None = None,
         retryable: bool | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -50,6 +54,7 @@ class ProxyError(Exception):
         self.code = type(self).code if code is None else code
         self.stage = type(self).stage if stage is None else stage
         self.retryable = type(self).retryable if retryable is None else retryable
+        self.retry_after = retry_after  # seconds, for the header of that name
         self.attempts = 1
 
     def body(self) -> dict[str, Any]:
@@ -114,6 +119,29 @@ class NoInstance(ProxyError):
     retryable = True
 
 
+class Overloaded(ProxyError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retryable = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=1.0)
+
+
+class QueueTimeout(ProxyError):
+    status = 503
+    type = "service_unavailable"
+    code = "queue_timeout"
+    retryable = True
+
+
+class DeadlineExceeded(ProxyError):
+    status = 504
+    type = "timeout_error"
+    code = "request_timeout"
+
+
 class ShuttingDown(ProxyError):
     status = 503
     type = "service_unavailable"
@@ -145,7 +173,7 @@ class StageTimeout(EngineFailed):
 class Refused(EngineFailed):
     """An engine's own error answer: its status, message, type, param and code are kept."""
 
-    def __init__(self, status: int, answer: bytes, *, stage: Stage) -> None:
+    def __init__(self, status: int, answer: bytes, *, stage: Stage, retry_after: str | None = None) -> None:
         said = _said(answer)
         super().__init__(
             str(said.get("message") or f"the {stage} engine answered {status} and said nothing"),
@@ -153,6 +181,7 @@ class Refused(EngineFailed):
             code=said.get("code") if isinstance(said.get("code"), str | int) else status,
             stage=_stage(said.get("stage"), stage),
             retryable=bool(said.get("retryable", status >= 500 or status == 429)),
+            retry_after=_seconds(retry_after),
         )
         self.status = status if 400 <= status <= 599 else 502
         self.type = _text(said.get("type")) or ("invalid_request_error" if status < 500 else "engine_error")
@@ -170,6 +199,12 @@ def _said(answer: bytes) -> Mapping[str, Any]:
     if isinstance(inner, dict):
         return inner if "message" in inner else {"message": str(inner.get("detail", inner))[:500]}
     return {"message": str(inner)[:500]}
+
+
+def _seconds(value: str | None) -> float | None:
+    """A Retry-After header in seconds. One that names a date is not followed: its clock is not ours."""
+    text = (value or "").strip()
+    return float(text) if text.isascii() and text.isdigit() else None
 
 
 def _text(value: Any) -> str | None:

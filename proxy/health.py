@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,15 @@ import orjson
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
+from proxy.breaker import Breakers, Circuit
 from proxy.core import Instance, State
 from proxy.dialects import ENGINES
-from proxy.errors import EngineFailed
+from proxy.errors import EngineFailed, Unreachable
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-_JOINING_INTERVAL_S = 0.25  # an engine that is starting is asked more often, so that a fleet is ready when its last is
+_AWAITED_INTERVAL_S = 0.25  # an engine that starts, or starts again, is asked more often: requests wait for it
 
 
 class Unfit(Exception):
@@ -34,8 +36,11 @@ class Probing:
 
 
 class Health:
-    def __init__(self, fleet: Fleet, balancer: Balancer, upstream: Upstream, probing: Probing) -> None:
+    def __init__(
+        self, fleet: Fleet, balancer: Balancer, breakers: Breakers, upstream: Upstream, probing: Probing
+    ) -> None:
         self._fleet = fleet
+        self._breakers = breakers
         self._balancer = balancer
         self._upstream = upstream
         self._probing = probing
@@ -45,13 +50,27 @@ class Health:
         """Probe now: the fleet has changed."""
         self._wake.set()
 
+    def dead(self, instance: Instance, reason: str) -> None:
+        """A leg found nobody listening: it is DOWN at once, and probed until somebody does."""
+        if instance.state is State.READY:
+            self._apply(instance, Event.FAILED, reason)
+            self.wake()
+
+    def suspect(self, instance: Instance) -> None:
+        """Its circuit has opened: a probe tells whether it is dead, or only unwell."""
+        self.wake()
+
+    def circuit(self, instance: Instance) -> Circuit:
+        """Whether failed legs keep it from new ones now, as this process has seen them."""
+        return self._breakers.circuit(instance.url, time.monotonic())
+
     async def run(self) -> None:
         """Probe for ever."""
         while True:
             self._wake.clear()
             await self.tick()
-            joining = any(instance.state is State.JOINING for instance in self._fleet)
-            pause = min(_JOINING_INTERVAL_S, self._probing.interval) if joining else self._probing.interval
+            awaited = any(instance.state in (State.JOINING, State.DOWN) for instance in self._fleet)
+            pause = min(_AWAITED_INTERVAL_S, self._probing.interval) if awaited else self._probing.interval
             try:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()
@@ -67,6 +86,7 @@ class Health:
             if instance.state is State.DRAINING and not self._balancer.ledger.leases(url=instance.url):
                 self._apply(instance, Event.IDLE, "drained")
                 self._balancer.forget(instance)
+                self._breakers.forget(instance.url)
 
     async def _probe(self, instance: Instance) -> None:
         try:
@@ -75,10 +95,15 @@ class Health:
                 raise Unfit(f"GET /health answers {status}")
             if instance.state is not State.READY:
                 await self._introduce(instance)
+        except Unreachable as error:
+            instance.failures = self._probing.failures  # nobody listens: asking again would tell nothing new
+            self._failed(instance, str(error))
         except (EngineFailed, Unfit) as error:
             self._failed(instance, str(error))
         else:
             instance.failures = 0
+            if instance.state is State.DOWN:
+                self._breakers.forget(instance.url)  # another process, most likely
             self._apply(instance, Event.HEALTHY, "healthy")
 
     def _failed(self, instance: Instance, reason: str) -> None:

@@ -1,9 +1,18 @@
-"""Every Prometheus object of the proxy. Values come from elsewhere: nothing is timed or counted twice here."""
+"""Every Prometheus object of the proxy. Values come from elsewhere: nothing is timed or counted twice here.
+
+Over several workers the counters are sums (`tally`), and the gauges of load and state are one truth already.
+"""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterator
+from pathlib import Path
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from proxy import tally
 from proxy.balancer.fleet import Fleet
 from proxy.balancer.ledger import Ledger
 from proxy.core import ROLES, State
@@ -14,7 +23,9 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 class Metrics:
     """A registry of its own, so that two proxies in one process do not collide."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Path | None = None) -> None:
+        """`shared`: the folder with the counts of all workers, where `tally` is installed."""
+        self._shared = shared
         self._registry = registry = CollectorRegistry()
         self._stages = {
             name: Histogram(f"triptych_{name}_seconds", what, buckets=_SECONDS, registry=registry)
@@ -32,13 +43,28 @@ class Metrics:
         self.failures = Counter(
             "triptych_failures", "Legs that failed, by stage and error code", ["stage", "code"], registry=registry
         )
+        self.causes = Counter(
+            "triptych_leg_failures",
+            "Legs that failed, by stage and what it was: connect, timeout, broken, server_error, busy, lost, client",
+            ["stage", "cause"],
+            registry=registry,
+        )
+        self.retries = Counter("triptych_retries", "Legs sent to another instance", ["stage"], registry=registry)
+        self.openings = Counter(
+            "triptych_circuit_openings", "Circuits opened by failed legs", ["role", "instance"], registry=registry
+        )
+        self.queued = Gauge(
+            "triptych_requests_queued",
+            "Requests that wait to be admitted",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.hedges = Counter("triptych_hedges", "Second attempts beside a slow encoder", registry=registry)
+        self.resumes = Counter("triptych_resumes", "Streams continued by another instance", registry=registry)
         self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)
         self.items = Counter("triptych_items", "Media items received, by modality", ["modality"], registry=registry)
-        self.in_flight = Gauge("triptych_requests_in_flight", "Requests not yet ended", registry=registry)
-        self._leases = Gauge("triptych_leases", "Open leases, by role", ["role"], registry=registry)
-        self._load = Gauge("triptych_load_tokens", "Predicted tokens in work", ["role", "instance"], registry=registry)
-        self._instances = Gauge(
-            "triptych_instances", "Instances by role and state", ["role", "state"], registry=registry
+        self.in_flight = Gauge(
+            "triptych_requests_in_flight", "Requests not yet ended", registry=registry, multiprocess_mode="livesum"
         )
 
     def observe(self, stage: str, seconds: float) -> None:
@@ -47,12 +73,26 @@ class Metrics:
 
     def render(self, fleet: Fleet, ledger: Ledger) -> bytes:
         """The exposition text, with the gauges read from their owners now."""
-        census = fleet.census()
-        self._load.clear()
+        counted = self._registry if self._shared is None else tally.summed(self._shared)
+        return generate_latest(counted) + generate_latest(_Standing(fleet, ledger))
+
+
+class _Standing(Collector):
+    """What is so now, by its owners."""
+
+    def __init__(self, fleet: Fleet, ledger: Ledger) -> None:
+        self._fleet = fleet
+        self._ledger = ledger
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        leases = GaugeMetricFamily("triptych_leases", "Open leases, by role", labels=["role"])
+        instances = GaugeMetricFamily("triptych_instances", "Instances by role and state", labels=["role", "state"])
+        census = self._fleet.census()
         for role in ROLES:
-            self._leases.labels(role.label).set(ledger.leases(role=role))
-            for state in set(State) - {State.GONE}:
-                self._instances.labels(role.label, state).set(census[role][state] if role in census else 0)
-        for instance in fleet:
-            self._load.labels(instance.role.label, instance.netloc).set(ledger.load(instance.url))
-        return generate_latest(self._registry)
+            leases.add_metric([role.label], self._ledger.leases(role=role))
+            for state in sorted(set(State) - {State.GONE}):
+                instances.add_metric([role.label, state], census[role][state] if role in census else 0)
+        load = GaugeMetricFamily("triptych_load_tokens", "Predicted tokens in work", labels=["role", "instance"])
+        for instance in self._fleet:
+            load.add_metric([instance.role.label, instance.netloc], self._ledger.load(instance.url))
+        yield from (leases, load, instances)

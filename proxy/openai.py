@@ -5,7 +5,6 @@ Unknown fields and the order of keys survive. Media are hashed here and never de
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import orjson
 from blake3 import blake3
 
-from proxy import media
+from proxy import media, splice
 from proxy.core import Api, Body, Item, Job
 from proxy.errors import BadRequest, ForbiddenField
+from proxy.splice import Cut, Found, Pieces
 
 # Part kinds with their modality; a part without `type` is known by the key it has, as vLLM does.
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -32,19 +32,24 @@ class Identity:
     trust_client: bool = False  # keep client uuids, accept *_embeds and transfer parameters
 
 
-def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None) -> Job:
-    """The job in a request's bytes. Raises BadRequest, ForbiddenField.
+def parse(
+    raw: bytes | bytearray, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None
+) -> Job:
+    """The job in a request's bytes, which its body goes on to use. Raises BadRequest, ForbiddenField.
 
-    Takes milliseconds per megabyte of media; large bodies belong in a thread.
+    Takes a fraction of a millisecond per megabyte of media; large bodies belong in a thread.
     """
-    body = _load(raw)
-    if not identity.trust_client:
-        _refuse_reserved(body)
-    items = tuple(_items(body, identity)) if api is Api.CHAT else ()
-    if api is Api.CHAT and not isinstance(body.get("messages"), list):
-        raise BadRequest("`messages` must be a list", param="messages")
-    if api is Api.COMPLETIONS and "prompt" not in body and "prompt_embeds" not in body:
-        raise BadRequest("`prompt` is missing", param="prompt")
+    body, cuts = _load(raw)
+    reading = _Reading(identity, cuts)
+    try:
+        items = reading.items(body, api)
+    except BadRequest:
+        if not cuts:
+            raise
+        items = None
+    if items is None or not reading.complete:  # something stands where media do not: read it all as plain JSON
+        body = _object(orjson.loads(raw))
+        items = _Reading(identity, []).items(body, api)
     return Job(
         id=request_id,
         api=api,
@@ -54,14 +59,25 @@ def parse(raw: bytes, api: Api, request_id: str, identity: Identity, headers: Ma
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
+        nbytes=len(raw),
+        raw=raw,
     )
 
 
-def _load(raw: bytes) -> Body:
+def encoded(body: Body, job: Job) -> bytes | bytearray | Pieces:
+    """`body` as bytes for an engine, whole or in pieces: the client's own where a dialect changed nothing."""
+    return job.raw if body is job.body and job.raw else splice.dumps(body)
+
+
+def _load(raw: bytes | bytearray) -> tuple[dict[str, Any], list[Found]]:
     try:
-        body = orjson.loads(raw)
+        body, cuts = splice.loads(raw)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
+    return _object(body), cuts
+
+
+def _object(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
     if not isinstance(body.get("stream", False), bool | None):
@@ -75,7 +91,7 @@ def _refuse_reserved(body: Body) -> None:
             raise ForbiddenField(f"`{name}` is set by the proxy and not accepted from clients", param=name)
 
 
-def parts(body: Body) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+def parts(body: Body) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(message index, part index, part) of each content part that is an object, in reading order."""
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else ()):
@@ -92,17 +108,68 @@ def _kind(part: Mapping[str, Any]) -> str | None:
     return next((key for key in _MEDIA if key in part), None)
 
 
-def _items(body: Body, identity: Identity) -> Iterator[Item]:
-    salt = _salt(body, identity)
-    index = 0
-    for m, p, part in parts(body):
-        param = f"messages[{m}].content[{p}]"
-        if not identity.trust_client:
-            _refuse_embeds(part, param)
-        kind = _kind(part)
-        if kind is not None:
-            yield _item(index, m, p, part, kind, salt, identity)
-            index += 1
+class _Reading:
+    """Items out of one parsed body. Strings that were cut out of it become `splice.Cut`s in their place."""
+
+    def __init__(self, identity: Identity, cuts: list[Found]) -> None:
+        self._identity = identity
+        self._cuts = cuts
+        self._used: set[int] = set()
+        self._salt = b""
+
+    @property
+    def complete(self) -> bool:
+        """Every cut was found."""
+        return len(self._used) == len(self._cuts)
+
+    def items(self, body: dict[str, Any], api: Api) -> tuple[Item, ...]:
+        """Raises BadRequest, ForbiddenField."""
+        if not self._identity.trust_client:
+            _refuse_reserved(body)
+        self._salt = _salt(body, self._identity)
+        items = tuple(self._items(body)) if api is Api.CHAT else ()
+        if api is Api.CHAT and not isinstance(body.get("messages"), list):
+            raise BadRequest("`messages` must be a list", param="messages")
+        if api is Api.COMPLETIONS and "prompt" not in body and "prompt_embeds" not in body:
+            raise BadRequest("`prompt` is missing", param="prompt")
+        return items
+
+    def _items(self, body: Body) -> Iterator[Item]:
+        index = 0
+        for m, p, part in parts(body):
+            if not self._identity.trust_client:
+                _refuse_embeds(part, f"messages[{m}].content[{p}]")
+            kind = _kind(part)
+            if kind is not None:
+                yield self._item(index, m, p, part, kind)
+                index += 1
+
+    def _item(self, index: int, m: int, p: int, part: dict[str, Any], kind: str) -> Item:
+        modality = _MEDIA[kind]
+        url = _url(part.get(kind), kind, f"messages[{m}].content[{p}]")
+        data = self._media(part, kind, url)
+        content = {"type": kind, **part}
+        if self._identity.trust_client and isinstance(part.get("uuid"), str):
+            mm_hash: str | None = part["uuid"]
+        else:
+            mm_hash = None if data is None else _hash(data, self._salt)
+            content.pop("uuid", None)
+            if mm_hash is not None:
+                content["uuid"] = mm_hash
+        return Item(index, m, p, modality, content, mm_hash, mm_hash or url, media.tokens(modality, data))
+
+    def _media(self, part: dict[str, Any], kind: str, url: str) -> bytes | None:
+        """The media's bytes, or None if they are not here."""
+        if not self._cuts or (hit := splice.find(url, self._cuts)) is None:
+            return _decoded(url, kind)
+        number, prefix = hit
+        if number in self._used or (kind != "input_audio" and not _names_base64(prefix)):
+            return None
+        self._used.add(number)
+        found = self._cuts[number]
+        cut, value = Cut(prefix, found.text), part[kind]
+        part[kind] = {**value, _field(kind): cut} if isinstance(value, dict) else cut
+        return found.media
 
 
 def _refuse_embeds(part: Mapping[str, Any], param: str) -> None:
@@ -112,29 +179,17 @@ def _refuse_embeds(part: Mapping[str, Any], param: str) -> None:
         raise ForbiddenField(f"`{name}` is set by the proxy and not accepted from clients", param=param)
 
 
-def _item(index: int, m: int, p: int, part: Mapping[str, Any], kind: str, salt: bytes, identity: Identity) -> Item:
-    modality = _MEDIA[kind]
-    value = part.get(kind)
-    url = _url(value, kind, f"messages[{m}].content[{p}]")
-    data = _decoded(url, kind)
-    content = {"type": kind, **part}
-    if identity.trust_client and isinstance(part.get("uuid"), str):
-        mm_hash: str | None = part["uuid"]
-    else:
-        mm_hash = None if data is None else _hash(data, salt)
-        content.pop("uuid", None)
-        if mm_hash is not None:
-            content["uuid"] = mm_hash
-    return Item(index, m, p, modality, content, mm_hash, mm_hash or url, media.tokens(modality, data))
-
-
 def _url(value: Any, kind: str, param: str) -> str:
     """The media's URL, or its base64 text for `input_audio`. A null value would name media by a client's uuid alone."""
-    field = "data" if kind == "input_audio" else "url"
+    field = _field(kind)
     url = value.get(field) if isinstance(value, dict) else value
     if not isinstance(url, str) or not url:
         raise BadRequest(f"`{kind}` must hold the media: a URL, or an object with `{field}`", param=param)
     return url
+
+
+def _field(kind: str) -> str:
+    return "data" if kind == "input_audio" else "url"
 
 
 def _decoded(url: str, kind: str) -> bytes | None:
@@ -143,15 +198,15 @@ def _decoded(url: str, kind: str) -> bytes | None:
     Only strict base64 is hashed here: where a decoder could read the same text in two ways, the encoder's own reading
     must decide the hash, or one image could be cached under another's name.
     """
-    payload = url
-    if kind != "input_audio":
-        head, comma, payload = url.partition(",")
-        if not comma or head[:5].lower() != "data:" or not head.lower().endswith(";base64"):
-            return None
-    try:
-        return binascii.a2b_base64(payload, strict_mode=True)
-    except (binascii.Error, ValueError):
-        return None
+    if kind == "input_audio":
+        return splice.decode(url)
+    head, comma, payload = url.partition(",")
+    return splice.decode(payload) if comma and _names_base64(head + comma) else None
+
+
+def _names_base64(prefix: str) -> bool:
+    """Whether `prefix` is a data URL up to its comma, and base64 follows."""
+    return prefix[:5].lower() == "data:" and prefix.find(",") == len(prefix) - 1 and prefix.lower().endswith(";base64,")
 
 
 def _hash(data: bytes, salt: bytes) -> str:

@@ -1,50 +1,181 @@
-"""A request's plan: route it, choose an instance for every leg, charge them. Synchronous; nothing is sent here."""
+"""A request's plan: route it, choose an instance for every leg, charge them. Synchronous; nothing is sent here.
+
+A plan is drawn whole, and mended leg by leg: `redraw` and `encoder` choose again without the instances that failed.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
-from proxy.core import Instance, Item, Job, Leg, Plan, Role
+from proxy.balancer.ledger import Lease
+from proxy.breaker import Breakers, Circuit, Permit
+from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
+from proxy.errors import NoInstance, ProxyError
+from proxy.retry import rule
 from proxy.routing import router
+
+NOBODY: Collection[str] = frozenset()
+
+
+@dataclass(slots=True)
+class Held:
+    """A leg's leases and its permit."""
+
+    leases: list[Lease]
+    permit: Permit
+
+    def succeeded(self) -> None:
+        self.permit.succeeded()
+
+    def failed(self, error: Exception, now: float) -> bool:
+        if not isinstance(error, ProxyError):
+            return False
+        return self.permit.failed(rule(error).blame, now, error.retry_after)
+
+    def close(self) -> None:
+        self.permit.close()
+        for lease in self.leases:
+            lease.close()
 
 
 class Planner:
-    """Draws plans on one fleet with one balancer."""
+    """Draws plans on one fleet with one balancer. Every leg's hold is entered on the ExitStack that it is given."""
 
-    def __init__(self, fleet: Fleet, balancer: Balancer) -> None:
+    def __init__(self, fleet: Fleet, balancer: Balancer, breakers: Breakers, inline: bool = False) -> None:
         self._fleet = fleet
         self._balancer = balancer
+        self.breakers = breakers
+        self._inline = inline
 
-    def draw(self, job: Job, leases: ExitStack) -> Plan:
-        """The plan for `job` on the instances that are READY now; its leases are entered on `leases`.
+    def draw(self, job: Job, now: float, holds: ExitStack) -> Plan:
+        """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
+        route = self._route(job, now, NOBODY)
+        encodes = self._encodes(job, now, holds) if Role.ENCODE in route.path.roles else []
+        return Plan(route.path, route.reason, (*encodes, *self._generation(route.path, job, now, NOBODY, holds)))
 
-        Raises BadRequest or NoInstance; what was leased until then is on `leases` too.
-        """
-        route = router.route(len(job.items), self._fleet.census(), job.items[0].param if job.items else None)
-        legs: list[Leg] = []
-        for role in route.path.roles:
-            if role is Role.ENCODE:
-                legs += self._encode_legs(job, leases)
-            else:
-                legs.append(Leg(role, self._take(role, _cost(job, role), leases)))
-        return Plan(route.path, route.reason, tuple(legs))
+    def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> Plan | None:
+        """`plan` with prefill and decode anywhere but at `tried`, perhaps combined; None if nobody else can."""
+        for leg in plan.legs:
+            if leg.role is not Role.ENCODE:
+                _close(leg)
+        try:
+            path = plan.path if plan.path is Path.EPD else self._route(job, now, tried, Role.ENCODE).path
+            legs = self._generation(path, job, now, tried, holds)
+        except NoInstance:
+            return None
+        return Plan(path, plan.reason, (*plan.encodes, *legs))
 
-    def _encode_legs(self, job: Job, leases: ExitStack) -> list[Leg]:
+    def encode_again(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan:
+        """`plan` with its encode legs drawn anew. Raises NoInstance."""
+        others = [leg for leg in plan.legs if leg.role is not Role.ENCODE]
+        for leg in plan.encodes:
+            _close(leg)
+        return replace(plan, legs=(*self._encodes(job, now, holds), *others))
+
+    def inline(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan | None:
+        """`plan` at one engine that gets the media themselves; None if this deployment has none, or it must not."""
+        if not self._inline or not self._usable(BOTH, now, NOBODY):
+            return None
+        for leg in plan.legs:
+            if leg.role not in (Role.ENCODE, BOTH):
+                _close(leg)
+        kept = [leg for leg in plan.legs if leg.role == BOTH]
+        legs = kept or self._generation(Path.EPD, job, now, NOBODY, holds)
+        return Plan(Path.EPD, "encoders failed, encoding inline", (*plan.encodes, *legs))
+
+    def can_inline(self, now: float) -> bool:
+        return self._inline and bool(self._usable(BOTH, now, NOBODY))
+
+    def encoder(self, items: Sequence[Item], now: float, tried: Collection[str], holds: ExitStack) -> Leg | None:
+        """One leg for all of `items` anywhere but at `tried`; None if there is nobody else."""
+        candidates = self._usable(Role.ENCODE, now, tried)
+        if not candidates:
+            return None
+        lease = self._balancer.take(Role.ENCODE, candidates, sum(item.tokens for item in items))
+        return self._leg(Role.ENCODE, lease.instance, [lease], holds, tuple(items))
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until the first instance that is kept from work may be tried again; None if none is."""
+        waits = [self.breakers.wait(i.url, now) for i in self._fleet if i.state is State.READY]
+        return min((wait for wait in waits if wait > 0), default=None)
+
+    # ---- one role
+
+    def _encodes(self, job: Job, now: float, holds: ExitStack) -> list[Leg]:
         """One leg per chosen encoder. An item that occurs twice is sent once; the largest items choose first."""
+        candidates = self._usable(Role.ENCODE, now, NOBODY)
+        if not candidates:
+            raise NoInstance("no encode engine is ready", retry_after=self.wait(now))
         unique = {item.identity: item for item in reversed(job.items)}
-        shares: dict[str, tuple[Instance, list[Item]]] = {}
+        shares: dict[str, list[tuple[Item, Lease]]] = {}
         for item in sorted(unique.values(), key=lambda item: (-item.tokens, item.index)):
-            instance = self._take(Role.ENCODE, item.tokens, leases)
-            shares.setdefault(instance.url, (instance, []))[1].append(item)
-        return [
-            Leg(Role.ENCODE, instance, tuple(sorted(items, key=lambda item: item.index)))
-            for instance, items in shares.values()
-        ]
+            lease = holds.enter_context(self._balancer.take(Role.ENCODE, candidates, item.tokens))
+            shares.setdefault(lease.instance.url, []).append((item, lease))
+        legs = []
+        for share in shares.values():
+            items = tuple(sorted((item for item, _ in share), key=lambda item: item.index))
+            leases = [lease for _, lease in share]
+            legs.append(self._leg(Role.ENCODE, leases[0].instance, leases, holds, items))
+        return legs
 
-    def _take(self, role: Role, tokens: int, leases: ExitStack) -> Instance:
-        return leases.enter_context(self._balancer.take(role, self._fleet.ready(role), tokens)).instance
+    def _generation(self, path: Path, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> list[Leg]:
+        legs = []
+        for role in path.roles:
+            if role is not Role.ENCODE:
+                if not (candidates := self._usable(role, now, tried)):
+                    raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
+                lease = self._balancer.take(role, candidates, _cost(job, role))
+                legs.append(self._leg(role, lease.instance, [lease], holds))
+        return legs
+
+    def _leg(
+        self, role: Role, instance: Instance, leases: list[Lease], holds: ExitStack, items: tuple[Item, ...] = ()
+    ) -> Leg:
+        held = Held(leases, self.breakers.permit(instance.url))
+        holds.callback(held.close)
+        return Leg(role, instance, items, held)
+
+    def _usable(self, role: Role, now: float, tried: Collection[str]) -> list[Instance]:
+        ready = self._fleet.ready(role)
+        return [i for i in ready if i.url not in tried and self.breakers.allows(i.url, now)]
+
+    def _route(self, job: Job, now: float, tried: Collection[str], done: Role | None = None) -> router.Route:
+        """Raises BadRequest, NoInstance. `done`: a role whose legs are served already, whoever is up now."""
+        census = self._census(now, tried)
+        if done is not None and job.items:
+            census[done] = Counter({State.READY: 1})
+        param = job.items[0].param if job.items else None
+        try:
+            return router.route(len(job.items), census, param, self._inline)
+        except NoInstance as error:
+            error.retry_after = self.wait(now)
+            raise
+
+    def _census(self, now: float, tried: Collection[str]) -> dict[Role, Counter[str]]:
+        """How many instances of each role are in each state, or kept from work by their circuit."""
+        counted: dict[Role, Counter[str]] = {}
+        for instance in self._fleet:
+            counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
+        return counted
+
+    def _state(self, instance: Instance, now: float, tried: Collection[str]) -> str:
+        if instance.state is not State.READY:
+            return instance.state
+        if instance.url in tried:
+            return "TRIED"
+        if self.breakers.allows(instance.url, now):
+            return State.READY
+        return "BUSY" if self.breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
+
+
+def _close(leg: Leg) -> None:
+    if leg.hold is not None:
+        leg.hold.close()
 
 
 def _cost(job: Job, role: Role) -> int:

@@ -7,82 +7,91 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import orjson
-from aiohttp import web
 
 from proxy.core import Stage
 from proxy.errors import Broken, ProxyError, within_200
+from proxy.http.server import Request
 from proxy.sse import DONE, Event, EventTooLong, Splitter
 from proxy.upstream import Answer
 
 Head = Callable[[], Mapping[str, str]]
 """Called once, when success is proven: the headers that are known by then."""
 
+_LONGEST_SHORTCUT = 4096  # bytes of a chunk
 _DRAIN_S = 1.0  # for the end of an upstream body after [DONE], so that its connection can be used again
 
 
-class ClientGone(ConnectionResetError):
-    """The client closed its connection: nothing is left to answer. The server knows its base and stays quiet."""
-
-
 class Sink(Protocol):
-    """Where an answer goes. `started` turns true with the status line; from then on there is no other answer."""
+    """Where an answer goes. `started` turns true with the status line; from then on there is no other answer.
+
+    Nothing here waits: bytes leave at once or are held, and a caller who sees `paused` brings no more until it is over.
+    A client that leaves cancels the request's task; what is written after that goes nowhere.
+    """
 
     started: bool
+    sent: int  # bytes of the body
 
-    async def begin(self, content_type: str, headers: Mapping[str, str], length: int | None = None) -> None:
-        """Send status 200 and the headers. Raises ClientGone."""
+    def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:
+        """Send status 200, the headers, and the first bytes of the body."""
 
-    async def write(self, data: bytes) -> None:
-        """Send bytes; waits for a slow client. Raises ClientGone."""
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
 
-    async def end(self) -> None:
-        """The answer is complete. Raises ClientGone."""
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """Takes whole HTTP chunks as an engine wrote them; None if this answer is not sent in chunks, or is changed."""
+
+    @property
+    def paused(self) -> bool:
+        """The client is slower than what was written."""
+
+    def on_writable(self, callback: Callable[[], None]) -> None:
+        """Call once when `paused` has become false."""
 
 
 class ClientSink:
-    """A sink on an aiohttp request."""
+    """A sink on a client's request."""
 
-    def __init__(self, request: web.Request, headers: Mapping[str, str]) -> None:
+    __slots__ = ("_headers", "_request", "sent", "started")
+
+    def __init__(self, request: Request, headers: Mapping[str, str]) -> None:
         self._request = request
         self._headers = headers
-        self._response = web.StreamResponse()
         self.started = False
         self.sent = 0
 
-    @property
-    def response(self) -> web.StreamResponse:
-        return self._response
-
-    async def begin(self, content_type: str, headers: Mapping[str, str], length: int | None = None) -> None:
-        self._response.headers.update({**self._headers, **headers, "Content-Type": content_type})
+    def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:
+        named = {"content-type": content_type, **self._headers, **headers}
         if length is None:
-            self._response.headers["Cache-Control"] = "no-cache"
-        else:
-            self._response.content_length = length
+            named["cache-control"] = "no-cache"
         self.started = True
-        try:
-            await self._response.prepare(self._request)
-        except OSError as error:
-            raise ClientGone from error
-
-    async def write(self, data: bytes) -> None:
         self.sent += len(data)
-        try:
-            await self._response.write(data)
-        except OSError as error:
-            raise ClientGone from error
+        self._request.begin(200, named, length, data)
 
-    async def end(self) -> None:
-        try:
-            await self._response.write_eof()
-        except OSError as error:
-            raise ClientGone from error
+    def write(self, data: bytes) -> None:
+        self.sent += len(data)
+        self._request.write(data)
+
+    def end(self) -> None:
+        self._request.end()
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        return self._request.chunk_writer()
+
+    @property
+    def paused(self) -> bool:
+        return self._request.paused
+
+    def on_writable(self, callback: Callable[[], None]) -> None:
+        self._request.on_writable(callback)
 
 
 async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asyncio.Timeout) -> None:
     """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200.
 
-    `timer` bounds the wait for the engine, none for the client: once the answer has begun, only ClientGone can come.
+    `timer` bounds the wait for the engine, none for the client.
     """
     body = await answer.read()
     timer.reschedule(None)
@@ -91,15 +100,14 @@ async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asy
         raise within_200(parsed, stage=stage)
     if not isinstance(parsed.get("choices"), list):
         raise Broken(f"the {stage} engine's answer has no choices", stage=stage)
-    await sink.begin("application/json", head(), len(body))
-    await sink.write(body)
-    await sink.end()
+    sink.begin("application/json", head(), len(body), body)
+    sink.end()
 
 
 async def stream(
     answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asyncio.Timeout, idle_timeout: float
 ) -> None:
-    """Relay an event stream to its [DONE], whole events at a time.
+    """Relay an event stream to its [DONE], whole events at a time, each in the moment it arrives.
 
     `timer` is the wait for the first token; from then on every wait for the engine, and none for the client, is
     bounded by `idle_timeout`. Raises Broken, or Refused for an error event, which is not relayed: after the first
@@ -109,28 +117,137 @@ async def stream(
         raise Broken(
             f"the {stage} engine answered a stream with {answer.content_type or 'no content type'}", stage=stage
         )
-    check = StreamCheck(stage)
-    while not check.done:
-        ready = check.feed(await answer.chunk())
-        if ready:
-            timer.reschedule(None)
-            if not sink.started:
-                await sink.begin(answer.content_type, head())
-            await sink.write(ready)
-        if check.error is not None:
-            raise check.error
-        if sink.started:
-            timer.reschedule(asyncio.get_running_loop().time() + idle_timeout)
+    flow = _Flow(answer, sink, head, StreamCheck(stage), timer, idle_timeout)
+    try:
+        answer.pipe(flow.feed, flow.broken, flow.shortcut)
+        await flow.over()
+    finally:
+        flow.stop()
     timer.reschedule(None)
-    await sink.end()
-    await _drain(answer)
+    sink.end()
+    if not answer.done:
+        await _drain(answer)
+
+
+class _Flow:
+    """A stream on its way: `feed` runs where the engine's bytes arrive and writes them on; no task between."""
+
+    def __init__(
+        self, answer: Answer, sink: Sink, head: Head, check: StreamCheck, timer: asyncio.Timeout, idle_timeout: float
+    ) -> None:
+        self._answer = answer
+        self._sink = sink
+        self._head = head
+        self._check = check
+        self._timer = timer
+        self._idle_timeout = idle_timeout
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._watch: asyncio.TimerHandle | None = None
+        self._last = 0.0  # when the engine last sent something
+        self._stopped = False
+        self._error: ProxyError | None = None
+        self._write_chunk: Callable[[bytes], None] | None = None
+
+    def shortcut(self, data: bytes) -> bool:
+        """Pass one chunk of whole, harmless events on as the engine framed it: what nearly every token is."""
+        write = self._write_chunk
+        length = len(data)
+        if (
+            write is None
+            or length > _LONGEST_SHORTCUT
+            or not data.startswith(_CHUNK_HEADS[length])
+            or not data.endswith(b"\n\n\r\n")
+            or not self._check.passes(data)
+        ):
+            return False
+        self._last = self._loop.time()
+        write(data)
+        self._sink.sent += length
+        if self._sink.paused:
+            self._hold()
+        return True
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the engine; empty at the end."""
+        if self._stopped:
+            return
+        check, sink = self._check, self._sink
+        ready = check.feed(chunk)
+        self._last = self._loop.time()
+        if ready:
+            if sink.started:
+                sink.write(ready)
+            else:
+                self._begin(ready)
+            if sink.paused:
+                self._hold()
+        if check.done or check.error is not None:
+            self._finish(check.error)
+
+    def broken(self, error: ProxyError) -> None:
+        """The engine's answer broke off."""
+        if not self._stopped:
+            self._finish(error)
+
+    async def over(self) -> None:
+        """Until the last byte is written, or the answer broke. Raises ProxyError."""
+        await self._over
+        if self._error is not None:
+            raise self._error
+
+    def _finish(self, error: ProxyError | None) -> None:
+        self._stopped, self._error = True, error
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def _begin(self, ready: bytes) -> None:
+        self._timer.reschedule(None)
+        self._sink.begin(self._answer.content_type, self._head(), None, ready)
+        self._watch = self._loop.call_later(self._idle_timeout, self._look)
+        self._write_chunk = self._sink.chunk_writer()
+
+    def _hold(self) -> None:
+        """Take no more from the engine until the client has caught up."""
+        self._answer.pause()
+        self._sink.on_writable(self._writable)
+
+    def _look(self) -> None:
+        """One timer that looks back, instead of one that each token moves."""
+        if self._sink.paused:
+            self._last = self._loop.time()
+        left = self._last + self._idle_timeout - self._loop.time()
+        if left > 0:
+            self._watch = self._loop.call_later(left, self._look)
+        elif not self._stopped:
+            self._timer.reschedule(self._loop.time())
+
+    def _writable(self) -> None:
+        self._last = self._loop.time()
+        self._answer.resume()
+
+
+def _chunk_head(length: int) -> bytes:
+    """How a chunk begins that is `length` bytes long with its frame; if there is none, what no chunk begins with."""
+    for digits in range(1, 5):
+        size = length - digits - 4
+        if size > 0 and len(f"{size:x}") == digits:
+            return b"%x\r\n" % size
+    return b"\0"
+
+
+_CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_SHORTCUT + 1)))
 
 
 async def _drain(answer: Answer) -> None:
     try:
         async with asyncio.timeout(_DRAIN_S):
-            while await answer.chunk():
-                pass
+            await answer.end()
     except (TimeoutError, ProxyError):
         pass  # the client has everything; only the connection is lost
 
@@ -147,6 +264,8 @@ class StreamCheck:
 
     def feed(self, chunk: bytes) -> bytes:
         """The bytes that may go to the client now. An empty chunk is the end of the stream."""
+        if chunk.endswith(b"\n\n") and self.passes(chunk):
+            return chunk
         ready: list[bytes] = []
         try:
             events = self._splitter.feed(chunk) if chunk else self._splitter.end()
@@ -161,6 +280,17 @@ class StreamCheck:
         except EventTooLong as error:
             self.error = Broken(f"the {self._stage} engine's stream: {error}", stage=self._stage)
         return b"".join(ready)
+
+    def passes(self, data: bytes) -> bool:
+        """Whether nothing in `data`, which ends an event, needs a look. Knows no more than `feed`, but faster."""
+        return (
+            self._held is None
+            and not self._splitter.rest
+            and b'"error"' not in data
+            and b"[DONE]" not in data
+            and not self.done
+            and self.error is None
+        )
 
     def _take(self, event: Event, ready: list[bytes]) -> None:
         if b"[DONE]" in event.raw and event.data == DONE:

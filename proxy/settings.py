@@ -27,6 +27,7 @@ from pydantic_settings import (
 from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.dialects import DIALECTS
+from proxy.hedge import Hedge
 
 _NOTHING = frozenset({"", "disable", "none"})
 _ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL}
@@ -108,6 +109,25 @@ class ProxySettings(BaseSettings):
     probe_interval: PositiveFloat = Field(2.0, description="seconds between two probes of an engine")
     probe_timeout: PositiveFloat = Field(2.0, description="seconds for a probe's answer")
     probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
+    max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
+    inline_encoding: bool = Field(
+        False, description="combined engines have an encoder of their own: give them media when encoders fail"
+    )
+    hedge_after: str = Field(
+        "", description="try a second encoder after so many seconds, or a percentile of them like p95; empty: never"
+    )
+    resume: bool = Field(
+        False, description="go on elsewhere with a stream whose engine died, where that is exact: greedy or seeded"
+    )
+    breaker_failures: PositiveInt = Field(5, description="failed legs in a row that keep an engine from new ones")
+    breaker_delay: PositiveFloat = Field(5.0, description="seconds until such an engine is tried again")
+    max_concurrent: PositiveInt = Field(4096, description="requests served at once; more wait")
+    max_bytes_in_flight: PositiveInt = Field(4 << 30, description="body bytes of the requests served at once")
+    max_queue: int = Field(1024, ge=0, description="requests that may wait for a place; more are refused with 429")
+    queue_timeout: PositiveFloat = Field(30.0, description="seconds that a request waits for a place at the most")
+    request_timeout: PositiveFloat | None = Field(
+        None, description="seconds for a whole request; the header x-request-timeout comes first; default: no limit"
+    )
     grace_timeout: PositiveFloat = Field(30.0, description="seconds that requests may go on after SIGTERM")
     max_body_bytes: PositiveInt = Field(256 << 20, description="largest request body accepted")
     trust_client_identity: bool = Field(
@@ -117,6 +137,9 @@ class ProxySettings(BaseSettings):
     tenant_salt: str = Field("", description="secret; when set, tenants never share an embedding of inline media")
     tenant_header: str = Field("authorization", description="the header that tells tenants apart")
     admin_key: str | None = Field(None, description="what POST and DELETE /instances ask for; none: open to all")
+    workers: int = Field(
+        1, ge=1, le=64, description="processes that serve the port, with one view of load between them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what goes to stderr")
     config: Path | None = Field(None, description="YAML file with these flags as keys, - or _ between words")
 
@@ -147,6 +170,10 @@ class ProxySettings(BaseSettings):
         if twice is not None:
             raise ValueError(f"{twice} is listed twice: an engine has one role")
         self.policies()
+        try:
+            Hedge(self.hedge_after)
+        except ValueError as error:
+            raise ValueError(f"--hedge-after: {error}") from None
         return self
 
     def fleet(self) -> list[tuple[Role, Endpoint]]:

@@ -1,10 +1,13 @@
-"""A TaskGroup that fails with its first failure itself, so that callers can catch it by its class. Starts nothing."""
+"""Tasks that end together: a group that fails with its first failure itself, and a race of two. Starts nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -20,3 +23,40 @@ async def together() -> AsyncIterator[asyncio.TaskGroup]:
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
     error = failed.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def race(
+    first: Coroutine[Any, Any, T],
+    second: Callable[[], Coroutine[Any, Any, T] | None],
+    delay: float,
+    failure: type[Exception],
+) -> T:
+    """The result of `first`, or of a `second` started when `delay` seconds were not enough, whichever is there sooner.
+
+    The loser is cancelled and waited for. A `failure` of one is raised only when no other is left to wait for; both
+    failed: that of the first.
+    """
+
+    async def outcome(runner: Coroutine[Any, Any, T]) -> T | Exception:
+        try:
+            return await runner
+        except failure as error:
+            return error
+
+    async with together() as group:
+        tasks = [group.create_task(outcome(first))]
+        done, _ = await asyncio.wait(tasks, timeout=delay)
+        if not done and (runner := second()) is not None:
+            tasks.append(group.create_task(outcome(runner)))
+        while True:
+            done, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            won = [task for task in done if not isinstance(task.result(), failure)]
+            if won or not running:
+                break
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            task.cancel()
+    result = (won[0] if won else tasks[0]).result()
+    if isinstance(result, Exception):
+        raise result
+    return result

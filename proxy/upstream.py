@@ -1,25 +1,18 @@
-"""HTTP to engines: one session, one edge where aiohttp's errors become ours. Decides nothing and retries nothing."""
+"""HTTP to engines: one client, one edge where its errors become ours. Decides nothing and retries nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import aiohttp
+from types import TracebackType
 
 from proxy.core import Instance, Stage
-from proxy.errors import Broken, Refused, StageTimeout, Unreachable
+from proxy.errors import Broken, EngineFailed, Refused, StageTimeout, Unreachable
+from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Feed, Shortcut
+from proxy.http.message import JSON, Buffer
 
-# An idle connection is closed by us before uvicorn (5 s) does: a POST on a connection that the engine is closing
-# fails, and must not be repeated blindly.
-_KEEPALIVE_S = 2.5
 _ERROR_LIMIT = 1 << 20
-_CHUNK = 1 << 18
-_LARGE = 1 << 20  # aiohttp writes larger bodies in pieces only if they come as a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,121 +28,176 @@ class Timeouts:
 
 
 class Answer:
-    """An engine's answer with status 200, being read."""
+    """An engine's answer with status 200, being read: whole, in chunks, or piped."""
 
-    def __init__(self, response: aiohttp.ClientResponse, stage: Stage, instance: Instance) -> None:
-        self._response = response
+    __slots__ = ("_exchange", "_instance", "_stage", "content_type")
+
+    def __init__(self, exchange: Exchange, stage: Stage, instance: Instance) -> None:
+        self._exchange = exchange
         self._stage = stage
         self._instance = instance
+        self.content_type: str = exchange.headers.get("content-type", "")
 
     @property
-    def content_type(self) -> str:
-        return self._response.headers.get("Content-Type", "")
+    def done(self) -> bool:
+        """All of it has arrived."""
+        return self._exchange.done
 
     async def read(self) -> bytes:
         """The whole body. Raises Broken."""
-        with _edge(self._stage, self._instance):
-            return await self._response.read()
+        try:
+            return await self._exchange.read()
+        except Cut as error:
+            raise _named(error, self._stage, self._instance) from None
 
     async def chunk(self) -> bytes:
         """The next bytes as they arrived; empty at the end. Raises Broken."""
-        with _edge(self._stage, self._instance):
-            return await self._response.content.readany()
+        try:
+            return await self._exchange.chunk()
+        except Cut as error:
+            raise _named(error, self._stage, self._instance) from None
+
+    def pipe(self, feed: Feed, broken: Callable[[EngineFailed], None], shortcut: Shortcut | None = None) -> None:
+        """Call `feed` with each piece in the moment it arrives, and with an empty one at the end.
+
+        If the answer breaks off, `broken` is called instead of that. `shortcut` may take whole chunks unread.
+        """
+        self._exchange.pipe(feed, lambda error: broken(_named(error, self._stage, self._instance)), shortcut)
+
+    async def end(self) -> None:
+        """Wait until the answer is whole. Raises Broken."""
+        try:
+            await self._exchange.end()
+        except Cut as error:
+            raise _named(error, self._stage, self._instance) from None
+
+    def pause(self) -> None:
+        """Take no more from the engine for now."""
+        self._exchange.pause()
+
+    def resume(self) -> None:
+        self._exchange.resume()
 
 
 class Upstream:
-    """The one client session. `async with` opens and closes it."""
+    """All connections to engines. `async with` opens and closes them."""
 
     def __init__(self, timeouts: Timeouts) -> None:
         self.timeouts = timeouts
-        self._session: aiohttp.ClientSession | None = None
+        self._client = Client(timeouts.connect)
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self._client!r}>"
 
     async def __aenter__(self) -> Upstream:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeouts.connect),
-            auto_decompress=False,
-            skip_auto_headers=("Accept-Encoding", "User-Agent"),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self._client.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._client.close()
 
-    @asynccontextmanager
-    async def post(
-        self, instance: Instance, stage: Stage, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
-        """Send `body`; yields once the engine has answered with status 200. Leaving early closes the connection.
+    def post(
+        self,
+        instance: Instance,
+        stage: Stage,
+        path: str,
+        body: Buffer | list[Buffer],
+        headers: Mapping[str, str],
+    ) -> Post:
+        """Send `body`, whole or in pieces; `async with` gives the Answer once the engine answered with status 200.
 
-        Raises Unreachable, Broken, Refused.
+        Leaving before its end closes the connection. Raises Unreachable, Broken, Refused.
         """
-        with _edge(stage, instance):
-            response = await self._open.post(
-                instance.url + path,
-                data=body if len(body) < _LARGE else io.BytesIO(body),
-                headers={**headers, "Content-Type": "application/json"},
-                allow_redirects=False,
-            )
-        async with response:
-            if response.status != 200:
-                raise Refused(response.status, await _some(response, stage, instance), stage=stage)
-            yield Answer(response, stage, instance)
+        return Post(self._client, instance, stage, path, body, headers)
 
     async def get(self, instance: Instance, path: str, timeout: float) -> tuple[int, bytes]:
         """(status, body) of a small answer. Raises Unreachable, Broken, StageTimeout."""
         async with deadline(timeout, Stage.PROXY, instance):
-            with _edge(Stage.PROXY, instance):
-                async with self._open.get(instance.url + path, allow_redirects=False) as response:
-                    return response.status, await response.read()
-
-    @property
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("the session opens with `async with upstream`")
-        return self._session
+            try:
+                async with self._client.request("GET", instance.url, path, {}) as exchange:
+                    return exchange.status, await exchange.read(_ERROR_LIMIT)
+            except (ConnectFailed, Cut) as error:
+                raise _named(error, Stage.PROXY, instance) from None
 
 
-@asynccontextmanager
-async def deadline(seconds: float | None, stage: Stage, instance: Instance) -> AsyncIterator[asyncio.Timeout]:
+class Post:
+    """See Upstream.post."""
+
+    __slots__ = ("_instance", "_sending", "_stage")
+
+    def __init__(
+        self,
+        client: Client,
+        instance: Instance,
+        stage: Stage,
+        path: str,
+        body: Buffer | list[Buffer],
+        headers: Mapping[str, str],
+    ) -> None:
+        self._instance = instance
+        self._stage = stage
+        self._sending = client.request("POST", instance.url, path, {**headers, "content-type": JSON}, body)
+
+    async def __aenter__(self) -> Answer:
+        try:
+            exchange = await self._sending.__aenter__()
+        except (ConnectFailed, Cut) as error:
+            raise _named(error, self._stage, self._instance) from None
+        if exchange.status == 200:
+            return Answer(exchange, self._stage, self._instance)
+        try:
+            said = await _some(exchange)
+        finally:
+            await self._sending.__aexit__(None, None, None)
+        raise Refused(exchange.status, said, stage=self._stage, retry_after=exchange.headers.get("retry-after"))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._sending.__aexit__(kind, error, trace)
+
+
+class deadline:
     """The end of a stage's patience, which the caller may reschedule. Raises StageTimeout."""
-    try:
-        async with asyncio.timeout(seconds) as timer:
-            yield timer
-    except TimeoutError:
-        if not timer.expired():
-            raise
-        raise StageTimeout(f"{_who(stage, instance)} did not answer in time", stage=stage) from None
+
+    __slots__ = ("_instance", "_stage", "_timer")
+
+    def __init__(self, seconds: float | None, stage: Stage, instance: Instance) -> None:
+        self._timer = asyncio.timeout(seconds)
+        self._stage = stage
+        self._instance = instance
+
+    async def __aenter__(self) -> asyncio.Timeout:
+        return await self._timer.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._timer.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise StageTimeout(
+                f"{_who(self._stage, self._instance)} did not answer in time", stage=self._stage
+            ) from None
 
 
-async def _some(response: aiohttp.ClientResponse, stage: Stage, instance: Instance) -> bytes:
+async def _some(exchange: Exchange) -> bytes:
     """An error answer's body, up to a limit; a body that breaks off still leaves the status to tell."""
-    read = bytearray()
     try:
-        while len(read) < _ERROR_LIMIT and (chunk := await response.content.read(_CHUNK)):
-            read += chunk
-    except aiohttp.ClientError:
-        pass
-    return bytes(read)
+        return (await exchange.read(_ERROR_LIMIT))[:_ERROR_LIMIT]
+    except Cut:
+        return b""
 
 
-@contextmanager
-def _edge(stage: Stage, instance: Instance) -> Iterator[None]:
+def _named(error: ConnectFailed | Cut, stage: Stage, instance: Instance) -> EngineFailed:
     who = _who(stage, instance)
-    try:
-        yield
-    except aiohttp.ConnectionTimeoutError:
-        raise Unreachable(f"{who} did not accept a connection in time", stage=stage) from None
-    except aiohttp.ClientConnectorError as error:
-        raise Unreachable(f"{who} cannot be reached: {os.strerror(error.os_error.errno or 0)}", stage=stage) from None
-    except aiohttp.ClientPayloadError:
-        raise Broken(f"{who} broke off in the middle of its answer", stage=stage) from None
-    except aiohttp.ServerDisconnectedError:
-        raise Broken(f"{who} closed the connection without an answer", stage=stage) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise Broken(f"{who} failed: {type(error).__name__}: {error}", stage=stage) from None
+    if isinstance(error, ConnectFailed):
+        return Unreachable(f"{who} {error}", stage=stage)
+    if str(error).startswith("not HTTP"):
+        return Broken(f"{who} failed: {error}", stage=stage)
+    if error.begun:
+        return Broken(f"{who} broke off in the middle of its answer", stage=stage)
+    return Broken(f"{who} closed the connection without an answer", stage=stage)
 
 
 def _who(stage: Stage, instance: Instance) -> str:

@@ -19,6 +19,7 @@ class Answer:
     chat: bool
     logprobs: bool  # asked for
     include_usage: bool = False  # in a stream
+    token_ids: bool = False  # asked for, as in vLLM
 
     def opening(self, index: int) -> dict[str, Any]:
         """A chat stream's first chunk of a choice, which names the role."""
@@ -27,7 +28,7 @@ class Answer:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         shown = {"delta": {"content": piece.text}} if self.chat else {"text": piece.text}
-        choice = {"index": piece.index, **shown, "logprobs": self._logprobs([piece])}
+        choice = {"index": piece.index, **shown, "logprobs": self._logprobs([piece]), **self._ids([piece])}
         return self._chunk([{**choice, "finish_reason": piece.finish_reason}])
 
     def closing(self, usage: Mapping[str, int]) -> dict[str, Any]:
@@ -50,7 +51,8 @@ class Answer:
         else:
             shown = {"text": choice.text}
         logprobs = self._logprobs(choice.pieces)
-        return {"index": choice.index, **shown, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        ended = {"logprobs": logprobs, **self._ids(choice.pieces), "finish_reason": choice.finish_reason}
+        return {"index": choice.index, **shown, **ended}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": choices}
@@ -58,6 +60,9 @@ class Answer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _ids(self, pieces: Iterable[Piece]) -> dict[str, Any]:
+        return {"token_ids": [one for piece in pieces for one in piece.token_ids]} if self.token_ids else {}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if not self.logprobs:

@@ -142,6 +142,7 @@ class LanguageApp:
             chat=generation.chat,
             logprobs=generation.params.logprobs is not None,
             include_usage=generation.include_usage,
+            token_ids=generation.token_ids,
         )
 
     def _audit(self) -> dict[str, int]:
@@ -160,6 +161,7 @@ class _Reply:
         self._began = began
         params = generation.params
         self._choices = [Choice(index, served.tokenizer, params) for index in range(params.n)]
+        self._choices[0].replay(generation.continued)
 
     async def whole(self, leg: Leg) -> dict[str, Any]:
         async for _ in self._pieces(leg):
@@ -175,7 +177,7 @@ class _Reply:
                 if self._answer.chat and piece.index not in opened:
                     opened.add(piece.index)
                     event += sse(self._answer.opening(piece.index))
-                if piece:
+                if piece or (self._answer.token_ids and piece.token_ids):
                     event += sse(self._answer.chunk(piece))
             if event:
                 yield event
@@ -206,7 +208,8 @@ class _Reply:
         self._last = now
 
     def _usage(self) -> dict[str, int]:
-        usage = usage_of(len(self._generation.prompt.token_ids), self._choices)
+        prompt_tokens = len(self._generation.prompt.token_ids) - len(self._generation.continued)
+        usage = usage_of(prompt_tokens, self._choices)
         self._metrics.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self._metrics.tokens.labels("generated").inc(usage["completion_tokens"])
         return usage

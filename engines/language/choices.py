@@ -43,6 +43,7 @@ class Piece:
     offset: int
     scored: tuple[Scored, ...] = ()
     finish_reason: str | None = None
+    token_ids: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.text or self.scored or self.finish_reason)
@@ -73,18 +74,24 @@ class Choice:
 
     def push(self, tokens: Iterable[Token]) -> Piece:
         """Take tokens; those behind the end are ignored and not counted."""
-        text, scored = "", []
+        text, scored, ids = "", [], []
         for token in tokens:
             if self.finish_reason is not None:
                 break
             self.num_tokens += 1
+            ids.append(token.token_id)
             text += self._read(token)
             if token.logprob is not None:
                 scored.append(self._scored(token))
-        piece = Piece(self.index, text, self._length, tuple(scored), self.finish_reason)
+        piece = Piece(self.index, text, self._length, tuple(scored), self.finish_reason, tuple(ids))
         self._length += len(text)
         self.pieces.append(piece)
         return piece
+
+    def replay(self, token_ids: Iterable[int]) -> None:
+        """Take tokens that have been shown already: they count, and what follows fits to them."""
+        self.push(Token(self.index, token_id) for token_id in token_ids)
+        self.pieces.clear()
 
     def _read(self, token: Token) -> str:
         """The text that a token lets out. One that ended the choice by its id is not shown."""

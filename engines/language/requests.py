@@ -6,7 +6,7 @@ Unknown fields are ignored, known ones with wrong values are refused with their 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,7 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A parsed request. `prefix` and the request id make the answer's id."""
+    """A parsed request. `prefix` and the request id make the answer's id.
+
+    `continued`: tokens that another engine has generated for it already. They are the end of `prompt`, and count as
+    output in `params`, in the text around them and in the usage; the answer goes on after them.
+    """
 
     chat: bool
     prompt: Prompt
@@ -34,6 +38,14 @@ class Generation:
     include_usage: bool
     embeddings: Mapping[str, Any]  # ec_transfer_params
     kv: Any  # kv_transfer_params, as sent
+    token_ids: bool = False  # tell each piece's token ids
+    continued: tuple[int, ...] = ()
+
+    @property
+    def to_run(self) -> SamplingParams:
+        """What is left of `params` after the continued tokens."""
+        params, done = self.params, len(self.continued)
+        return replace(params, max_tokens=params.max_tokens - done, min_tokens=max(0, params.min_tokens - done))
 
     @property
     def prefix(self) -> str:
@@ -61,8 +73,12 @@ def parse(body: Mapping[str, Any], chat: bool, served: Served, prefill_only: boo
         params = SamplingParams(max_tokens=1, temperature=0.0)
     else:
         params = sampling_params(body, chat, served.limits.max_tokens - len(prompt.token_ids), served.vocab_size)
+    continued = _continued(body, params, served, prefill_only)
+    if continued:
+        prompt = Prompt([*prompt.token_ids, *continued], prompt.items)
+    done = () if prefill_only else continued
     try:
-        served.limits.check(len(prompt.token_ids), params.max_tokens, params.n)
+        served.limits.check(len(prompt.token_ids), params.max_tokens - len(done), params.n)
     except NeverFits as error:
         raise BadRequest(str(error), param="messages" if chat else "prompt", code="context_length_exceeded") from None
     stream = _flag(body, "stream")
@@ -75,6 +91,8 @@ def parse(body: Mapping[str, Any], chat: bool, served: Served, prefill_only: boo
         include_usage=_flag(options, "include_usage", "stream_options."),
         embeddings=_object(body, "ec_transfer_params"),
         kv=body.get("kv_transfer_params"),
+        token_ids=_flag(body, "return_token_ids"),
+        continued=done,
     )
 
 
@@ -103,6 +121,19 @@ def sampling_params(body: Mapping[str, Any], chat: bool, room: int, vocab_size: 
         frequency_penalty=_number(body, "frequency_penalty", float, 0.0, low=-2.0, high=2.0),
         repetition_penalty=_number(body, "repetition_penalty", float, 1.0, low=0.01, high=100.0),
     )
+
+
+def _continued(body: Mapping[str, Any], params: SamplingParams, served: Served, prefill_only: bool) -> tuple[int, ...]:
+    """What `continue_token_ids` says. Refused where going on would not be what one engine alone would have said."""
+    name = "continue_token_ids"
+    tokens = tuple(_list(body, name, partial(_is_token, served.vocab_size), "this model's token ids"))
+    if not tokens or prefill_only:
+        return tokens
+    if params.n > 1 or params.presence_penalty or params.frequency_penalty:
+        raise BadRequest(f"{name} goes with n=1 and without presence and frequency penalties", param=name)
+    if len(tokens) >= params.max_tokens:
+        raise BadRequest(f"{name} holds {len(tokens)} tokens, no fewer than may be generated at all", param=name)
+    return tokens
 
 
 # ---- prompts

@@ -84,7 +84,7 @@ class Service:
             raise BadRequest(str(error), param="messages") from None
         # A client may use an id twice at the same time; pins and publications may not.
         name = f"{request_id}#{next(self._numbers)}"
-        return Sequence(name, list(prompt.token_ids), length, generation.params, prompt.items, positions=positions)
+        return Sequence(name, list(prompt.token_ids), length, generation.to_run, prompt.items, positions=positions)
 
     async def _receive(self, generation: Generation, plan: Plan, seq: Sequence) -> Embeddings:
         if isinstance(plan, Ask | Fetch) or not seq.items:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from heapq import heapify, heappop, heappush
-from itertools import count
-from typing import NamedTuple
+from typing import TypeAlias
 
+from proxy.balancer.board import Standing
 
-class Entry(NamedTuple):
-    """Heap order: least load, then least recently chosen, then the name for a first choice."""
-
-    load: int
-    used: int
-    key: str
+Entry: TypeAlias = tuple[int, int, str]
+"""Load, turn of the last use, key: least load first, then least recently chosen, then the name for a first choice."""
 
 
 class LeastLoaded:
@@ -24,40 +20,39 @@ class LeastLoaded:
     """
 
     def __init__(self) -> None:
-        self._turns = count(1)
         self._current: dict[str, Entry] = {}
         self._heap: list[Entry] = []
 
     def __repr__(self) -> str:
         return f"<LeastLoaded {sorted(self._current.values())}>"
 
-    def choose(self, candidates: Collection[str]) -> str:
+    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
         wanted = set(candidates)
         for key in wanted - self._current.keys():
-            self._put(Entry(0, 0, key))
+            self._put((*standing(key), key))
         passed_over = []
         while True:
             entry = heappop(self._heap)
-            if self._current.get(entry.key) != entry:
+            key = entry[2]
+            if self._current.get(key) != entry:
                 continue
-            if entry.key in wanted:
-                break
             passed_over.append(entry)
+            if key in wanted:
+                break
         for other in passed_over:
             heappush(self._heap, other)
-        self._put(entry._replace(used=next(self._turns)))
-        return entry.key
+        return key
 
-    def changed(self, key: str, load: int) -> None:
+    def changed(self, key: str, standing: Standing) -> None:
         entry = self._current.get(key)  # None: it has left the fleet, and its last leases come back
-        if entry is not None and entry.load != load:
-            self._put(entry._replace(load=load))
+        if entry is not None and entry[:2] != standing:
+            self._put((*standing, key))
 
     def forget(self, key: str) -> None:
         self._current.pop(key, None)
 
     def _put(self, entry: Entry) -> None:
-        self._current[entry.key] = entry
+        self._current[entry[2]] = entry
         heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._current) + 8:
             self._heap = list(self._current.values())

@@ -5,25 +5,26 @@ The unit is predicted tokens. One invariant, checked in every test: an instance'
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from proxy.core import Instance, Role
+from proxy.balancer.board import Board, Standing, alone
+from proxy.core import ROLES, Instance, Role
 
-Listener = Callable[[Role, str, int], None]
+Listener = Callable[[Role, str, Standing], None]
 
 
 class Lease:
     """One leg's load on one instance, held by `with`. Closing twice is harmless: it is returned once."""
 
-    __slots__ = ("_ledger", "instance", "role", "tokens")
+    __slots__ = ("_ledger", "instance", "role", "row", "tokens")
 
-    def __init__(self, ledger: Ledger, instance: Instance, role: Role, tokens: int) -> None:
+    def __init__(self, ledger: Ledger, instance: Instance, role: Role, tokens: int, row: int) -> None:
         self._ledger = ledger
         self.instance = instance
         self.role = role
         self.tokens = tokens
+        self.row = row  # of the board; it stays the instance's while this lease is open
 
     def __repr__(self) -> str:
         return f"<Lease {self.role.label} {self.instance.netloc} {self.tokens}>"
@@ -39,50 +40,74 @@ class Lease:
 
 
 class Ledger:
-    """Single-threaded: every method is called on the event loop and none awaits."""
+    """Single-threaded: every method is called on the event loop and none awaits.
 
-    def __init__(self, listener: Listener) -> None:
+    With a shared board it charges this process's leases, and answers for those of all.
+    """
+
+    def __init__(self, listener: Listener, board: Board | None = None) -> None:
         self._listener = listener
+        self._board = board or alone()
         self._open: set[Lease] = set()
-        self._loads: Counter[str] = Counter()
+        self._held: dict[int, list[int]] = {}  # row → load and leases of this process
 
     def __repr__(self) -> str:
-        return f"<Ledger {len(self._open)} leases, {dict(self._loads)}>"
+        return f"<Ledger {len(self._open)} leases, {self._loads()}>"
+
+    def news(self, urls: Iterable[str]) -> Iterable[tuple[str, Standing]]:
+        """What other processes may have changed of these since this was last asked; nothing if there are none."""
+        return self._board.news(urls) if self._board.workers > 1 else ()
 
     def lease(self, instance: Instance, role: Role, tokens: int) -> Lease:
-        """Charge `tokens` (> 0) to `instance` until the lease is closed."""
+        """Charge `tokens` (> 0) to `instance` until the lease is closed; counts as a use of it."""
         if tokens <= 0:
             raise ValueError(f"a lease of {tokens} tokens cannot be told from none")
-        lease = Lease(self, instance, role, tokens)
+        lease = Lease(self, instance, role, tokens, self._board.row(instance.url))
         self._open.add(lease)
-        self._move(lease, tokens)
+        self._board.use(lease.row, self._board.turn())
+        self._move(lease, tokens, 1)
         return lease
 
     def _return(self, lease: Lease) -> None:
         if lease in self._open:
             self._open.remove(lease)
-            self._move(lease, -lease.tokens)
+            self._move(lease, -lease.tokens, -1)
 
-    def _move(self, lease: Lease, tokens: int) -> None:
-        key = lease.instance.url
-        self._loads[key] += tokens
-        load = self._loads[key]
-        if load == 0:
-            del self._loads[key]
-        self._listener(lease.role, key, load)
+    def _move(self, lease: Lease, tokens: int, leases: int) -> None:
+        for row in (lease.row, lease.role.value):
+            held = self._held.setdefault(row, [0, 0])
+            held[0] += tokens
+            held[1] += leases
+            self._board.hold(row, *held)
+            if not held[1]:
+                del self._held[row]
+        self._listener(lease.role, lease.instance.url, self._board.seen(lease.instance.url))
+
+    def standing(self, url: str) -> Standing:
+        """Load and last use of this instance, whoever charged it."""
+        return self._board.standing(self._board.row(url))
 
     def load(self, url: str) -> int:
         """Predicted tokens in work at this instance."""
-        return self._loads.get(url, 0)
+        return self.standing(url).load
 
     def leases(self, *, url: str | None = None, role: Role | None = None) -> int:
-        """How many leases are open, of this instance and this role where given."""
-        return sum(1 for lease in self._open if url in (None, lease.instance.url) and role in (None, lease.role))
+        """How many leases are open: of this instance, or of this role, or in all."""
+        if url is not None:
+            return self._board.leases(self._board.row(url))
+        return sum(self._board.leases(one.value) for one in (ROLES if role is None else (role,)))
 
     def check(self) -> None:
-        """Raises AssertionError unless the loads are exactly the sums of the open leases."""
-        sums: Counter[str] = Counter()
+        """Raises AssertionError unless what is charged is exactly the sum of this process's open leases."""
+        sums: dict[int, list[int]] = {}
         for lease in self._open:
-            sums[lease.instance.url] += lease.tokens
-        if sums != self._loads or any(load <= 0 for load in self._loads.values()):
-            raise AssertionError(f"loads {dict(self._loads)} are not the sums of the open leases {dict(sums)}")
+            for row in (lease.row, lease.role.value):
+                held = sums.setdefault(row, [0, 0])
+                held[0] += lease.tokens
+                held[1] += 1
+        if sums != self._held or any(self._board.held(row) != tuple(held) for row, held in sums.items()):
+            raise AssertionError(f"{self!r}: the loads {self._held} are not the sums of the open leases {sums}")
+
+    def _loads(self) -> dict[str, int]:
+        urls = {lease.row: lease.instance.url for lease in self._open}
+        return {urls[row]: load for row, (load, _) in self._held.items() if row in urls}

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
+
+from proxy.balancer.board import Standing
 
 
 class Policy(Protocol):
     """Chooses among the instances of one role. Synchronous, deterministic, without clock and dice."""
 
-    def choose(self, candidates: Collection[str]) -> str:
+    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
         """One of `candidates` (not empty; in any order, and a different set each time).
 
-        Counts as a use of that instance for ties. The load follows through `changed` and need not be guessed here.
+        `standing` tells the load and last use of any of them. The choice is charged by the caller, and comes back
+        through `changed`.
         """
 
-    def changed(self, key: str, load: int) -> None:
-        """The ledger's load of `key` is `load` from now on. Called for every lease taken and returned, once."""
+    def changed(self, key: str, standing: Standing) -> None:
+        """The ledger's entry of `key`: told for every lease taken and returned here, and for what others did to the
+        candidates before each choice. Often nothing has changed."""
 
     def forget(self, key: str) -> None:
         """`key` has left the fleet. Unknown keys are ignored."""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from itertools import count
+from collections.abc import Callable, Collection
+
+from proxy.balancer.board import Standing
 
 
 class RoundRobin:
-    """The candidate that was chosen longest ago, so that turns stay fair while instances come and go."""
+    """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go."""
 
     def __init__(self) -> None:
-        self._turns = count(1)
-        self._last: dict[str, int] = {}
+        self._used: dict[str, int] = {}
 
-    def choose(self, candidates: Collection[str]) -> str:
-        key = min(candidates, key=lambda key: (self._last.get(key, 0), key))
-        self._last[key] = next(self._turns)
-        return key
+    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
+        for key in candidates:
+            if key not in self._used:
+                self._used[key] = standing(key).used
+        return min(candidates, key=lambda key: (self._used[key], key))
 
-    def changed(self, key: str, load: int) -> None:
-        pass
+    def changed(self, key: str, standing: Standing) -> None:
+        if key in self._used:  # else it has left the fleet, and its last leases come back
+            self._used[key] = standing.used
 
     def forget(self, key: str) -> None:
-        self._last.pop(key, None)
+        self._used.pop(key, None)

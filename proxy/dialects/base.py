@@ -44,4 +44,4 @@ class Dialect(Protocol):
         """To a decode engine. `handoff` is what `read_prefill` gave in SEQUENTIAL; else it calls `metaserver`."""
 
     def whole(self, job: Job, handles: Handles) -> Body:
-        """To a combined engine, which prefills and decodes."""
+        """To a combined engine, which prefills and decodes; it encodes the items that have no handle."""

@@ -88,7 +88,7 @@ class Native:
         return body | {"kv_transfer_params": asked if handoff is None else handoff}
 
     def whole(self, job: Job, handles: Handles) -> Body:
-        return _without_media(job, handles) | _entries(job, handles)
+        return _without_media(job, handles) | _entries(job, handles) if job.items else job.body
 
 
 def _handle(mm_hash: str, entry: Any) -> Handle:
@@ -106,7 +106,10 @@ def _entries(job: Job, handles: Handles) -> dict[str, Any]:
 
 
 def _without_media(job: Job, handles: Handles) -> dict[str, Any]:
-    """The client's body with each item replaced by its metadata; only what contains an item is copied."""
+    """The client's body with each item replaced by its metadata, or left to be encoded inline where it has no handle.
+
+    Only what contains an item is copied.
+    """
     body = dict(job.body)
     if not job.items:
         return body
@@ -115,7 +118,8 @@ def _without_media(job: Job, handles: Handles) -> dict[str, Any]:
         if messages[item.message] is job.body["messages"][item.message]:
             message = messages[item.message]
             messages[item.message] = {**message, "content": list(message["content"])}
-        messages[item.message]["content"][item.part] = _embeds(handles[item.index])
+        handle = handles.get(item.index)
+        messages[item.message]["content"][item.part] = item.content if handle is None else _embeds(handle)
     body["messages"] = messages
     return body
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from proxy.core import BOTH, ROLES, Path, Role, Stage, State
 from proxy.errors import BadRequest, NoInstance
 from proxy.routing import paths
 
-Census = Mapping[Role, Mapping[State, int]]
-"""How many instances of each role are in each state."""
+Census = Mapping[Role, Mapping[Any, int]]
+"""How many instances of each role are in each state: a State, or a word for why a READY one cannot be used."""
 
 _WORDS = {BOTH: "combined"}
 _STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL}
@@ -22,13 +23,13 @@ class Route:
     reason: str
 
 
-def route(items: int, census: Census, param: str | None = None) -> Route:
-    """The best path that the READY instances can serve for a request with `items` media items.
+def route(items: int, census: Census, param: str | None = None, inline: bool = False) -> Route:
+    """The best path that the READY instances can serve for a request with `items` media items, `inline` if they may.
 
     Raises BadRequest if this deployment can never encode (naming `param`), NoInstance if it cannot serve now.
     """
-    options = paths.candidates(items > 0)
-    if items and not census.get(Role.ENCODE):
+    options = paths.candidates(items > 0, inline)
+    if items and not census.get(Role.ENCODE) and not (inline and census.get(BOTH)):
         raise BadRequest(
             "this deployment has no encoder: send text only, or start the proxy with --encode-servers-urls",
             param=param,
@@ -42,6 +43,8 @@ def route(items: int, census: Census, param: str | None = None) -> Route:
 
 def _reason(path: Path, items: int, census: Census) -> str:
     what = "text only" if not items else f"{items} item" + "s" * (items > 1)
+    if path is Path.EPD:
+        return f"{what}, encoded inline because no encoder is ready"
     if Role.PREFILL in path.roles:
         return f"{what}, prefill and decode apart"
     if census.get(Role.PREFILL):

@@ -14,6 +14,7 @@ import orjson
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.app import Proxy
+from proxy.core import State
 from proxy.settings import ProxySettings
 from tests.fakes import native
 from tests.fakes.native import Decode, Encoder, Engine, Language, Prefill
@@ -56,6 +57,10 @@ class Deployment:
             while self.busy():
                 await asyncio.sleep(0.005)
         self.proxy.balancer.ledger.check()
+
+    def down(self) -> set[str]:
+        """Who is DOWN, by host and port."""
+        return {instance.netloc for instance in self.proxy.fleet if instance.state is State.DOWN}
 
     def busy(self) -> list[str]:
         """What is not back to nothing, in words."""

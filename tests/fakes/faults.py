@@ -24,6 +24,7 @@ class Fault:
     after: int = 0
     status: int = 500
     error: str | dict[str, object] = "scripted failure"
+    retry_after: str | None = None
 
     def body(self) -> dict[str, object]:
         if isinstance(self.error, dict):

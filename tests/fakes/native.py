@@ -147,7 +147,8 @@ class Engine:
         elif fault.kind is Kind.HANG:
             await asyncio.Event().wait()
         elif fault.kind is Kind.STATUS:
-            return web.json_response(fault.body(), status=fault.status)
+            again = {} if fault.retry_after is None else {"Retry-After": fault.retry_after}
+            return web.json_response(fault.body(), status=fault.status, headers=again)
         elif fault.kind is Kind.GARBAGE:
             return web.Response(text="<html>welcome to nginx</html>", content_type="text/html")
         elif call.body.get("stream"):
@@ -207,19 +208,24 @@ class Engine:
             raise asyncio.CancelledError  # nothing follows
 
     def _events(self, call: Call) -> list[bytes]:
+        """One token per piece: its number is its id. Tokens that the call continues are not said again."""
         chat = call.path.endswith("/chat/completions")
+        done = len(call.body.get("continue_token_ids", ()))
 
-        def event(text: str | None, finish: str | None) -> bytes:
+        def event(text: str | None, finish: str | None, token: int | None = None) -> bytes:
             choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
             if chat:
                 choice["delta"] = {} if finish else {"role": "assistant"} if text is None else {"content": text}
             else:
                 choice["text"] = text or ""
+            if token is not None and call.body.get("return_token_ids"):
+                choice["token_ids"] = [token]
             kind = "chat.completion.chunk" if chat else "text_completion"
             value = {"id": f"chatcmpl-{call.id}", "object": kind, "created": 1, "model": "tiny", "choices": [choice]}
             return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
 
-        events = [event(None, None), *(event(piece, None) for piece in self.pieces), event(None, "stop")]
+        said = [event(piece, None, token) for token, piece in enumerate(self.pieces)][done:]
+        events = [event(None, None), *said, event(None, "stop")]
         return [*events, b"data: [DONE]\n\n"]
 
 

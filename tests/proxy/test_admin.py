@@ -38,6 +38,7 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             "dialect": "native",
             "state": "READY",
             "reason": "healthy",
+            "circuit": "CLOSED",
             "model": "tiny",
             "leases": 1,
             "load": 0,

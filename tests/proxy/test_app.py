@@ -115,3 +115,31 @@ async def test_shutdown_cuts_what_outlives_the_grace_time() -> None:
             await asking
         await engine.until(lambda: engine.aborted == 1)
         assert proxy.balancer.ledger.leases() == 0
+
+
+async def test_a_stopping_proxy_still_takes_the_callbacks_of_its_requests() -> None:
+    async with Prefill() as prefill, Decode() as decode, aiohttp.ClientSession() as http:
+        gate = decode.gate = asyncio.Event()
+        urls = {"prefill_servers_urls": prefill.url, "decode_servers_urls": decode.url}
+        proxy = Proxy(ProxySettings(**urls, **(FAST | {"grace_timeout": 10.0})))
+        started, stop = asyncio.Event(), asyncio.Event()
+
+        async def serve() -> None:
+            async with proxy.serving():
+                started.set()
+                await stop.wait()
+
+        serving = asyncio.create_task(serve())
+        await started.wait()
+        await proxy.health.tick()
+        asking = asyncio.create_task(http.post(f"{proxy.url}/v1/chat/completions", json=chat()))
+        await decode.until(lambda: decode.running == 1)
+        stop.set()
+        async with asyncio.timeout(10):
+            async with http.post(f"{proxy.url}/v1/chat/completions", json=chat()) as response:
+                assert response.status == 503, "nobody new"
+            gate.set()
+            async with await asking as response:
+                assert response.status == 200
+            assert decode.callbacks == [(200, {"status": "ok"})]
+            await serving

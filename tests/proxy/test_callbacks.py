@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Role
 from proxy.errors import Conflict, NotFound, ProxyError, Unreachable
+from proxy.siblings import Siblings
 from tests.fakes.deployment import deployment
 from tests.fakes.media import chat
 
@@ -83,6 +86,46 @@ async def test_the_address_is_one_that_the_engine_can_reach(host: str, url: str 
     metaserver = Metaserver(host, url)
     metaserver.port = 80
     assert await metaserver.url_for(D) == expected == await metaserver.url_for(D)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (None, "http://h:80/v1/metaserver?worker=1"),
+        ("https://p/meta", "https://p/meta?worker=1"),
+        ("https://p/meta?x=2", "https://p/meta?x=2&worker=1"),
+    ],
+)
+async def test_among_several_workers_the_address_names_one(url: str | None, expected: str, tmp_path: Path) -> None:
+    metaserver = Metaserver("h", url, Siblings(tmp_path, 2, 1))
+    metaserver.port = 80
+    assert await metaserver.url_for(D) == expected
+
+
+@pytest.mark.parametrize("named", ["0", "1", "2", "9", "x", None])
+async def test_a_callback_reaches_who_waits_by_its_name_or_by_asking(named: str | None, tmp_path: Path) -> None:
+    workers = [Metaserver("h", None, Siblings(tmp_path, 3, worker)) for worker in range(3)]
+    async with AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker.listening())
+        waiting = stack.enter_context(workers[2].expect("a"))
+        body = b'{"request_id": "chatcmpl-a", "x": 1}'
+        asking = asyncio.create_task(workers[0].routed(body, named))
+        if named in ("0", "1"):
+            assert (await asking)[0] == 404, "the one that is named does not know it"
+            return
+        assert (await waiting.descriptor())["x"] == 1
+        waiting.finish(Unreachable("no prefill"))
+        status, answer = await asking
+        assert (status, b"no prefill" in answer) == (502, True)
+
+
+async def test_a_callback_for_a_dead_worker_is_told_so(tmp_path: Path) -> None:
+    metaserver = Metaserver("h", None, Siblings(tmp_path, 2, 0))
+    with pytest.raises(NotFound, match="worker 1"):
+        await metaserver.routed(b'{"request_id": "chatcmpl-a"}', "1")
+    status, answer = await metaserver.routed(b'{"request_id": "chatcmpl-a"}', None)
+    assert (status, b"waits for a prefill" in answer) == (404, True)
 
 
 async def test_push_works_behind_a_wildcard_address() -> None:

@@ -246,7 +246,11 @@ async def test_a_dead_engine_is_told(stage: str, handoff: str) -> None:
         answer = await d.post(chat(part(image())))
         check_error(answer, 502, "engine_unreachable", stage)
         assert "Connection refused" in answer.error["message"]
+        assert engine.netloc in d.down(), "noticed by that request, before any probe"
+        refused = await d.post(chat(part(image())))
+        assert (refused.status, refused.error["code"], refused.headers["Retry-After"]) == (503, "no_instance", "1")
         await engine.start()
+        await d.proxy.health.tick()
         assert (await d.post(chat(part(image())))).status == 200
 
 
@@ -281,16 +285,16 @@ async def test_a_broken_image_is_named_as_the_client_knows_it() -> None:
         )
 
 
-async def test_the_first_failed_encoder_cancels_the_others() -> None:
+async def test_the_first_refused_item_cancels_the_others() -> None:
     async with deployment("2e1p1d") as d:
         one, other = d.encoders
         other.always = Fault(Kind.HANG)
         gate = one.gate = asyncio.Event()
-        one.fail(Fault(Kind.STATUS, status=500))
+        one.fail(Fault(Kind.STATUS, status=400))
         asking = asyncio.create_task(d.post(chat(part(image()), part(image(9, 9)))))
         await other.until(lambda: other.running == 1)
         gate.set()
-        assert (await asking).status == 500
+        assert (await asking).status == 400
         await other.until(lambda: other.aborted == 1)
         assert not d.prefills[0].calls and not d.decodes[0].calls
 
@@ -303,9 +307,9 @@ async def test_a_lost_embedding_is_encoded_again_once() -> None:
         assert answer.status == 200, answer.body
         assert [len(e.calls) for e in d.engines] == [2, 2, 2]
         assert d.decodes[0].calls[1].id == "me-2", "a new id, as decode may still hold the first"
-        d.prefills[0].fail(gone, gone)
+        d.prefills[0].fail(gone, gone, gone)
         answer = await d.post(chat(part(image())))
-        assert (answer.status, answer.error["code"], answer.error["attempts"]) == (502, "embedding_gone", 2)
+        assert (answer.status, answer.error["code"], answer.error["attempts"]) == (502, "embedding_gone", 3)
 
 
 async def test_the_prefill_of_a_stream_may_take_longer_than_its_first_token() -> None:

@@ -12,10 +12,12 @@ from proxy import openai
 from proxy.balancer import POLICIES
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
-from proxy.core import ROLES, Api, Job, Role
+from proxy.breaker import Breakers, Thresholds
+from proxy.core import BOTH, ROLES, Api, Job, Path, Role
 from proxy.errors import NoInstance
 from proxy.openai import Identity
 from proxy.plan import Planner
+from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 
 
@@ -32,6 +34,10 @@ def fleet(**counts: int) -> Fleet:
     return found
 
 
+def planner(balancer: Balancer, *, inline: bool = False, **counts: int) -> Planner:
+    return Planner(fleet(**counts), balancer, Breakers(Thresholds(2, 10.0)), inline)
+
+
 @pytest.fixture
 def balancer() -> Balancer:
     return Balancer({role: POLICIES["least_loaded"]() for role in ROLES})
@@ -40,7 +46,7 @@ def balancer() -> Balancer:
 def test_items_spread_over_encoders_largest_first_and_keep_their_order(balancer: Balancer) -> None:
     j = job(part(image(56, 56)), part(image(560, 560)), part(image(84, 56)), part(image(112, 56)))
     with ExitStack() as leases:
-        drawn = Planner(fleet(encode=2, prefill=1, decode=1), balancer).draw(j, leases)
+        drawn = planner(balancer, encode=2, prefill=1, decode=1).draw(j, 0.0, leases)
         shares = {leg.instance.url: [item.index for item in leg.items] for leg in drawn.encodes}
         assert sorted(shares.values()) == [[0, 2, 3], [1]]
         assert balancer.ledger.leases(role=Role.ENCODE) == 4
@@ -54,13 +60,72 @@ def test_an_item_that_occurs_twice_is_encoded_once(balancer: Balancer) -> None:
     same, other = image(8, 8), image(16, 8)
     url = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
     with ExitStack() as leases:
-        drawn = Planner(fleet(encode=1, both=1), balancer).draw(
-            job(part(same), part(other), part(same), url, url), leases
-        )
+        items = job(part(same), part(other), part(same), url, url)
+        drawn = planner(balancer, encode=1, both=1).draw(items, 0.0, leases)
     assert [item.index for leg in drawn.encodes for item in leg.items] == [0, 1, 3]
 
 
 def test_a_plan_that_cannot_be_drawn_leaves_nothing_leased(balancer: Balancer) -> None:
     with pytest.raises(NoInstance), ExitStack() as leases:
-        Planner(fleet(prefill=1), balancer).draw(job(), leases)
+        planner(balancer, prefill=1).draw(job(), 0.0, leases)
     assert balancer.ledger.leases() == 0
+
+
+def test_a_mended_plan_avoids_who_failed_and_keeps_its_encoders(balancer: Balancer) -> None:
+    drawing = planner(balancer, encode=1, prefill=2, decode=2)
+    with ExitStack() as holds:
+        j = job(part(image()))
+        first = drawing.draw(j, 0.0, holds)
+        failed = first.leg(Role.DECODE).instance.url
+        second = drawing.redraw(first, j, 0.0, {failed}, holds)
+        assert second is not None and second.encodes == first.encodes
+        assert second.leg(Role.DECODE).instance.url != failed
+        assert balancer.ledger.leases(role=Role.DECODE) == 1, "what failed is given back at once"
+        assert drawing.redraw(second, j, 0.0, {"http://decode0", "http://decode1"}, holds) is None
+    assert balancer.ledger.leases() == 0
+
+
+def test_a_pair_that_cannot_be_mended_gives_way_to_a_combined_engine(balancer: Balancer) -> None:
+    drawing = planner(balancer, encode=1, prefill=1, decode=1, both=1)
+    with ExitStack() as holds:
+        first = drawing.draw(job(), 0.0, holds)
+        second = drawing.redraw(first, job(), 0.0, {"http://prefill0"}, holds)
+        assert (first.path, second and second.path) == (Path.P_D, Path.PD)
+
+
+def test_encoders_that_have_gone_since_do_not_keep_a_plan_from_being_mended(balancer: Balancer) -> None:
+    with ExitStack() as holds:
+        j, found = job(part(image())), fleet(encode=1, prefill=1, decode=2)
+        drawing = Planner(found, balancer, Breakers(Thresholds(2, 10.0)))
+        first = drawing.draw(j, 0.0, holds)
+        encoder = found.get("http://encode0")
+        assert encoder is not None
+        found.apply(encoder, Event.FAILED, "")
+        assert drawing.redraw(first, j, 0.0, {first.leg(Role.DECODE).instance.url}, holds) is not None
+
+
+def test_open_circuits_are_out_of_every_plan_and_say_when_they_are_back(balancer: Balancer) -> None:
+    drawing = planner(balancer, both=1)
+    for _ in range(2):
+        drawing.breakers.permit("http://both0").failed(Blame.FAILURE, 0.0)
+    with ExitStack() as holds:
+        with pytest.raises(NoInstance, match="1 OPEN") as refused:
+            drawing.draw(job(), 4.0, holds)
+        assert refused.value.retry_after == 6.0
+        assert drawing.draw(job(), 10.0, holds).path is Path.PD
+        with pytest.raises(NoInstance):
+            drawing.draw(job(), 10.0, holds)  # one trial at a time
+    with ExitStack() as holds:
+        assert drawing.draw(job(), 10.0, holds).path is Path.PD, "a leg that never ran was no trial"
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_inline_is_for_those_who_asked_for_it(balancer: Balancer, inline: bool) -> None:
+    drawing = planner(balancer, inline=inline, encode=1, prefill=1, decode=1, both=1)
+    with ExitStack() as holds:
+        j = job(part(image()))
+        found = drawing.inline(drawing.draw(j, 0.0, holds), j, 0.0, holds)
+        assert drawing.can_inline(0.0) is inline
+        assert (found and found.path) == (Path.EPD if inline else None)
+        if inline:
+            assert (balancer.ledger.leases(role=Role.PREFILL), balancer.ledger.leases(role=BOTH)) == (0, 1)

@@ -81,6 +81,8 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         ([*D, "--encode-timeout", "0"], "--encode-timeout: Input should be greater than 0"),
         ([*D, "--policy", "magic"], "no policy 'magic' (known: least_loaded, round_robin)"),
         ([*D, "--policy", "chef=round_robin"], "no role 'chef'"),
+        ([*D, "--hedge-after", "soon"], "--hedge-after: 'soon' is neither seconds like 0.5 nor a percentile like p95"),
+        ([*D, "--max-attempts", "0"], "--max-attempts: Input should be greater than 0"),
         ([*D, "--config", "/does/not/exist"], "--config: there is no file /does/not/exist"),
         ([*D, "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
@@ -109,3 +111,11 @@ def test_help_teaches_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for name, field in ProxySettings.model_fields.items():
         assert f"--{name.replace('_', '-')}" in text and field.description
     assert "seconds to connect to an engine" in text
+
+
+def test_there_is_one_worker_unless_more_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(*D).workers == 1
+    assert load(*D, "--workers", "4").workers == 4
+    with pytest.raises(SystemExit):
+        load(*D, "--workers", "0")
+    assert "--workers: " in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Sibling tasks: the first failure comes out as itself and ends the others."""
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
-from proxy.tasks import together
+from proxy.tasks import race, together
 
 
 async def test_the_first_failure_is_raised_itself_and_cancels_the_rest() -> None:
@@ -31,3 +33,82 @@ async def test_nested_groups_do_not_wrap() -> None:
     with pytest.raises(ValueError, match="deep"):
         async with together(), together():
             raise ValueError("deep")
+
+
+async def slow() -> str:
+    await asyncio.Event().wait()
+    return "never"
+
+
+async def says(word: str) -> str:
+    return word
+
+
+async def breaks(word: str) -> str:
+    raise KeyError(word)
+
+
+async def after(event: asyncio.Event, runner: Coroutine[Any, Any, str]) -> str:
+    await event.wait()
+    return await runner
+
+
+@pytest.mark.parametrize("second_wins", [False, True])
+async def test_a_race_has_one_winner_and_the_loser_is_cancelled(second_wins: bool) -> None:
+    go, ended = asyncio.Event(), []
+
+    async def loser() -> str:
+        try:
+            return await slow()
+        finally:
+            ended.append("cancelled")
+
+    def second() -> Coroutine[Any, Any, str]:
+        go.set()
+        return says("second") if second_wins else loser()
+
+    first = loser() if second_wins else after(go, says("first"))
+    assert await race(first, second, 0.01, KeyError) == ("second" if second_wins else "first")
+    assert ended == ["cancelled"]
+
+
+async def test_a_quick_first_has_no_rival_and_fails_at_once() -> None:
+    def never() -> None:
+        raise AssertionError
+
+    assert await race(says("first"), never, 10.0, KeyError) == "first"
+    with pytest.raises(KeyError, match="first"):
+        await race(breaks("first"), never, 10.0, KeyError)
+
+
+async def test_one_failure_waits_for_the_other() -> None:
+    go = asyncio.Event()
+    assert await race(after(go, says("first")), lambda: _opens(go, breaks("second")), 0.01, KeyError) == "first"
+    go = asyncio.Event()
+    with pytest.raises(KeyError, match="first"):
+        await race(after(go, breaks("first")), lambda: _opens(go, breaks("second")), 0.01, KeyError)
+
+
+def _opens(go: asyncio.Event, runner: Coroutine[Any, Any, str]) -> Coroutine[Any, Any, str]:
+    go.set()
+    return runner
+
+
+async def test_without_a_rival_the_first_is_waited_for() -> None:
+    go = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, go.set)
+    assert await race(after(go, says("first")), lambda: None, 0.01, KeyError) == "first"
+
+
+async def test_who_cancels_a_race_cancels_both() -> None:
+    started = asyncio.Event()
+
+    def second() -> Coroutine[Any, Any, str]:
+        started.set()
+        return slow()
+
+    racing = asyncio.create_task(race(slow(), second, 0.01, KeyError))
+    await started.wait()
+    racing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await racing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -91,6 +92,31 @@ async def test_streamed_equals_whole(engine: Engine, path: str) -> None:
         assert text == (choice["message"]["content"] if "message" in choice else choice["text"])
         assert events[-1]["finish_reason"] == choice["finish_reason"]
     assert whole.choices[0] != {**whole.choices[1], "index": 0}
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 0.9, "seed": 11}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_an_answer_goes_on_after_any_token_as_if_it_had_never_stopped(
+    engine: Engine, path: str, fields: dict[str, Any]
+) -> None:
+    asked: dict[str, Any] = {**fields, "max_tokens": 12, "min_tokens": 6, "return_token_ids": True, "stop": ["zq"]}
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    whole = await engine.ask(path, **asked)
+    told = ids_of(whole)
+    assert len(told) == whole.events[-1]["usage"]["completion_tokens"] >= 6
+    for cut in range(len(whole.events) - 2):
+        seen = replace(whole, events=whole.events[:cut])
+        if done := ids_of(seen):
+            rest = await engine.ask(path, **asked, continue_token_ids=done)
+            assert done + ids_of(rest) == told
+            assert seen.text + rest.text == whole.text
+            assert rest.events[-1]["usage"] == whole.events[-1]["usage"]
+            assert rest.events[-2]["choices"][0]["finish_reason"] == whole.events[-2]["choices"][0]["finish_reason"]
+
+
+def ids_of(answer: Answer) -> list[int]:
+    """The tokens that a stream tells of."""
+    return [one for event in answer.events for choice in event["choices"] for one in choice.get("token_ids", ())]
 
 
 async def test_ids_are_the_requests(engine: Engine) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
+
 from engines.language.choices import Choice, Logprob, Piece, Scored
 from engines.language.sequence import SamplingParams
 from engines.language.stream import Token
@@ -40,7 +42,7 @@ def test_a_character_that_is_never_completed_shows_at_the_end() -> None:
 
 def test_a_token_that_stops_is_counted_and_not_shown() -> None:
     choice = make()
-    assert choice.push(tokens("ab", "stop")) == Piece(0, "a", 0, (), "stop")
+    assert choice.push(tokens("ab", "stop")) == Piece(0, "a", 0, (), "stop", (97, 98))
     assert choice.num_tokens == 2
 
 
@@ -54,7 +56,7 @@ def test_a_stop_string_ends_the_choice_and_what_follows_is_ignored() -> None:
 def test_what_was_held_back_comes_with_the_end() -> None:
     choice = make(stop=("bcd",))
     assert choice.push(tokens("abc")).text == "a"
-    assert choice.push(tokens("x", "length")) == Piece(0, "bcx", 1, (), "length")
+    assert choice.push(tokens("x", "length")) == Piece(0, "bcx", 1, (), "length", (120,))
     held = make(stop=("bcd",))
     assert held.push(tokens("abc", "length")).text == "abc"
 
@@ -72,3 +74,14 @@ def test_logprobs_follow_their_tokens() -> None:
     assert piece.scored == (Scored(Logprob(b"a", -0.5), (Logprob(b"b", -0.25),)),)
     assert piece
     assert not Piece(0, "", 5)
+
+
+@pytest.mark.parametrize("done", range(1, 8))
+def test_what_follows_replayed_tokens_fits_to_them(done: int) -> None:
+    said = tokens("a€bcd🙂"[:5])
+    whole, halved = make(stop=("bx",)), make(stop=("bx",))
+    shown = [whole.push([token]).text for token in said]
+    halved.replay(token.token_id for token in said[:done])
+    assert [halved.push([token]).text for token in said[done:]] == shown[done:]
+    assert halved.num_tokens == whole.num_tokens
+    assert halved.text == "".join(shown[done:])

@@ -177,3 +177,36 @@ def test_the_cache_is_a_limit_too() -> None:
     with pytest.raises(BadRequest, match="20 blocks of 16 tokens") as raised:
         chat(max_tokens=400)
     assert raised.value.code == "context_length_exceeded"
+
+
+def test_continued_tokens_are_prompt_and_output_at_once() -> None:
+    fresh, on = (
+        completion("Hi", max_tokens=9, min_tokens=4),
+        completion("Hi", max_tokens=9, min_tokens=4, continue_token_ids=[5, 6]),
+    )
+    assert on.prompt.token_ids == [*fresh.prompt.token_ids, 5, 6]
+    assert (on.params, on.continued) == (fresh.params, (5, 6))
+    assert (on.to_run.max_tokens, on.to_run.min_tokens) == (7, 2)
+    assert fresh.to_run == fresh.params
+
+
+def test_a_prefill_of_continued_tokens_is_one_of_a_longer_prompt() -> None:
+    fresh, on = chat(prefill_only=True), chat(prefill_only=True, continue_token_ids=[5, 6], max_tokens=2)
+    assert on.prompt.token_ids == [*fresh.prompt.token_ids, 5, 6]
+    assert (on.continued, on.to_run.max_tokens) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"continue_token_ids": [VOCAB]},
+        {"continue_token_ids": "text"},
+        {"continue_token_ids": [1, 2], "max_tokens": 2},
+        {"continue_token_ids": [1], "n": 2},
+        {"continue_token_ids": [1], "presence_penalty": 0.5},
+    ],
+)
+def test_what_cannot_go_on_exactly_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as refused:
+        chat(**fields)
+    assert refused.value.param == "continue_token_ids"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.balancer import POLICIES
+from proxy.balancer.board import Standing
 from proxy.balancer.policy import Policy
 
 keys = st.sampled_from("abcdef")
@@ -16,16 +19,23 @@ keys = st.sampled_from("abcdef")
 @given(st.lists(st.tuples(st.sets(keys, min_size=1), keys, st.integers(0, 9))))
 def test_the_choice_is_a_candidate(name: str, steps: list[tuple[set[str], str, int]]) -> None:
     policy: Policy = POLICIES[name]()
-    for candidates, key, load in steps:
-        assert policy.choose(candidates) in candidates
-        policy.changed(key, load)
+    standings: defaultdict[str, Standing] = defaultdict(lambda: Standing(0, 0))
+    for turn, (candidates, key, load) in enumerate(steps):
+        assert policy.choose(candidates, standings.__getitem__) in candidates
+        standings[key] = Standing(load, turn)
+        policy.changed(key, standings[key])
         if load == 0:
             policy.forget(key)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_equals_take_turns(name: str) -> None:
-    policy = POLICIES[name]()
-    chosen = [policy.choose("abc") for _ in range(9)]
+    policy: Policy = POLICIES[name]()
+    standings = {key: Standing(0, 0) for key in "abc"}
+    chosen = []
+    for turn in range(1, 10):
+        chosen.append(key := policy.choose("abc", standings.__getitem__))
+        standings[key] = Standing(0, turn)
+        policy.changed(key, standings[key])
     assert sorted(chosen[:3]) == sorted(chosen[3:6]) == ["a", "b", "c"]
     assert chosen[:3] == chosen[3:6] == chosen[6:]

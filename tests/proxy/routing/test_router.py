@@ -75,3 +75,14 @@ def test_servable_means_every_stage_that_the_fleet_has() -> None:
     assert router.servable(census(encode=[READY], prefill=[READY], decode=[READY, DOWN]))
     assert not router.servable(census(encode=[DOWN], prefill=[READY], decode=[READY]))
     assert not router.servable(census(prefill=[READY], decode=[DOWN]))
+
+
+def test_media_go_inline_only_where_that_is_allowed_and_no_encoder_is_up() -> None:
+    gone, up = census(encode=[DOWN], both=[READY]), census(encode=[READY], both=[READY])
+    assert router.route(1, up, inline=True).path is Path.E_PD
+    found = router.route(1, gone, inline=True)
+    assert (found.path, found.reason) == (Path.EPD, "1 item, encoded inline because no encoder is ready")
+    with pytest.raises(NoInstance):
+        router.route(1, gone)
+    assert router.route(1, census(both=[READY]), inline=True).path is Path.EPD
+    assert router.route(0, gone, inline=True).path is Path.PD

@@ -1,0 +1,192 @@
+"""The fleet as all workers of one proxy see it: a Fleet whose instances stand in shared memory, written by any of them.
+
+    0           version     how often the fleet was written; its lowest bit says which half holds it now
+    64          half 0      length 8 │ crc32 8 │ JSON …
+    64 + 256 K  half 1      length 8 │ crc32 8 │ JSON …
+
+A change is made under `lock`: read what others wrote, change, write the other half, and only then the version, in one
+8-byte store. Whoever is killed on the way leaves the old fleet standing. Reading takes no lock: a half that is written
+over while it is read does not have its checksum, and is read again.
+
+Every look at the fleet begins by comparing one number, so that an instance added, drained, found dead or removed by
+one worker is so for the next request of all.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from zlib import crc32
+
+import orjson
+
+from proxy.balancer.fleet import Event, Fleet
+from proxy.core import Instance, Role, State
+
+_HALVES = 64
+_HALF = 1 << 18
+_HEAD = 16
+SIZE = _HALVES + 2 * _HALF
+_REASON_LIMIT = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What of an instance is every worker's."""
+
+    role: int
+    dialect: str
+    state: str
+    reason: str
+    model: str
+
+    @classmethod
+    def of(cls, instance: Instance) -> Facts:
+        reason = instance.reason[:_REASON_LIMIT]
+        return cls(instance.role.value, instance.dialect, instance.state, reason, instance.model)
+
+
+class Roster(Fleet):
+    """Instances keep their identity while they are in the fleet. Facts that this worker has set on one and nobody has
+    overwritten are published with the next event."""
+
+    def __init__(
+        self,
+        buffer: bytearray | memoryview,
+        lock: Callable[[], AbstractContextManager[object]] = nullcontext,
+        told: Callable[[Instance, State], None] = lambda instance, before: None,
+    ) -> None:
+        """`told` hears of every instance whose state another worker changed, with its state before."""
+        super().__init__()
+        self._bytes = memoryview(buffer)[:SIZE].cast("B")
+        self._version = self._bytes[:8].cast("q")
+        self._lock = lock
+        self._told = told
+        self.takeovers = 0  # how often something was found that another worker wrote
+        self._seen = 0
+        self._facts: dict[str, Facts] = {}  # as they stand in the memory
+        self._changing = False
+
+    # ---- looking
+
+    def __iter__(self) -> Iterator[Instance]:
+        self.refresh()
+        return super().__iter__()
+
+    def get(self, url: str) -> Instance | None:
+        self.refresh()
+        return super().get(url)
+
+    def ready(self, role: Role) -> list[Instance]:
+        self.refresh()
+        return super().ready(role)
+
+    def census(self) -> dict[Role, Counter[State]]:
+        self.refresh()
+        return super().census()
+
+    # ---- changing
+
+    def join(self, url: str, role: Role, dialect: str) -> Instance:
+        with self._change():
+            return super().join(url, role, dialect)
+
+    def remove(self, url: str) -> Instance | None:
+        with self._change():
+            return super().remove(url)
+
+    def apply(self, instance: Instance, event: Event, reason: str) -> bool:
+        with self._change():
+            if self._instances.get(instance.url) is not instance:
+                return False  # removed by another worker a moment ago
+            return super().apply(instance, event, reason)
+
+    def share(self) -> None:
+        """Publish what was set on instances here without an event, such as why one is not READY yet."""
+        if {url: Facts.of(instance) for url, instance in self._instances.items()} != self._facts:
+            with self._change():
+                pass
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        if self._changing:
+            yield
+            return
+        with self._lock():
+            self.refresh()
+            self._changing = True
+            try:
+                yield
+                self._publish()
+            finally:
+                self._changing = False
+
+    # ---- the memory
+
+    def refresh(self) -> bool:
+        """Take over what other workers wrote; True if they did."""
+        if self._changing or self._version[0] == self._seen:
+            return False
+        while True:
+            version = self._version[0]
+            if (listed := self._read(version)) is not None and version == self._version[0]:
+                break
+        self._seen = version
+        for url in self._facts.keys() - listed.keys():
+            self._leave(url)
+        for url, facts in listed.items():
+            self._take_over(url, facts)
+        self._facts = listed
+        self.takeovers += 1
+        return True
+
+    def _read(self, version: int) -> dict[str, Facts] | None:
+        start = _HALVES + version % 2 * _HALF
+        head = self._bytes[start : start + _HEAD].cast("q")
+        length, checksum = head
+        text = bytes(self._bytes[start + _HEAD : start + _HEAD + length])
+        return {url: Facts(*facts) for url, facts in orjson.loads(text).items()} if crc32(text) == checksum else None
+
+    def _publish(self) -> None:
+        facts = {url: Facts.of(instance) for url, instance in self._instances.items()}
+        if facts == self._facts:
+            return
+        text = orjson.dumps({url: [f.role, f.dialect, f.state, f.reason, f.model] for url, f in facts.items()})
+        if len(text) > _HALF - _HEAD:
+            self._undo(facts.keys() - self._facts.keys())
+            raise ValueError(f"{len(facts)} instances are more than one proxy holds")
+        start = _HALVES + (self._seen + 1) % 2 * _HALF
+        head = self._bytes[start : start + _HEAD].cast("q")
+        self._bytes[start + _HEAD : start + _HEAD + len(text)] = text
+        head[0], head[1] = len(text), crc32(text)
+        self._seen = self._version[0] = self._seen + 1
+        self._facts = facts
+
+    def _take_over(self, url: str, facts: Facts) -> None:
+        """What another worker changed, and only that: the rest may have been set here a moment ago."""
+        instance = self._instances.get(url)
+        if instance is None:
+            instance = self._instances[url] = Instance(url, Role(facts.role), facts.dialect)
+        seen = self._facts.get(url)
+        if seen is None or facts.role != seen.role:
+            instance.role = Role(facts.role)
+        if seen is None or facts.dialect != seen.dialect:
+            instance.dialect = facts.dialect
+        if seen is None or (facts.state, facts.reason) != (seen.state, seen.reason):
+            before, instance.state, instance.reason = instance.state, State(facts.state), facts.reason
+            if instance.state is not before:
+                self._told(instance, before)
+        if seen is None or facts.model != seen.model:
+            instance.model = facts.model
+
+    def _leave(self, url: str) -> None:
+        instance = self._instances.pop(url, None)
+        if instance is not None:
+            before, instance.state, instance.reason = instance.state, State.GONE, "removed"
+            self._told(instance, before)
+
+    def _undo(self, urls: Set[str]) -> None:
+        for url in urls:
+            self._instances.pop(url)

@@ -1,0 +1,129 @@
+"""What the workers of one proxy share, and each one's place in it. Starts no process: `workers` does.
+
+    0              the fleet       balancer.roster
+    roster.SIZE    loads, turns    balancer.board
+
+Beside the memory there is a folder for the sockets between workers and for their counters, gone with the supervisor or,
+if that was killed, with the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxy import tally
+from proxy.balancer import board, roster
+from proxy.balancer.board import Board
+from proxy.balancer.roster import Roster
+from proxy.core import Instance, State
+from proxy.health import Health
+from proxy.segment import Segment
+from proxy.siblings import Siblings
+
+_FLEET, _ROWS, _PROBES = range(3)  # the segment's locks
+_LOOK_S = 0.1  # how often the one who probes looks for what others have done to the fleet
+
+Told = Callable[[Instance, State], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The memory and the folder of `workers` processes."""
+
+    workers: int
+    segment: Segment
+    folder: Path
+
+    @classmethod
+    def create(cls, workers: int) -> Crew:
+        segment = Segment.create(roster.SIZE + board.size(workers))
+        return cls(workers, segment, Path(tempfile.mkdtemp(prefix="triptych-")))
+
+    def fleet(self, told: Told = lambda instance, before: None) -> Roster:
+        return Roster(self.segment.buffer, lambda: self.segment.locked(_FLEET), told)
+
+    def board(self, worker: int) -> Board:
+        cells = self.segment.buffer[roster.SIZE :]
+        return Board(cells, self.workers, worker, lambda: self.segment.locked(_ROWS))
+
+    def lost(self, worker: int) -> None:
+        """A worker is dead: its leases are given back, and what it had in flight is over."""
+        self.board(worker).clear(worker)
+        tally.bury(self.folder, worker)
+
+    def remove(self) -> None:
+        """Nothing is left behind. The memory has no name and goes with its last user."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Seat:
+    """One worker's place."""
+
+    def __init__(self, crew: Crew, worker: int, port: int, life: int, ready: Callable[[], None]) -> None:
+        """`life`: a descriptor that ends when the supervisor does. `ready`: to be called once the worker serves."""
+        self.worker = worker
+        self.port = port
+        self.ready = ready
+        self.folder = crew.folder
+        self.siblings = Siblings(crew.folder, crew.workers, worker)
+        self._crew = crew
+        self._life = life
+        self._fleet = crew.fleet()
+        self._orphan = False
+
+    def __repr__(self) -> str:
+        return f"<Seat {self.worker} of {self._crew.workers} on port {self.port}>"
+
+    def board(self) -> Board:
+        return self._crew.board(self.worker)
+
+    def fleet(self, told: Told) -> Roster:
+        """This worker's look at the fleet; `told` as a Roster's."""
+        self._fleet = self._crew.fleet(told)
+        return self._fleet
+
+    def watch(self, orphaned: Callable[[], None]) -> None:
+        """Call `orphaned` when the supervisor is gone."""
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(self._life)
+            self._orphan = True
+            orphaned()
+
+        loop.add_reader(self._life, ended)
+
+    def leave(self) -> None:
+        """The worker's last act: without a supervisor, nobody else tidies up."""
+        if self._orphan:
+            self._crew.remove()
+
+    async def probe(self, health: Health) -> None:
+        """Runs `health` in one worker at a time: N workers that probe would be N times the load on engines, and
+        disagree. Whoever has the lock probes, and what he finds is in the fleet that all see; when he dies the kernel
+        passes the lock on to the first who asks."""
+        segment = self._crew.segment
+        try:
+            while not segment.claim(_PROBES):  # noqa: ASYNC110 - a killed process sets no event
+                await asyncio.sleep(_LOOK_S)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(health.run())
+                group.create_task(_follow(self._fleet, health))
+        finally:
+            segment.disclaim(_PROBES)
+
+
+async def _follow(fleet: Roster, health: Health) -> None:
+    """No interval is waited for after another worker's change, and what probes learned between is told to all."""
+    while True:
+        seen = fleet.takeovers
+        await asyncio.sleep(_LOOK_S)
+        fleet.refresh()
+        fleet.share()
+        if fleet.takeovers != seen:
+            health.wake()

@@ -1,0 +1,139 @@
+"""The encode stage of one request: all its encoders at once, failed items alone to others, slow ones hedged.
+
+Handles that are there are kept whatever happens to other items. Prefill and decode are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from proxy.core import Handle, Item, Job, Leg, Plan, Stage
+from proxy.errors import ProxyError, Refused
+from proxy.hedge import Hedge
+from proxy.legs import Legs
+from proxy.plan import Planner
+from proxy.retry import rule
+from proxy.tasks import race, together
+from proxy.upstream import deadline
+
+Handles = dict[int, Handle]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """By item index. `failure`: why some items have no handle, where the caller said that it can do without."""
+
+    handles: Handles = field(default_factory=dict)
+    failure: ProxyError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Items on their way to one encoder: the `number`th attempt for them, after those at `tried`."""
+
+    leg: Leg
+    tried: Collection[str] = frozenset()
+    number: int = 1
+
+    @property
+    def name(self) -> str:
+        """The request id's end: unique among the calls of one request."""
+        first = str(self.leg.items[0].index)
+        return first if self.number == 1 else f"{first}-{self.number}"
+
+
+class Encoding:
+    """`attempts`: at the most, per item."""
+
+    def __init__(self, legs: Legs, planner: Planner, hedge: Hedge, attempts: int) -> None:
+        self._legs = legs
+        self._planner = planner
+        self._metrics = legs.metrics
+        self._hedge = hedge
+        self._attempts = attempts
+
+    async def run(self, plan: Plan, job: Job, spare: bool) -> Encoded:
+        """Handles of every item of `job`. An item that cannot be encoded is left out if `spare`, else its error raised.
+
+        A client's mistake is raised either way, and the first error cancels everything else.
+        """
+        found = Encoded()
+        async with together() as group:
+            for leg in plan.encodes:
+                group.create_task(self._share(Share(leg), job, found, spare))
+        by_identity = {
+            item.identity: found.handles[item.index]
+            for leg in plan.encodes
+            for item in leg.items
+            if item.index in found.handles
+        }
+        found.handles = {i.index: by_identity[i.identity] for i in job.items if i.identity in by_identity}
+        return found
+
+    async def _share(self, share: Share, job: Job, found: Encoded, spare: bool) -> None:
+        """Encode a share into `found`; if that fails, each of its items alone elsewhere."""
+        try:
+            found.handles.update(await self._hedged(share, job))
+        except ProxyError as error:
+            error.attempts = share.number
+            if not rule(error).elsewhere:
+                raise
+            async with together() as group:
+                for item in share.leg.items:
+                    group.create_task(self._alone(item, share, job, error, found, spare))
+
+    async def _alone(self, item: Item, share: Share, job: Job, error: ProxyError, found: Encoded, spare: bool) -> None:
+        tried = {*share.tried, share.leg.instance.url}
+        with ExitStack() as holds:
+            leg = self._another((item,), tried, holds) if share.number < self._attempts else None
+            if leg is not None:
+                self._metrics.retries.labels(Stage.ENCODE).inc()
+                await self._share(Share(leg, tried, share.number + 1), job, found, spare)
+            elif spare:
+                found.failure = error
+            else:
+                raise error
+
+    def _another(self, items: tuple[Item, ...], tried: Collection[str], holds: ExitStack) -> Leg | None:
+        return self._planner.encoder(items, self._legs.clock(), tried, holds)
+
+    async def _hedged(self, share: Share, job: Job) -> Handles:
+        """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""
+        delay = self._hedge.delay()
+        with ExitStack() as holds:
+            if delay is None:
+                return await self._attempt(share.leg, share.name, job)
+
+            def second() -> Leg | None:
+                return self._another(share.leg.items, {*share.tried, share.leg.instance.url}, holds)
+
+            async def beside(leg: Leg) -> Handles:
+                self._metrics.hedges.inc()
+                return await self._attempt(leg, f"{share.name}-h", job)
+
+            return await race(
+                self._attempt(share.leg, share.name, job),
+                lambda: None if (leg := second()) is None else beside(leg),
+                delay,
+                ProxyError,
+            )
+
+    async def _attempt(self, leg: Leg, name: str, job: Job) -> Handles:
+        dialect = self._legs.dialect(leg)
+        began = self._legs.clock()
+        try:
+            with self._legs.judged(leg):
+                async with deadline(self._legs.timeouts.encode, Stage.ENCODE, leg.instance):
+                    body = dialect.encode(job, leg.items)
+                    reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{name}")
+                found = dialect.read_encode(leg.items, reply)
+        except Refused as error:
+            error.param = dialect.blame(leg.items, error.param)
+            raise
+        finally:
+            if leg.hold is not None:
+                leg.hold.close()
+        self._hedge.observe(self._legs.clock() - began)
+        return found

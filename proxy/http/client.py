@@ -1,0 +1,447 @@
+"""HTTP to engines: a pool of connections per engine, one exchange at a time on each. Retries nothing.
+
+A connection that stayed idle too long, or that the engine closed, is never used again: nothing is sent on it. Leaving
+an exchange before its end closes its connection at once: so an engine learns that nobody waits for its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TypeAlias, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from proxy.http.message import Buffer, Headers, head_bytes, size
+
+# An idle connection is closed by us before uvicorn (5 s) does: a POST on a connection that the engine is closing
+# fails, and must not be repeated blindly.
+_KEEPALIVE_S = 2.5
+_HIGH, _LOW = 256 << 10, 64 << 10  # bytes of an answer held for a reader who is slower than the engine
+_WHOLE_LIMIT = 256 << 20
+_SMALL = 16 << 10  # a body up to this is copied behind its head, to be one buffer
+_FRAMED = ("content-length", "transfer-encoding")
+
+Feed: TypeAlias = Callable[[bytes], None]
+"""Gets each piece of an answer as it arrives, and the empty one at its end."""
+
+Shortcut: TypeAlias = Callable[[bytes], bool]
+"""Gets what was read from the socket while between two chunks of a body. True: it was exactly one whole chunk, written
+as HTTP writes it, and has been dealt with; False: nothing was done with it, and it is parsed."""
+
+
+class ConnectFailed(Exception):
+    """No connection: nothing was sent."""
+
+
+class Cut(Exception):
+    """The connection ended, or spoke no HTTP, before the answer was whole. `begun`: its head had come."""
+
+    def __init__(self, why: str, begun: bool) -> None:
+        super().__init__(why)
+        self.begun = begun
+
+
+class Exchange:
+    """One answer being read, from its head to its end."""
+
+    __slots__ = (
+        *("_connection", "_feed", "_held", "_held_bytes", "_lost", "_waiter", "_whole"),
+        *("done", "error", "headers", "status"),
+    )
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self.status = 0  # 0: the head is not there yet
+        self.headers = Headers()
+        self.done = False  # the answer is whole
+        self.error: Cut | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._whole = False  # someone waits for the end, so holding the answer is wanted
+        self._feed: Feed | None = None
+        self._lost: Callable[[Cut], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Exchange {self.status} done={self.done} held={self._held_bytes} error={self.error}>"
+
+    async def head(self) -> None:
+        """Wait for status and headers. Raises Cut."""
+        while not self.status:
+            await self._wait()
+
+    async def read(self, limit: int = _WHOLE_LIMIT) -> bytes:
+        """The whole body, or its first `limit` bytes and some. Raises Cut."""
+        self._whole = True
+        self._connection.resume()
+        while not self.done and self._held_bytes < limit:
+            await self._wait()
+        return self._taken()
+
+    async def chunk(self) -> bytes:
+        """What has arrived; empty at the end. Raises Cut."""
+        while not self._held and not self.done:
+            await self._wait()
+        data = self._taken()
+        self._connection.resume()
+        return data
+
+    def pipe(self, feed: Feed, lost: Callable[[Cut], None], shortcut: Shortcut | None = None) -> None:
+        """From now on call `feed` with every piece in the moment it arrives, and first with what has.
+
+        If the answer breaks off, `lost` is called instead of `feed`'s end. `shortcut` is asked first where it can be.
+        """
+        if self._held:
+            feed(self._taken())
+        self._feed, self._lost = feed, lost
+        self._connection.shortcut = shortcut
+        self._connection.resume()
+        if self.done:
+            feed(b"")
+        elif self.error is not None:
+            lost(self.error)
+
+    async def end(self) -> None:
+        """Wait until the answer is whole. Raises Cut."""
+        while not self.done:
+            await self._wait()
+
+    def pause(self) -> None:
+        """Read no more for now: whom it is for is slower than the engine."""
+        self._connection.pause()
+
+    def resume(self) -> None:
+        self._connection.resume()
+
+    def _taken(self) -> bytes:
+        held, self._held, self._held_bytes = self._held, [], 0
+        return held[0] if len(held) == 1 else b"".join(held)
+
+    async def _wait(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    # ---- called by the connection
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def got(self, data: bytes) -> None:
+        if self._feed is not None:
+            self._feed(data)
+            return
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > _HIGH and not self._whole:
+            self._connection.pause()
+        if not self._whole or self._held_bytes > _WHOLE_LIMIT:
+            self.wake()
+
+    def ended(self) -> None:
+        self.done = True
+        if self._feed is not None:
+            self._feed(b"")
+        self.wake()
+
+    def failed(self, why: str) -> None:
+        if not self.done and self.error is None:
+            self.error = Cut(why, self.status != 0)
+            if self._lost is not None:
+                self._lost(self.error)
+            self.wake()
+
+
+class _Connection(asyncio.Protocol):
+    """llhttp's callbacks and the transport's, for the one exchange on it."""
+
+    def __init__(self, pool: _Origin) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._exchange: Exchange | None = None
+        self._interim = False  # a 1xx answer is being read
+        self._between = False  # two chunks
+        self.shortcut: Shortcut | None = None
+        self._reading = True
+        self._reusable = True
+        self.idle_since = 0.0
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, head: bytes, body: Buffer | list[Buffer]) -> Exchange:
+        assert self._transport is not None
+        exchange = self._exchange = Exchange(self)
+        self._reusable = True
+        self._between = False
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        if isinstance(body, list):
+            self._transport.writelines([head, *body])
+        elif len(body) <= _SMALL:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+        return exchange
+
+    def release(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The exchange is over for its owner: keep the connection if the next exchange can have it."""
+        exchange, self._exchange, self.shortcut = self._exchange, None, None
+        if self._transport is None or exchange is None:
+            return
+        if exchange.done and self._reusable and not self._transport.get_write_buffer_size():
+            self.resume()
+            self.idle_since = loop.time()
+            self._pool.keep(self)
+        else:
+            self._transport.abort()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        if self._reading and self._transport is not None:
+            self._reading = False
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if not self._reading and self._transport is not None and not self._transport.is_closing():
+            self._reading = True
+            self._transport.resume_reading()
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
+        self._pool.opened(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._pool.closed(self)
+        exchange = self._exchange
+        if exchange is None or exchange.done:
+            return
+        if exc is None and exchange.status and not any(name in exchange.headers for name in _FRAMED):
+            exchange.ended()  # RFC 9112 6.3: such a body lasts as long as its connection
+        else:
+            exchange.failed(str(exc) if exc is not None else "closed")
+
+    def data_received(self, data: bytes) -> None:
+        if self._between and self.shortcut is not None and self.shortcut(data):
+            return
+        if self._exchange is None or self._parser is None or self._exchange.done:
+            self._reusable = False  # bytes that nobody asked for
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._reusable = False
+            self._exchange.failed(f"not HTTP: {error}")
+            self.close()
+
+    # ---- httptools
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._exchange is not None and not self._interim:
+            self._exchange.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        exchange, parser = self._exchange, self._parser
+        if exchange is None or parser is None:
+            return
+        status = parser.get_status_code()
+        self._interim = status < 200
+        if self._interim:
+            exchange.headers.clear()
+            return
+        self._reusable = parser.should_keep_alive()
+        exchange.status = status
+        exchange.wake()
+
+    def on_body(self, data: bytes) -> None:
+        if self._exchange is not None:
+            self._exchange.got(data)
+
+    def on_chunk_header(self) -> None:
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        self._between = True
+
+    def on_message_complete(self) -> None:
+        self._between = False
+        if self._interim:
+            self._interim = False
+        elif self._exchange is not None:
+            self._exchange.ended()
+
+
+class _Origin:
+    """The connections to one engine."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.port = parts.port or (443 if self.tls else 80)
+        self.prefix = parts.path.rstrip("/")
+        self.authority = parts.netloc.rpartition("@")[2]
+        self.idle: list[_Connection] = []
+        self.open: set[_Connection] = set()
+        self.connecting = 0
+
+    def __repr__(self) -> str:
+        return f"<Origin {self.authority} {len(self.open)} open, {len(self.idle)} idle>"
+
+    def opened(self, connection: _Connection) -> None:
+        self.open.add(connection)
+
+    def closed(self, connection: _Connection) -> None:
+        self.open.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def keep(self, connection: _Connection) -> None:
+        self.idle.append(connection)
+
+    def take(self, now: float) -> _Connection | None:
+        """The connection used last, if it can still be trusted."""
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.usable and now - connection.idle_since < _KEEPALIVE_S:
+                return connection
+            connection.close()
+        return None
+
+    def expire(self, now: float) -> None:
+        for connection in [c for c in self.idle if now - c.idle_since >= _KEEPALIVE_S]:
+            self.idle.remove(connection)
+            connection.close()
+
+
+class Client:
+    """The pools of all engines. `open` and `close` it once each."""
+
+    def __init__(self, connect_timeout: float) -> None:
+        self._connect_timeout = connect_timeout
+        self._origins: dict[str, _Origin] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __repr__(self) -> str:
+        return f"<Client {list(self._origins.values())}>"
+
+    def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sweep()
+
+    async def close(self) -> None:
+        """Close every connection, and wait until they are."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        self._loop = None
+        for origin in self._origins.values():
+            for connection in list(origin.open):
+                connection.close()
+        while any(origin.open for origin in self._origins.values()):  # noqa: ASYNC110 - the loop's next turn does it
+            await asyncio.sleep(0)
+
+    def request(
+        self, method: str, url: str, path: str, headers: Mapping[str, str], body: Buffer | list[Buffer] = b""
+    ) -> Sending:
+        """`async with` gives the exchange, its head read. Raises ConnectFailed, Cut."""
+        return Sending(self, method, url, path, headers, body)
+
+    async def connection(self, url: str) -> tuple[_Origin, _Connection]:
+        """Raises ConnectFailed."""
+        if self._loop is None:
+            raise RuntimeError("connections open with `async with upstream`")
+        origin = self._origins.get(url)
+        if origin is None:
+            origin = self._origins[url] = _Origin(url)
+        found = origin.take(self._loop.time())
+        return origin, found if found is not None else await self._connect(self._loop, origin)
+
+    async def _connect(self, loop: asyncio.AbstractEventLoop, origin: _Origin) -> _Connection:
+        origin.connecting += 1
+        try:
+            async with asyncio.timeout(self._connect_timeout) as timer:
+                _, protocol = await loop.create_connection(
+                    lambda: _Connection(origin), origin.host, origin.port, ssl=origin.tls
+                )
+        except TimeoutError:
+            if timer.expired():
+                raise ConnectFailed("did not accept a connection in time") from None
+            raise ConnectFailed("cannot be reached: Connection timed out") from None
+        except OSError as error:
+            raise ConnectFailed(f"cannot be reached: {_words(error)}") from None
+        finally:
+            origin.connecting -= 1
+        return protocol
+
+    def _sweep(self) -> None:
+        if self._loop is not None:
+            for url, origin in list(self._origins.items()):
+                origin.expire(self._loop.time())
+                if not origin.open and not origin.connecting:
+                    del self._origins[url]  # its engine may have left the fleet
+            self._sweeper = self._loop.call_later(_KEEPALIVE_S / 2, self._sweep)
+
+
+class Sending:
+    """A request on its way; see Client.request."""
+
+    __slots__ = ("_arguments", "_client", "_connection")
+
+    def __init__(
+        self,
+        client: Client,
+        method: str,
+        url: str,
+        path: str,
+        headers: Mapping[str, str],
+        body: Buffer | list[Buffer],
+    ) -> None:
+        self._client = client
+        self._arguments = method, url, path, headers, body
+        self._connection: _Connection | None = None
+
+    async def __aenter__(self) -> Exchange:
+        method, url, path, headers, body = self._arguments
+        origin, self._connection = await self._client.connection(url)
+        framing = f"host: {origin.authority}\r\n"
+        if method != "GET":
+            framing += f"content-length: {size(body)}\r\n"
+        head = head_bytes(f"{method} {origin.prefix}{path} HTTP/1.1\r\n", headers, framing)
+        try:
+            exchange = self._connection.send(head, body)
+            await exchange.head()
+        except BaseException:
+            self._connection.close()
+            raise
+        return exchange
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection is not None:
+            self._connection.release(asyncio.get_running_loop())
+
+
+def _words(error: OSError) -> str:
+    """The system's words for it, without the address, which the caller names better."""
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)

@@ -1,0 +1,55 @@
+"""Which handler answers a method and a path. No patterns: every route here is a fixed path."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from proxy.http.message import Response
+from proxy.http.server import Request
+
+Handler: TypeAlias = Callable[[Request], Awaitable[Response | None]]
+"""Its answer, or None where it has answered through the request itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    method: str
+    path: str
+    handler: Handler
+
+
+def get(path: str, handler: Handler) -> Route:
+    return Route("GET", path, handler)
+
+
+def post(path: str, handler: Handler) -> Route:
+    return Route("POST", path, handler)
+
+
+def delete(path: str, handler: Handler) -> Route:
+    return Route("DELETE", path, handler)
+
+
+class NoRoute(Exception):
+    """`allowed` holds the methods that the path has; empty: there is no such path."""
+
+    def __init__(self, allowed: frozenset[str]) -> None:
+        super().__init__(f"allowed: {', '.join(sorted(allowed))}" if allowed else "no such path")
+        self.allowed = allowed
+
+
+class Router:
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._handlers: dict[str, dict[str, Handler]] = {}
+        for route in routes:
+            self._handlers.setdefault(route.path, {})[route.method] = route.handler
+
+    def find(self, method: str, path: str) -> Handler:
+        """A GET handler answers HEAD as well. Raises NoRoute."""
+        handlers = self._handlers.get(path, {})
+        handler = handlers.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            raise NoRoute(frozenset(handlers))
+        return handler

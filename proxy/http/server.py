@@ -1,0 +1,118 @@
+"""The server: listens, counts its connections, ends those that keep it waiting, and stops in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from proxy.http.connection import Connection, Request
+from proxy.http.message import HttpError, Response
+
+__all__ = ["Limits", "Request", "Server"]
+
+Handle: TypeAlias = Callable[[Request], Awaitable[Response | None]]
+"""Answers a request; None if it did so through the request's own methods. Raises nothing but CancelledError."""
+
+Refuse: TypeAlias = Callable[[HttpError], Response]
+"""The answer to what could not be read as a request."""
+
+_BACKLOG = 1024
+_SCRATCH = 256 << 10  # what all connections read into by turns: each empties it before the next read
+_LARGEST_SWEEP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes and seconds a client may take."""
+
+    head_bytes: int = 64 << 10
+    body_bytes: int = 256 << 20
+    head_seconds: float = 30.0  # from a request's first byte to the end of its head
+    idle_seconds: float = 75.0  # between two requests
+    body_seconds: float = 60.0  # between two pieces of a body
+    write_seconds: float = 300.0  # without taking a byte of its answer
+
+    @property
+    def sweep_seconds(self) -> float:
+        shortest = min(self.head_seconds, self.idle_seconds, self.body_seconds, self.write_seconds)
+        return min(_LARGEST_SWEEP_S, shortest / 4)
+
+
+class Server:
+    """`start` and `stop` once each."""
+
+    def __init__(self, handle: Handle, refuse: Refuse, limits: Limits | None = None) -> None:
+        self.handle = handle
+        self.refuse = refuse
+        self.limits = limits or Limits()
+        self.stopping = False
+        self.scratch = memoryview(bytearray(_SCRATCH))
+        self._connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._empty = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Server {len(self._connections)} connections, {sum(c.busy for c in self._connections)} busy>"
+
+    async def start(
+        self,
+        host: str | None = None,
+        port: int = 0,
+        *,
+        sock: socket.socket | None = None,
+        reuse_port: bool = False,
+    ) -> int:
+        """Listen, on `sock` if one is given; the port. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        if sock is not None:
+            self._server = await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+        else:
+            self._server = await loop.create_server(
+                lambda: Connection(self), host or None, port, backlog=_BACKLOG, reuse_port=reuse_port or None
+            )
+        self._sweep(loop)
+        bound: int = self._server.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self, grace: float) -> None:
+        """Listen no more; requests in flight may go on for `grace` seconds and are then cut."""
+        self.stopping = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.wind_down()
+        try:
+            async with asyncio.timeout(grace):
+                await self._until_empty()
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.abort()
+            await self._until_empty()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    async def _until_empty(self) -> None:
+        while self._connections:
+            self._empty.clear()
+            await self._empty.wait()
+
+    def opened(self, connection: Connection) -> None:
+        self._connections.add(connection)
+
+    def closed(self, connection: Connection) -> None:
+        """Its socket is closed and its handler has ended."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One timer for all connections: a timer per connection and phase costs more than the parsing."""
+        now = loop.time()
+        for connection in list(self._connections):
+            if connection.deadline <= now:
+                connection.late()
+        self._sweeper = loop.call_later(self.limits.sweep_seconds, self._sweep, loop)

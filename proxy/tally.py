@@ -1,0 +1,81 @@
+"""Counters that several workers keep and each can tell the sum of: prometheus_client's multiprocess files, by worker.
+
+The files are named after the worker's place, not its process: who takes a dead one's place counts on where that ended,
+so that nothing is lost and nothing counted twice. Gauges are different: what a dead process had in flight is over.
+Holds no metric of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, values
+from prometheus_client.mmap_dict import MmapedDict, mmap_key
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+
+def install(folder: Path, worker: int) -> None:
+    """From now on every metric made in this process keeps its values in `folder`.
+
+    The library reads both from the environment, once, when it is imported; a worker learns its place after that.
+    """
+    files: dict[str, MmapedDict] = {}
+
+    def opened(kind: str) -> MmapedDict:
+        if kind not in files:
+            files[kind] = MmapedDict(str(folder / f"{kind}_{worker}.db"))  # type: ignore[no-untyped-call]
+        return files[kind]
+
+    class Value:
+        """What a Counter, Gauge or Histogram asks of a number: one cell of its file. Used on the event loop only, so
+        without the library's lock; and written in place, where the library packs and copies (80 ns against 1.2 µs)."""
+
+        _multiprocess = True
+
+        def __init__(
+            self,
+            typ: str,
+            metric_name: str,
+            name: str,
+            labelnames: Any,
+            labelvalues: Any,
+            help_text: str,
+            multiprocess_mode: str = "",
+            **_: Any,
+        ) -> None:
+            file = opened(f"{typ}_{multiprocess_mode}" if typ == "gauge" else typ)
+            key = mmap_key(metric_name, name, labelnames, labelvalues, help_text)
+            file.read_value(key)  # type: ignore[no-untyped-call]  # finds or makes its place
+            at = file._positions[key]
+            # A file that has grown is mapped again. Writing through the old mapping still reaches it.
+            self._cell = memoryview(file._m)[at : at + 8].cast("d")
+
+        def inc(self, amount: float) -> None:
+            self._cell[0] += amount
+
+        def set(self, value: float, timestamp: float | None = None) -> None:
+            self._cell[0] = value
+
+        def get(self) -> float:
+            return self._cell[0]
+
+        def set_exemplar(self, exemplar: object) -> None:
+            pass
+
+        def get_exemplar(self) -> None:
+            return None
+
+    values.ValueClass = Value
+
+
+def summed(folder: Path) -> CollectorRegistry:
+    """The sums over all workers, as they are when it is collected."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    return registry
+
+
+def bury(folder: Path, worker: int) -> None:
+    """A worker has died: what it had in flight is over, what it counted stays."""
+    mark_process_dead(worker, str(folder))  # type: ignore[no-untyped-call]

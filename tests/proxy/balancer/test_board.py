@@ -1,0 +1,180 @@
+"""Cells that many write and all add up; and balancers in several processes that choose as one would."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from proxy.balancer import POLICIES
+from proxy.balancer.balance import Balancer
+from proxy.balancer.board import ROWS, Board, Standing, alone, size
+from proxy.balancer.ledger import Lease, Ledger
+from proxy.core import Instance, Role
+from proxy.segment import Segment
+
+PORTS = range(10)
+
+
+def boards(workers: int) -> list[Board]:
+    buffer = bytearray(size(workers))
+    return [Board(buffer, workers, worker) for worker in range(workers)]
+
+
+def test_totals_are_sums_and_the_last_use_is_the_latest() -> None:
+    first, second = boards(2)
+    row = first.row("a")
+    assert second.row("a") == row != second.row("b")
+    first.hold(row, 100, 2)
+    second.hold(row, 11, 1)
+    first.use(row, first.turn())
+    second.use(row, second.turn())
+    assert first.standing(row) == second.standing(row) == Standing(111, 2)
+    assert first.leases(row) == 3
+    assert (first.held(row), second.held(row)) == ((100, 2), (11, 1))
+    assert repr(first) == "<Board worker 0 of 2, 2 rows>"
+
+
+def test_what_a_dead_worker_held_is_given_back_and_its_turns_are_kept() -> None:
+    first, second = boards(2)
+    row = first.row("a")
+    first.hold(row, 100, 2)
+    second.hold(row, 11, 1)
+    first.use(row, first.turn())
+    second.clear(0)
+    assert second.standing(row) == Standing(11, 1)
+    assert second.leases(row) == 1
+    assert second.turn() == 2
+
+
+def test_a_row_that_is_given_away_is_noticed_by_who_knew_it() -> None:
+    first, second = boards(2)
+    row = first.row("early")
+    for number in range(ROWS):  # more keys than rows: idle rows go on to others
+        second.row(f"{number}")
+    assert sum(1 for number in range(ROWS) if second.row(f"{number}") == row)
+    again = first.row("early")
+    assert again == second.row("early")
+    assert first.standing(again) == Standing(0, 0)
+
+
+def test_news_are_told_once_whoever_made_them() -> None:
+    first, second = boards(2)
+    assert [key for key, _ in first.news("ab")] == ["a", "b"], "everything is new at first"
+    assert first.news("ab") == []
+    second.hold(second.row("b"), 5, 1)
+    assert first.news("a") == []
+    assert first.news("ab") == [("b", Standing(5, 0))]
+    first.hold(first.row("a"), 1, 1)
+    assert second.news("ab") == [("a", Standing(1, 0)), ("b", Standing(5, 0))]
+    assert first.seen("a") == Standing(1, 0)
+    assert first.news("ab") == []
+
+
+def test_a_row_with_a_lease_is_never_given_away() -> None:
+    board = alone()
+    for number in range(ROWS - 8):
+        board.hold(board.row(f"{number}"), 5, 1)
+    with pytest.raises(LookupError, match="504 instances"):
+        board.row("one more")
+    board.hold(board.row("7"), 0, 0)
+    assert board.row("one more") not in {board.row(f"{number}") for number in range(7)}
+
+
+def test_ledgers_of_two_workers_answer_for_both_and_check_their_own() -> None:
+    one, other = (Ledger(lambda *_: None, board) for board in boards(2))
+    instance = Instance("http://h:1", Role.DECODE, "native")
+    with one.lease(instance, Role.DECODE, 5), other.lease(instance, Role.DECODE, 7):
+        assert one.load(instance.url) == other.load(instance.url) == 12
+        assert one.leases() == one.leases(url=instance.url) == one.leases(role=Role.DECODE) == 2
+        assert one.leases(role=Role.PREFILL) == 0
+        one.check()
+        other.check()
+    assert other.leases() == one.load(instance.url) == 0
+
+
+class Voter:
+    """A balancer in a process."""
+
+    def __init__(self, segment: Segment, workers: int, worker: int, policy: str) -> None:
+        self.taken = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.voter", *map(str, (segment.fd, workers, worker)), policy],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(segment.fd,),
+            text=True,
+        )
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+
+@contextmanager
+def voters(segment: Segment, workers: int, policy: str) -> Iterator[list[Voter]]:
+    started = [Voter(segment, workers, worker, policy) for worker in range(workers)]
+    try:
+        yield started
+    finally:
+        for voter in started:
+            voter.process.kill()
+            voter.process.communicate()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_balancers_in_three_processes_choose_as_one_does(policy: str) -> None:
+    """The same arrivals and departures, dealt at random to three processes and told to one balancer here."""
+    dice = random.Random(policy)
+    alone = Balancer({role: POLICIES[policy]() for role in Role})
+    instances = {port: Instance(f"http://h:{port}", Role.DECODE, "native") for port in PORTS}
+    segment = Segment.create(size(3))
+    open_: list[tuple[Voter, int, Lease]] = []
+    with voters(segment, 3, policy) as processes:
+        for _ in range(400):
+            if open_ and dice.random() < 0.45:
+                voter, number, lease = open_.pop(dice.randrange(len(open_)))
+                voter.ask(f"close {number}")
+                lease.close()
+                continue
+            ready = dice.sample(PORTS, dice.randint(1, len(PORTS)))
+            tokens = dice.choice([1, 1, 10, 100, 100, 1000])
+            lease = alone.take(Role.DECODE, [instances[port] for port in ready], tokens)
+            voter = dice.choice(processes)
+            assert voter.ask(f"take decode {','.join(map(str, ready))} {tokens}") == lease.instance.url[-1]
+            open_.append((voter, voter.taken, lease))
+            voter.taken += 1
+        rows = {voter.ask("rows " + ",".join(map(str, PORTS))) for voter in processes}
+        assert len(rows) == 1, "all agree on whose row is which"
+        watching = Ledger(lambda *_: None, Board(segment.buffer, 3, 0))
+        assert all(watching.load(i.url) == alone.ledger.load(i.url) for i in instances.values())
+        del watching
+    segment.close()
+
+
+def test_a_cell_is_read_whole_while_it_is_written() -> None:
+    """Two values that differ in every byte, written as fast as can be in another process."""
+    code = (
+        "import sys; from proxy.segment import Segment\n"
+        "cells = Segment(int(sys.argv[1])).buffer.cast('q'); print('go', flush=True)\n"
+        "while True: cells[1] = 0x0101010101010101; cells[1] = 0x0202020202020202"
+    )
+    segment = Segment.create(4096)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, str(segment.fd)], stdout=subprocess.PIPE, pass_fds=(segment.fd,)
+    )
+    try:
+        assert writer.stdout is not None and writer.stdout.readline()
+        with segment.buffer.cast("q") as cells:
+            seen = {cells[1] for _ in range(300_000)}
+        assert seen <= {0, 0x0101010101010101, 0x0202020202020202}
+    finally:
+        writer.kill()
+        writer.communicate()
+    segment.close()

@@ -1,0 +1,48 @@
+"""Unpacking: what comes out, and that little cannot become much."""
+
+import gzip
+
+import pytest
+import zstandard
+
+from proxy.http.content import unpack
+from proxy.http.message import HttpError
+
+TEXT = b'{"a": 1}' * 1000
+
+
+@pytest.mark.parametrize(
+    ("packed", "coding"),
+    [
+        (TEXT, "identity"),
+        (gzip.compress(TEXT), "gzip"),
+        (gzip.compress(TEXT), " X-GZIP "),
+        (gzip.compress(TEXT[:100]) + gzip.compress(TEXT[100:]), "gzip"),
+        (zstandard.compress(TEXT), "zstd"),
+        (zstandard.compress(TEXT[:100]) + zstandard.compress(TEXT[100:]), "zstd"),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(TEXT), "zstd"),
+    ],
+)
+def test_it_is_what_was_packed(packed: bytes, coding: str) -> None:
+    assert unpack(packed, coding, len(TEXT)) == TEXT
+    assert unpack(bytearray(packed), coding, len(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("packed", "coding", "status"),
+    [
+        (gzip.compress(bytes(1 << 26)), "gzip", 413),
+        (zstandard.compress(bytes(1 << 26)), "zstd", 413),
+        (gzip.compress(TEXT)[:-9], "gzip", 400),
+        (zstandard.compress(TEXT)[:-9], "zstd", 400),
+        (b"junk", "gzip", 400),
+        (gzip.compress(TEXT) + b"junk", "gzip", 400),
+        (b"junk", "zstd", 400),
+        (TEXT, "br", 415),
+        (TEXT, "gzip, gzip", 415),
+    ],
+)
+def test_what_is_refused(packed: bytes, coding: str, status: int) -> None:
+    with pytest.raises(HttpError) as caught:
+        unpack(packed, coding, 1 << 20)
+    assert caught.value.status == status

@@ -1,0 +1,28 @@
+"""Finding handlers."""
+
+import pytest
+
+from proxy.http.message import Response
+from proxy.http.router import NoRoute, Router, delete, get, post
+from proxy.http.server import Request
+
+
+async def one(request: Request) -> Response:
+    return Response(201)
+
+
+async def two(request: Request) -> Response:
+    return Response(202)
+
+
+def test_a_path_and_a_method_find_their_handler() -> None:
+    router = Router([get("/a", one), post("/a", two), delete("/b", one)])
+    assert router.find("GET", "/a") is router.find("HEAD", "/a") is one
+    assert router.find("POST", "/a") is two
+    with pytest.raises(NoRoute, match="GET, POST") as caught:
+        router.find("DELETE", "/a")
+    assert caught.value.allowed == {"GET", "POST"}
+    for path in ("/A", "/a/", "//a", "/c"):
+        with pytest.raises(NoRoute, match="no such path") as caught:
+            router.find("GET", path)
+        assert not caught.value.allowed

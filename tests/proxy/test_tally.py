@@ -1,0 +1,78 @@
+"""Counts of several workers in one folder. Each is a process, as where metrics are kept is a process's own affair."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy import tally
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from proxy import tally
+folder, worker, times = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+tally.install(folder, worker)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+registry = CollectorRegistry()
+counter = Counter("triptych_x", "what", ["path"], registry=registry)
+flying = Gauge("triptych_flying", "now", registry=registry, multiprocess_mode="livesum")
+seconds = Histogram("triptych_s", "long", buckets=(1.0, 2.0), registry=registry)
+for _ in range(times):
+    counter.labels("P-D").inc()
+    flying.inc()
+    seconds.observe(1.5)
+assert flying._value.get() == times
+os.kill(os.getpid(), 9)
+"""
+
+
+def work(folder: Path, worker: int, times: int) -> None:
+    assert subprocess.run([sys.executable, "-c", WORKER, str(folder), str(worker), str(times)]).returncode == -9
+
+
+def told(folder: Path) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(generate_latest(tally.summed(folder)).decode())
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_counts_add_up_and_go_on_where_a_killed_worker_ended(tmp_path: Path, workers: int) -> None:
+    for worker in range(workers):
+        work(tmp_path, worker, worker + 1)
+    total = sum(range(1, workers + 1))
+    found = told(tmp_path)
+    assert found["triptych_x_total", "P-D"] == found["triptych_flying",] == total
+    tally.bury(tmp_path, 0)
+    assert told(tmp_path).get(("triptych_flying",), 0) == total - 1
+    work(tmp_path, 0, 5)  # its successor
+    found = told(tmp_path)
+    assert found["triptych_x_total", "P-D"] == found["triptych_s_count",] == total + 5
+    assert found["triptych_s_bucket", "1.0"] == 0
+    assert found["triptych_s_bucket", "2.0"] == found["triptych_s_bucket", "+Inf"] == total + 5
+    assert found["triptych_flying",] == total - 1 + 5
+
+
+def test_a_file_that_grows_keeps_every_count(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from proxy import tally
+tally.install(Path(sys.argv[1]), 0)
+from prometheus_client import CollectorRegistry, Counter
+counter = Counter("triptych_x", "what", ["path"], registry=CollectorRegistry())
+early = counter.labels("early")
+for number in range(2000):
+    counter.labels(str(number)).inc()
+    early.inc()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert (tmp_path / "counter_0.db").stat().st_size > 1 << 16
+    found = told(tmp_path)
+    assert found["triptych_x_total", "early"] == 2000
+    assert all(found["triptych_x_total", str(number)] == 1 for number in range(2000))
