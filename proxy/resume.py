@@ -131,6 +131,7 @@ class TapedSink:
         self._sink = sink
         self._tape = tape
         self.started = False
+        self.sent = 0  # bytes, before the ids are taken out
         self.sent = 0  # the sink behind it counts
 
     def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:

@@ -46,7 +46,7 @@ class Answer:
             raise self._broken
         return self._data
 
-    def pipe(self, feed: Callable[[bytes], None], broken: Callable[[ProxyError], None]) -> None:
+    def pipe(self, feed: Callable[[bytes], None], broken: Callable[[ProxyError], None], *_: object) -> None:
         feed(self._data)
         if self._broken is not None:
             broken(self._broken)

@@ -50,6 +50,7 @@ class Client:
     ended: bool = False
     error: ProxyError | None = None
     paused: bool = False
+    sent: int = 0
 
     def begin(self, content_type: str, headers: Any, length: int | None, data: bytes) -> None:
         assert not self.started
@@ -62,6 +63,9 @@ class Client:
     def end(self) -> None:
         assert self.started and not self.ended
         self.ended = True
+
+    def chunk_writer(self) -> None:
+        return None
 
     def on_writable(self, callback: Callable[[], None]) -> None:
         callback()

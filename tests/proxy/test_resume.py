@@ -113,6 +113,10 @@ class Client:
         self.got += b"end"
 
     paused = False
+    sent = 0
+
+    def chunk_writer(self) -> None:
+        return None
 
     def on_writable(self, callback: Any) -> None:
         callback()
