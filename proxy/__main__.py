@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s",
     )
+    _lighten_logging()
     try:
         if settings.workers > 1:
             return supervise(settings)
@@ -28,6 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"triptych proxy: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def _lighten_logging() -> None:
+    """Collect nothing for a record that the format does not show: half the cost of a request's line.
+
+    These are the switches of logging's manual, "Optimization"; without `_srcfile` no stack is walked for the caller.
+    """
+    logging.logThreads = logging.logMultiprocessing = False
+    logging._srcfile = None
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ class Admin:
     def _authorize(self, request: Request) -> None:
         if self._key is None:
             return
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("X-API-Key", bearer)
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        given = request.headers.get("x-api-key", bearer)
         if not hmac.compare_digest(given.encode(), self._key.encode()):
             raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
 

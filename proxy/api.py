@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import orjson
+from prometheus_client import Counter
 
 from proxy import openai
 from proxy.balancer.balance import Balancer
@@ -59,6 +61,8 @@ class OpenAI:
         self._metrics = metrics
         self._identity = identity
         self._active: set[str] = set()  # engine-facing ids in flight
+        self._received, self._sent = (metrics.bytes.labels(way) for way in ("from_clients", "to_clients"))
+        self._counters: dict[tuple[str, str], Counter] = {}  # of metrics.requests: finding a child costs as much as it
 
     def routes(self) -> list[Route]:
         return [
@@ -93,13 +97,13 @@ class OpenAI:
 
     async def _job(self, request: Request, engine_id: str) -> Job:
         raw = await request.read()
-        self._metrics.bytes.labels("from_clients").inc(len(raw))
+        self._received.inc(len(raw))
         api, headers = Api(request.path), _end_to_end(request.headers)
         arguments = (raw, api, engine_id, self._identity(request.headers), headers)
         try:
             job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
         except ProxyError as error:
-            self._metrics.requests.labels("none", str(error.status)).inc()
+            self._count("none", str(error.status))
             raise
         for item in job.items:
             self._metrics.items.labels(item.modality).inc()
@@ -118,15 +122,21 @@ class OpenAI:
     def _ended(self, run: Run, status: str, error: ProxyError | None = None) -> None:
         path = run.plan.path.label if run.plan is not None else "none"
         seconds = self._dispatcher.elapsed(run)
-        self._metrics.requests.labels(path, status).inc()
+        self._count(path, status)
         self._metrics.observe("e2e", seconds)
-        self._metrics.bytes.labels("to_clients").inc(getattr(run.sink, "sent", 0))
+        self._sent.inc(run.sink.sent)
         timings = " ".join(f"{name}={s * 1000:.0f}ms" for name, s in run.timings.items())
         log.info(
             "%s %s %s e2e=%.0fms %s route=%r%s",
             *(run.job.id, run.job.api, status, seconds * 1000, timings, str(run.plan or "")),
             f" error={error.stage}: {error}" if error else "",
         )
+
+    def _count(self, path: str, status: str) -> None:
+        counter = self._counters.get((path, status))
+        if counter is None:
+            counter = self._counters[path, status] = self._metrics.requests.labels(path, status)
+        counter.inc()
 
     # ---- the proxy's own
 
@@ -171,7 +181,7 @@ def edge(router: Router) -> Handler:
 
     async def handle(request: Request) -> Response | None:
         given = request.headers.get("x-request-id", "")
-        request_id.set(given if _ID.fullmatch(given) else secrets.token_hex(16))
+        request_id.set(given if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
         try:
             response = await router.find(request.method, request.path)(request)
         except ProxyError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -41,6 +42,8 @@ from proxy.upstream import Timeouts, Upstream
 from proxy.workers import Supervisor, reserve
 
 log = logging.getLogger(__name__)
+
+_GC_THRESHOLD = 20_000  # objects; Python's own 700 are a few requests
 
 _DRAIN_LOOK_S = 0.02
 
@@ -129,7 +132,7 @@ class Proxy:
         settings = self.settings
         if not settings.tenant_salt:
             return Identity(trust_client=settings.trust_client_identity)
-        tenant = headers.get(settings.tenant_header, "")
+        tenant = headers.get(settings.tenant_header.lower(), "")
         return Identity(f"{settings.tenant_salt}\0{tenant}".encode(), settings.trust_client_identity)
 
 
@@ -171,6 +174,16 @@ def _say_ready(url: str) -> None:
     print(f"READY {url}", flush=True, file=sys.stdout)
 
 
+def _spare_collections() -> None:
+    """What is there when serving begins stays: no collection need look at it, and few need to begin.
+
+    Requests leave next to no cycles; a full pass over the modules took 25 ms, in the middle of somebody's stream.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, 20, 20)
+
+
 async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
     """Serve until SIGTERM or SIGINT, or a worker's supervisor is gone. Raises OSError if the address cannot be had."""
     stop = asyncio.Event()
@@ -185,6 +198,7 @@ async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
             _say_ready(proxy.url)
         else:
             seat.ready()
+        _spare_collections()
         await stop.wait()
         log.info("stopping; requests in flight have %.0f s", settings.grace_timeout)
 

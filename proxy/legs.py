@@ -42,6 +42,7 @@ class Legs:
         self._dialects = dialects
         self._upstream = upstream
         self.metrics = metrics
+        self._sent = metrics.bytes.labels("to_engines")
         self._suspicion = suspicion
         self.clock = clock
         self.timeouts = upstream.timeouts
@@ -54,7 +55,7 @@ class Legs:
     ) -> AbstractAsyncContextManager[Answer]:
         """Send `body`; yields once the engine has answered with status 200. Raises EngineFailed."""
         data = openai.encoded(body, job)
-        self.metrics.bytes.labels("to_engines").inc(size(data))
+        self._sent.inc(size(data))
         path = _ENCODE_ROUTE if stage is Stage.ENCODE else job.api
         headers = {**job.headers, "x-request-id": request_id}
         return self._upstream.post(leg.instance, stage, path, data, headers)

@@ -18,7 +18,6 @@ Head = Callable[[], Mapping[str, str]]
 """Called once, when success is proven: the headers that are known by then."""
 
 _LONGEST_SHORTCUT = 4096  # bytes of a chunk
-_DRAIN_S = 1.0  # for the end of an upstream body after [DONE], so that its connection can be used again
 
 
 class Sink(Protocol):
@@ -125,8 +124,7 @@ async def stream(
         flow.stop()
     timer.reschedule(None)
     sink.end()
-    if not answer.done:
-        await _drain(answer)
+    answer.enough()
 
 
 class _Flow:
@@ -242,14 +240,6 @@ def _chunk_head(length: int) -> bytes:
 
 
 _CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_SHORTCUT + 1)))
-
-
-async def _drain(answer: Answer) -> None:
-    try:
-        async with asyncio.timeout(_DRAIN_S):
-            await answer.end()
-    except (TimeoutError, ProxyError):
-        pass  # the client has everything; only the connection is lost
 
 
 class StreamCheck:

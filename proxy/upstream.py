@@ -71,6 +71,10 @@ class Answer:
         except Cut as error:
             raise _named(error, self._stage, self._instance) from None
 
+    def enough(self) -> None:
+        """What may still come is of no interest: the connection reads it by itself, and is then free again."""
+        self._exchange.enough = True
+
     def pause(self) -> None:
         """Take no more from the engine for now."""
         self._exchange.pause()

@@ -10,6 +10,7 @@ import asyncio
 import os
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeAlias, cast
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ from proxy.http.message import Buffer, Headers, head_bytes, size
 # fails, and must not be repeated blindly.
 _KEEPALIVE_S = 2.5
 _HIGH, _LOW = 256 << 10, 64 << 10  # bytes of an answer held for a reader who is slower than the engine
+_DRAIN_S = 1.0  # for the end of an answer of which enough was read, so that its connection can be used again
+_CLOSE_S = 1.0
 _WHOLE_LIMIT = 256 << 20
 _SMALL = 16 << 10  # a body up to this is copied behind its head, to be one buffer
 _FRAMED = ("content-length", "transfer-encoding")
@@ -51,7 +54,7 @@ class Exchange:
 
     __slots__ = (
         *("_connection", "_feed", "_held", "_held_bytes", "_lost", "_waiter", "_whole"),
-        *("done", "error", "headers", "status"),
+        *("done", "enough", "error", "headers", "status"),
     )
 
     def __init__(self, connection: _Connection) -> None:
@@ -59,6 +62,7 @@ class Exchange:
         self.status = 0  # 0: the head is not there yet
         self.headers = Headers()
         self.done = False  # the answer is whole
+        self.enough = False  # what may still come is of no interest
         self.error: Cut | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -138,6 +142,8 @@ class Exchange:
             self._waiter.set_result(None)
 
     def got(self, data: bytes) -> None:
+        if self.enough:
+            return
         if self._feed is not None:
             self._feed(data)
             return
@@ -150,7 +156,7 @@ class Exchange:
 
     def ended(self) -> None:
         self.done = True
-        if self._feed is not None:
+        if self._feed is not None and not self.enough:
             self._feed(b"")
         self.wake()
 
@@ -173,6 +179,8 @@ class _Connection(asyncio.Protocol):
         self._interim = False  # a 1xx answer is being read
         self._between = False  # two chunks
         self.shortcut: Shortcut | None = None
+        self._draining: asyncio.TimerHandle | None = None
+        self._abandoned = False
         self._reading = True
         self._reusable = True
         self.idle_since = 0.0
@@ -198,8 +206,18 @@ class _Connection(asyncio.Protocol):
 
     def release(self, loop: asyncio.AbstractEventLoop) -> None:
         """The exchange is over for its owner: keep the connection if the next exchange can have it."""
-        exchange, self._exchange, self.shortcut = self._exchange, None, None
+        exchange, self.shortcut = self._exchange, None
         if self._transport is None or exchange is None:
+            self._exchange = None
+        elif exchange.enough and not exchange.done:
+            self.resume()
+            self._draining = loop.call_later(_DRAIN_S, self.close)
+        else:
+            self._put_back(exchange, loop)
+
+    def _put_back(self, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
+        self._exchange = None
+        if self._transport is None:
             return
         if exchange.done and self._reusable and not self._transport.get_write_buffer_size():
             self.resume()
@@ -211,6 +229,12 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def abandon(self) -> None:
+        """Nobody waits for this connection any more, made already or not."""
+        self._abandoned = True
+        self.close()
+        self._pool.closed(self)  # uvloop closes what it had made for a cancelled task without telling connection_lost
 
     def pause(self) -> None:
         if self._reading and self._transport is not None:
@@ -227,10 +251,14 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         self._pool.opened(self)
+        if self._abandoned:
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._pool.closed(self)
+        if self._draining is not None:
+            self._draining.cancel()
         exchange = self._exchange
         if exchange is None or exchange.done:
             return
@@ -288,6 +316,10 @@ class _Connection(asyncio.Protocol):
             self._interim = False
         elif self._exchange is not None:
             self._exchange.ended()
+            if self._draining is not None:
+                self._draining.cancel()
+                self._draining = None
+                self._put_back(self._exchange, asyncio.get_running_loop())
 
 
 class _Origin:
@@ -357,8 +389,10 @@ class Client:
         for origin in self._origins.values():
             for connection in list(origin.open):
                 connection.close()
-        while any(origin.open for origin in self._origins.values()):  # noqa: ASYNC110 - the loop's next turn does it
-            await asyncio.sleep(0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                while any(origin.open for origin in self._origins.values()):  # noqa: ASYNC110 - the next turns do it
+                    await asyncio.sleep(0)
 
     def request(
         self, method: str, url: str, path: str, headers: Mapping[str, str], body: Buffer | list[Buffer] = b""
@@ -378,20 +412,22 @@ class Client:
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, origin: _Origin) -> _Connection:
         origin.connecting += 1
+        connection = _Connection(origin)
         try:
             async with asyncio.timeout(self._connect_timeout) as timer:
-                _, protocol = await loop.create_connection(
-                    lambda: _Connection(origin), origin.host, origin.port, ssl=origin.tls
-                )
+                await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=origin.tls)
         except TimeoutError:
             if timer.expired():
                 raise ConnectFailed("did not accept a connection in time") from None
             raise ConnectFailed("cannot be reached: Connection timed out") from None
         except OSError as error:
             raise ConnectFailed(f"cannot be reached: {_words(error)}") from None
+        except asyncio.CancelledError:
+            connection.abandon()
+            raise
         finally:
             origin.connecting -= 1
-        return protocol
+        return connection
 
     def _sweep(self) -> None:
         if self._loop is not None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import orjson
 
@@ -28,10 +28,7 @@ class HttpError(Exception):
 
 
 class Headers(dict[str, str]):
-    """By lower-case name; the values of a repeated field are joined with commas, as RFC 9110 5.3 allows."""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return super().get(name.lower(), default)
+    """By lower-case name, and only so; the values of a repeated field are joined with commas (RFC 9110 5.3)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,9 @@ class Answer:
         if self._broken is not None:
             broken(self._broken)
 
+    def enough(self) -> None:
+        """It is whole already."""
+
 
 class Wire:
     """Stands where Upstream does. `calls` are those that wait for their ending."""

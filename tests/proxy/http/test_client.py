@@ -200,8 +200,42 @@ async def test_cancelling_before_the_answer_hangs_up() -> None:
             await asyncio.sleep(0.001)
         asking.cancel()
         await p.left.wait()
-        assert asking.cancelled() or asking.cancelling()
         await asyncio.wait([asking])
+        assert asking.cancelled()
+
+
+async def test_cancelling_at_any_moment_leaves_no_connection() -> None:
+    async with peer(says()) as (p, client), asyncio.timeout(20):
+        for turns in range(40):
+            asking = asyncio.create_task(whole(p, client))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait([asking])
+        while client._origins[p.url].open:
+            await asyncio.sleep(0.001)
+
+
+async def test_an_answer_of_which_enough_was_read_gives_its_connection_back_by_itself() -> None:
+    go = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await take(reader)
+        writer.write(CHUNKED + b"2\r\nok\r\n")
+        await go.wait()
+        writer.write(b"4\r\nmore\r\n0\r\n\r\n")
+        await take(reader)
+        writer.write(OK)
+
+    async with peer(script) as (p, client), asyncio.timeout(10):
+        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+            assert await exchange.chunk() == b"ok"
+            exchange.enough = True
+        assert "0 idle" in repr(client)
+        go.set()
+        while "1 idle" not in repr(client):
+            await asyncio.sleep(0.001)
+        assert await whole(p, client) == (200, b"ok") and p.connections == 1
 
 
 async def test_nobody_there() -> None:
