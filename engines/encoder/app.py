@@ -78,8 +78,8 @@ class EncoderApp:
             reply = answer(request_id(), self._settings.name, created, items, found)
             named = True
         finally:
-            for entry in entries:
-                self._encoder.release(entry, named=named)
+            for index, entry in enumerate(entries):  # a reader comes once for each content, however often it is named
+                self._encoder.release(entry, named=named and entry not in entries[:index])
         return json_response(reply)
 
     async def _encode(self, items: Sequence[MediaItem], entries: list[Entry]) -> None:

@@ -55,9 +55,12 @@ async def test_one_handle_per_content_and_every_index() -> None:
         entries = list(reply["ec_transfer_params"].values())
         assert [entry["item_indices"] for entry in entries] == [[0, 2], [1]]
         assert reply["usage"]["prompt_tokens"] == 11
+        assert (await it.cache())["pinned"] == 2, "the answer named them"
         for entry, expected in zip(entries, [embedding(3, "a"), embedding(5, "b")], strict=True):
             assert (await it.toy.fetch(entry["where"], expected.nbytes)).equal(expected)
-        assert (await it.cache())["pinned"] == 2, "the answer named them"
+        async with asyncio.timeout(10):
+            while (await it.cache())["pinned"]:
+                await asyncio.sleep(0.01)
         it.toy.check()
 
 
