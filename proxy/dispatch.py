@@ -101,7 +101,7 @@ class Dispatcher:
         return self._clock() - run.began
 
     async def run(self, run: Run) -> None:
-        """Serve the request to its end. Raises ProxyError (with attempts counted), relay.ClientGone.
+        """Serve the request to its end. Raises ProxyError, with attempts counted.
 
         Once `run.sink.started` is true, an error can only be told as the stream's last event.
         """
