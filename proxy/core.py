@@ -114,6 +114,7 @@ class Job:
     output_tokens: int  # predicted, of all choices together
     stream: bool
     headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
+    fields: str = ""  # the same as lines of a head
     nbytes: int = 0  # of the request's body
     raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
 

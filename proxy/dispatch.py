@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +24,13 @@ from proxy.encoding import Encoding, Handles
 from proxy.errors import DeadlineExceeded, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
-from proxy.plan import NOBODY, Planner
+from proxy.plan import NOBODY, Holds, Planner
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink, eligible
 from proxy.retry import STAGES, Cause, cause, culprit, rule
 from proxy.sse import DONE
 from proxy.tasks import together
-from proxy.upstream import deadline
+from proxy.upstream import Post
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class Run:
     attempts: int = 0
     tried: set[str] = field(default_factory=set)  # URLs whose legs of this request failed
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
-    timer: asyncio.Timeout | None = None  # of the leg that answers
+    call: Post | None = None  # the leg that answers
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
     tape: Tape | None = None  # of a stream that could be continued
@@ -107,16 +106,17 @@ class Dispatcher:
         """
         if self._rules.resume and eligible(run.job):
             run.tape = Tape()
-        async with self._total_deadline(run), self._gate.admitted(wishes.priority(run.job), run.job.nbytes):
-            with ExitStack() as holds:
-                await self._serve(run, holds)
-
-    @asynccontextmanager
-    async def _total_deadline(self, run: Run) -> AsyncIterator[None]:
         seconds = wishes.seconds(run.job) or self._rules.request_timeout
+        if seconds is None:
+            await self._admitted(run)
+        else:
+            await self._within(seconds, run)
+
+    async def _within(self, seconds: float, run: Run) -> None:
+        """Raises DeadlineExceeded."""
         try:
             async with asyncio.timeout(seconds) as timer:
-                yield
+                await self._admitted(run)
         except TimeoutError:
             if not timer.expired():
                 raise
@@ -124,9 +124,18 @@ class Dispatcher:
             error.attempts = max(1, run.attempts)
             raise error from None
 
+    async def _admitted(self, run: Run) -> None:
+        entry = await self._gate.enter(wishes.priority(run.job), run.job.nbytes)
+        holds = Holds()
+        try:
+            await self._serve(run, holds)
+        finally:
+            holds.close()
+            self._gate.leave(entry)
+
     # ---- the ladder
 
-    async def _serve(self, run: Run, holds: ExitStack) -> None:
+    async def _serve(self, run: Run, holds: Holds) -> None:
         plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
         handles: Handles | None = None
         while True:
@@ -149,7 +158,7 @@ class Dispatcher:
                 handles = None if role is Role.ENCODE else handles
             log.info("%s goes on elsewhere: %s", job.id, plan)
 
-    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: ExitStack) -> Plan:
+    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: Holds) -> Plan:
         """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""
         verdict, now = rule(error), self._clock()
         may_go_on = not run.sink.started or (run.tape is not None and run.tape.usable)
@@ -169,7 +178,7 @@ class Dispatcher:
         return drawn
 
     def _redrawn(
-        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: ExitStack
+        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: Holds
     ) -> Plan | None:
         if role is Role.ENCODE:
             if not plan.encodes:
@@ -193,7 +202,7 @@ class Dispatcher:
         run.sink.end()
         return True
 
-    async def _encode(self, run: Run, plan: Plan, job: Job, holds: ExitStack) -> tuple[Plan, Handles]:
+    async def _encode(self, run: Run, plan: Plan, job: Job, holds: Holds) -> tuple[Plan, Handles]:
         """All items' handles; or fewer, and a plan whose engine encodes the others itself."""
         if not plan.encodes:
             return plan, {}
@@ -240,7 +249,7 @@ class Dispatcher:
 
     async def _prefill_on_call(self, run: Run, waiting: Waiting, leg: Leg, job: Job, handles: Handles) -> None:
         descriptor = await waiting.descriptor()
-        self._patience(run, None)  # the prefill has a deadline of its own
+        self._patience(run, None)  # the prefill has its own
         try:
             with self._legs.judged(leg):
                 await self._prefill(run, leg, job, handles, descriptor)
@@ -258,9 +267,8 @@ class Dispatcher:
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None
     ) -> Body:
         began = self._clock()
-        async with deadline(self._timeouts.prefill, Stage.PREFILL, leg.instance):
-            body = self._legs.dialect(leg).prefill(job, handles, descriptor)
-            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id)
+        body = self._legs.dialect(leg).prefill(job, handles, descriptor)
+        reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
         self._timed(run, "prefill", began)
         return reply
 
@@ -275,15 +283,12 @@ class Dispatcher:
         assert run.out is not None
         run.decode_began = self._clock()
         with self._legs.judged(leg):
-            async with (
-                deadline(self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
-                self._legs.post(leg, Stage.DECODE, body, job, job.id) as answer,
-            ):
+            run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, self._first_answer(job))
+            async with run.call as answer:
                 if job.stream:
-                    idle = self._timeouts.stream_idle
-                    await relay.stream(answer, run.out, head, Stage.DECODE, run.timer, idle)
+                    await relay.stream(answer, run.out, head, Stage.DECODE, self._timeouts.stream_idle)
                 else:
-                    await relay.whole(answer, run.out, head, Stage.DECODE, run.timer)
+                    await relay.whole(answer, run.out, head, Stage.DECODE)
         self._timed(run, "decode", run.decode_began)
 
     def _first_answer(self, job: Job) -> float:
@@ -291,8 +296,8 @@ class Dispatcher:
 
     def _patience(self, run: Run, seconds: float | None) -> None:
         """How long the answering leg may take from now to its first byte; nothing changes once that is there."""
-        if run.timer is not None and not run.begun and not run.timer.expired():
-            run.timer.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
+        if run.call is not None and not run.begun:
+            run.call.patience(seconds)
 
     def _timed(self, run: Run, stage: str, began: float) -> None:
         run.timings[stage] = self._clock() - began

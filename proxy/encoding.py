@@ -6,17 +6,15 @@ Handles that are there are kept whatever happens to other items. Prefill and dec
 from __future__ import annotations
 
 from collections.abc import Collection
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from proxy.core import Handle, Item, Job, Leg, Plan, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
-from proxy.plan import Planner
+from proxy.plan import Holds, Planner
 from proxy.retry import rule
 from proxy.tasks import race, together
-from proxy.upstream import deadline
 
 Handles = dict[int, Handle]
 
@@ -86,7 +84,7 @@ class Encoding:
 
     async def _alone(self, item: Item, share: Share, job: Job, error: ProxyError, found: Encoded, spare: bool) -> None:
         tried = {*share.tried, share.leg.instance.url}
-        with ExitStack() as holds:
+        with Holds() as holds:
             leg = self._another((item,), tried, holds) if share.number < self._attempts else None
             if leg is not None:
                 self._metrics.retries.labels(Stage.ENCODE).inc()
@@ -96,13 +94,13 @@ class Encoding:
             else:
                 raise error
 
-    def _another(self, items: tuple[Item, ...], tried: Collection[str], holds: ExitStack) -> Leg | None:
+    def _another(self, items: tuple[Item, ...], tried: Collection[str], holds: Holds) -> Leg | None:
         return self._planner.encoder(items, self._legs.clock(), tried, holds)
 
     async def _hedged(self, share: Share, job: Job) -> Handles:
         """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""
         delay = self._hedge.delay()
-        with ExitStack() as holds:
+        with Holds() as holds:
             if delay is None:
                 return await self._attempt(share.leg, share.name, job)
 
@@ -125,9 +123,9 @@ class Encoding:
         began = self._legs.clock()
         try:
             with self._legs.judged(leg):
-                async with deadline(self._legs.timeouts.encode, Stage.ENCODE, leg.instance):
-                    body = dialect.encode(job, leg.items)
-                    reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{name}")
+                body = dialect.encode(job, leg.items)
+                seconds = self._legs.timeouts.encode
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{name}", seconds)
                 found = dialect.read_encode(leg.items, reply)
         except Refused as error:
             error.param = dialect.blame(leg.items, error.param)

@@ -1,10 +1,8 @@
-"""Waiting to be admitted. Decides nothing: `admission` does; a place is given back when the block is left."""
+"""Waiting to be admitted. Decides nothing: `admission` does; whoever enters leaves, whatever happened."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
 
 from proxy.admission import Admission, Entry, Place, full
 from proxy.errors import QueueTimeout, ShuttingDown
@@ -27,20 +25,27 @@ class Gate:
             if not future.done():
                 future.set_exception(ShuttingDown("the proxy is stopping: send the request again"))
 
-    @asynccontextmanager
-    async def admitted(self, priority: int, nbytes: int) -> AsyncIterator[None]:
-        """A place within the limits. Raises TooLarge, Overloaded, QueueTimeout, ShuttingDown."""
+    async def enter(self, priority: int, nbytes: int) -> Entry:
+        """A place within the limits, until `leave`. Raises TooLarge, Overloaded, QueueTimeout, ShuttingDown."""
         if self._closed:
             raise ShuttingDown("the proxy is stopping: send the request to another")
         entry, refused = self.admission.arrive(priority, nbytes)
-        try:
-            if refused is not None:
-                self._tell(refused)
-            if entry.place is Place.WAITING:
+        if refused is not None:
+            self._tell(refused)
+        if entry.place is Place.WAITING:
+            try:
                 await self._wait(entry)
-            yield
-        finally:
-            self._wake(self.admission.leave(entry))
+            except BaseException:
+                self.leave(entry)
+                raise
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Give the place back. Idempotent."""
+        for promoted in self.admission.leave(entry):
+            future = self._waiting.get(promoted.number)
+            if future is not None and not future.done():
+                future.set_result(None)
 
     async def _wait(self, entry: Entry) -> None:
         future = self._waiting[entry.number] = asyncio.get_running_loop().create_future()
@@ -56,12 +61,6 @@ class Gate:
             raise QueueTimeout(f"no place became free within {patience:g} s (--queue-timeout)") from None
         finally:
             del self._waiting[entry.number]
-
-    def _wake(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            future = self._waiting.get(entry.number)
-            if future is not None and not future.done():
-                future.set_result(None)
 
     def _tell(self, refused: Entry) -> None:
         future = self._waiting.get(refused.number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import orjson
@@ -15,7 +15,7 @@ from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
 from proxy.metrics import Metrics
 from proxy.retry import STAGES, cause
-from proxy.upstream import Answer, Upstream
+from proxy.upstream import Post, Upstream
 
 _ENCODE_ROUTE = "/v1/chat/completions"
 
@@ -50,19 +50,17 @@ class Legs:
     def dialect(self, leg: Leg) -> Dialect:
         return self._dialects[leg.instance.dialect]
 
-    def post(
-        self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str
-    ) -> AbstractAsyncContextManager[Answer]:
-        """Send `body`; yields once the engine has answered with status 200. Raises EngineFailed."""
+    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float) -> Post:
+        """The call with `body`, see Upstream.post. Raises EngineFailed."""
         data = openai.encoded(body, job)
         self._sent.inc(size(data))
         path = _ENCODE_ROUTE if stage is Stage.ENCODE else job.api
-        headers = {**job.headers, "x-request-id": request_id}
-        return self._upstream.post(leg.instance, stage, path, data, headers)
+        fields = f"x-request-id: {request_id}\r\n{job.fields}"
+        return self._upstream.post(leg.instance, stage, path, data, fields, seconds)
 
-    async def call(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str) -> Body:
+    async def call(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float) -> Body:
         """A leg whose answer is a small JSON object for the proxy. Raises EngineFailed."""
-        async with self.post(leg, stage, body, job, request_id) as answer:
+        async with self.post(leg, stage, body, job, request_id, seconds) as answer:
             reply = await answer.read()
         try:
             parsed = orjson.loads(reply)

@@ -59,6 +59,7 @@ def parse(
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
+        fields="".join([f"{name}: {value}\r\n" for name, value in headers.items()]) if headers else "",
         nbytes=len(raw),
         raw=raw,
     )

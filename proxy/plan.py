@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
@@ -20,6 +20,13 @@ from proxy.retry import rule
 from proxy.routing import router
 
 NOBODY: Collection[str] = frozenset()
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closable)
 
 
 @dataclass(slots=True)
@@ -43,8 +50,31 @@ class Held:
             lease.close()
 
 
+class Holds:
+    """All that one request keeps from others: leases and permits. Closed at its end, whatever happened."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: list[Closable] = []
+
+    def add(self, held: C) -> C:
+        self._held.append(held)
+        return held
+
+    def close(self) -> None:
+        for held in self._held:
+            held.close()
+
+    def __enter__(self) -> Holds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Planner:
-    """Draws plans on one fleet with one balancer. Every leg's hold is entered on the ExitStack that it is given."""
+    """Draws plans on one fleet with one balancer. Every leg's hold is added to the Holds that it is given."""
 
     def __init__(self, fleet: Fleet, balancer: Balancer, breakers: Breakers, inline: bool = False) -> None:
         self._fleet = fleet
@@ -52,13 +82,13 @@ class Planner:
         self.breakers = breakers
         self._inline = inline
 
-    def draw(self, job: Job, now: float, holds: ExitStack) -> Plan:
+    def draw(self, job: Job, now: float, holds: Holds) -> Plan:
         """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
         route = self._route(job, now, NOBODY)
         encodes = self._encodes(job, now, holds) if Role.ENCODE in route.path.roles else []
         return Plan(route.path, route.reason, (*encodes, *self._generation(route.path, job, now, NOBODY, holds)))
 
-    def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> Plan | None:
+    def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: Holds) -> Plan | None:
         """`plan` with prefill and decode anywhere but at `tried`, perhaps combined; None if nobody else can."""
         for leg in plan.legs:
             if leg.role is not Role.ENCODE:
@@ -70,14 +100,14 @@ class Planner:
             return None
         return Plan(path, plan.reason, (*plan.encodes, *legs))
 
-    def encode_again(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan:
+    def encode_again(self, plan: Plan, job: Job, now: float, holds: Holds) -> Plan:
         """`plan` with its encode legs drawn anew. Raises NoInstance."""
         others = [leg for leg in plan.legs if leg.role is not Role.ENCODE]
         for leg in plan.encodes:
             _close(leg)
         return replace(plan, legs=(*self._encodes(job, now, holds), *others))
 
-    def inline(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan | None:
+    def inline(self, plan: Plan, job: Job, now: float, holds: Holds) -> Plan | None:
         """`plan` at one engine that gets the media themselves; None if this deployment has none, or it must not."""
         if not self._inline or not self._usable(BOTH, now, NOBODY):
             return None
@@ -91,7 +121,7 @@ class Planner:
     def can_inline(self, now: float) -> bool:
         return self._inline and bool(self._usable(BOTH, now, NOBODY))
 
-    def encoder(self, items: Sequence[Item], now: float, tried: Collection[str], holds: ExitStack) -> Leg | None:
+    def encoder(self, items: Sequence[Item], now: float, tried: Collection[str], holds: Holds) -> Leg | None:
         """One leg for all of `items` anywhere but at `tried`; None if there is nobody else."""
         candidates = self._usable(Role.ENCODE, now, tried)
         if not candidates:
@@ -106,7 +136,7 @@ class Planner:
 
     # ---- one role
 
-    def _encodes(self, job: Job, now: float, holds: ExitStack) -> list[Leg]:
+    def _encodes(self, job: Job, now: float, holds: Holds) -> list[Leg]:
         """One leg per chosen encoder. An item that occurs twice is sent once; the largest items choose first."""
         candidates = self._usable(Role.ENCODE, now, NOBODY)
         if not candidates:
@@ -114,7 +144,7 @@ class Planner:
         unique = {item.identity: item for item in reversed(job.items)}
         shares: dict[str, list[tuple[Item, Lease]]] = {}
         for item in sorted(unique.values(), key=lambda item: (-item.tokens, item.index)):
-            lease = holds.enter_context(self._balancer.take(Role.ENCODE, candidates, item.tokens))
+            lease = holds.add(self._balancer.take(Role.ENCODE, candidates, item.tokens))
             shares.setdefault(lease.instance.url, []).append((item, lease))
         legs = []
         for share in shares.values():
@@ -123,7 +153,7 @@ class Planner:
             legs.append(self._leg(Role.ENCODE, leases[0].instance, leases, holds, items))
         return legs
 
-    def _generation(self, path: Path, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> list[Leg]:
+    def _generation(self, path: Path, job: Job, now: float, tried: Collection[str], holds: Holds) -> list[Leg]:
         legs = []
         for role in path.roles:
             if role is not Role.ENCODE:
@@ -134,10 +164,9 @@ class Planner:
         return legs
 
     def _leg(
-        self, role: Role, instance: Instance, leases: list[Lease], holds: ExitStack, items: tuple[Item, ...] = ()
+        self, role: Role, instance: Instance, leases: list[Lease], holds: Holds, items: tuple[Item, ...] = ()
     ) -> Leg:
-        held = Held(leases, self.breakers.permit(instance.url))
-        holds.callback(held.close)
+        held = holds.add(Held(leases, self.breakers.permit(instance.url)))
         return Leg(role, instance, items, held)
 
     def _usable(self, role: Role, now: float, tried: Collection[str]) -> list[Instance]:

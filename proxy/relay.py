@@ -87,13 +87,9 @@ class ClientSink:
         self._request.on_writable(callback)
 
 
-async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asyncio.Timeout) -> None:
-    """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200.
-
-    `timer` bounds the wait for the engine, none for the client.
-    """
+async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
+    """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200."""
     body = await answer.read()
-    timer.reschedule(None)
     parsed = _object(body, stage)
     if "error" in parsed:
         raise within_200(parsed, stage=stage)
@@ -103,48 +99,38 @@ async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asy
     sink.end()
 
 
-async def stream(
-    answer: Answer, sink: Sink, head: Head, stage: Stage, timer: asyncio.Timeout, idle_timeout: float
-) -> None:
+async def stream(answer: Answer, sink: Sink, head: Head, stage: Stage, idle_timeout: float) -> None:
     """Relay an event stream to its [DONE], whole events at a time, each in the moment it arrives.
 
-    `timer` is the wait for the first token; from then on every wait for the engine, and none for the client, is
-    bounded by `idle_timeout`. Raises Broken, or Refused for an error event, which is not relayed: after the first
-    byte the caller tells the client in the same way as of any other failure.
+    Once success is proven, every wait for the engine, and none for the client, is bounded by `idle_timeout`. Raises
+    Broken, or Refused for an error event, which is not relayed: after the first byte the caller tells the client in
+    the same way as of any other failure.
     """
-    if not answer.content_type.startswith("text/event-stream"):
-        raise Broken(
-            f"the {stage} engine answered a stream with {answer.content_type or 'no content type'}", stage=stage
-        )
-    flow = _Flow(answer, sink, head, StreamCheck(stage), timer, idle_timeout)
+    content_type = answer.header("content-type")
+    if not content_type.startswith("text/event-stream"):
+        raise Broken(f"the {stage} engine answered a stream with {content_type or 'no content type'}", stage=stage)
+    flow = _Flow(answer, sink, head, StreamCheck(stage), idle_timeout)
     try:
         answer.pipe(flow.feed, flow.broken, flow.shortcut)
         await flow.over()
     finally:
         flow.stop()
-    timer.reschedule(None)
     sink.end()
-    answer.enough()
+    answer.enough = True
 
 
 class _Flow:
     """A stream on its way: `feed` runs where the engine's bytes arrive and writes them on; no task between."""
 
-    def __init__(
-        self, answer: Answer, sink: Sink, head: Head, check: StreamCheck, timer: asyncio.Timeout, idle_timeout: float
-    ) -> None:
+    def __init__(self, answer: Answer, sink: Sink, head: Head, check: StreamCheck, idle_timeout: float) -> None:
         self._answer = answer
         self._sink = sink
         self._head = head
         self._check = check
-        self._timer = timer
         self._idle_timeout = idle_timeout
-        self._loop = asyncio.get_running_loop()
-        self._over: asyncio.Future[None] = self._loop.create_future()
-        self._watch: asyncio.TimerHandle | None = None
-        self._last = 0.0  # when the engine last sent something
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False
-        self._error: ProxyError | None = None
+        self._error: Exception | None = None
         self._write_chunk: Callable[[bytes], None] | None = None
 
     def shortcut(self, data: bytes) -> bool:
@@ -159,7 +145,6 @@ class _Flow:
             or not self._check.passes(data)
         ):
             return False
-        self._last = self._loop.time()
         write(data)
         self._sink.sent += length
         if self._sink.paused:
@@ -172,7 +157,6 @@ class _Flow:
             return
         check, sink = self._check, self._sink
         ready = check.feed(chunk)
-        self._last = self._loop.time()
         if ready:
             if sink.started:
                 sink.write(ready)
@@ -183,8 +167,8 @@ class _Flow:
         if check.done or check.error is not None:
             self._finish(check.error)
 
-    def broken(self, error: ProxyError) -> None:
-        """The engine's answer broke off."""
+    def broken(self, error: Exception) -> None:
+        """The engine's answer broke off, or came too late."""
         if not self._stopped:
             self._finish(error)
 
@@ -194,40 +178,23 @@ class _Flow:
         if self._error is not None:
             raise self._error
 
-    def _finish(self, error: ProxyError | None) -> None:
+    def _finish(self, error: Exception | None) -> None:
         self._stopped, self._error = True, error
         if not self._over.done():
             self._over.set_result(None)
 
     def stop(self) -> None:
         self._stopped = True
-        if self._watch is not None:
-            self._watch.cancel()
 
     def _begin(self, ready: bytes) -> None:
-        self._timer.reschedule(None)
-        self._sink.begin(self._answer.content_type, self._head(), None, ready)
-        self._watch = self._loop.call_later(self._idle_timeout, self._look)
+        self._answer.patience(self._idle_timeout, each=True)
+        self._sink.begin(self._answer.header("content-type"), self._head(), None, ready)
         self._write_chunk = self._sink.chunk_writer()
 
     def _hold(self) -> None:
         """Take no more from the engine until the client has caught up."""
         self._answer.pause()
-        self._sink.on_writable(self._writable)
-
-    def _look(self) -> None:
-        """One timer that looks back, instead of one that each token moves."""
-        if self._sink.paused:
-            self._last = self._loop.time()
-        left = self._last + self._idle_timeout - self._loop.time()
-        if left > 0:
-            self._watch = self._loop.call_later(left, self._look)
-        elif not self._stopped:
-            self._timer.reschedule(self._loop.time())
-
-    def _writable(self) -> None:
-        self._last = self._loop.time()
-        self._answer.resume()
+        self._sink.on_writable(self._answer.resume)
 
 
 def _chunk_head(length: int) -> bytes:

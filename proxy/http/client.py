@@ -9,25 +9,29 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import TypeAlias, cast
+from typing import Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-from proxy.http.message import Buffer, Headers, head_bytes, size
+from proxy.http.message import Buffer, Headers, size
 
 # An idle connection is closed by us before uvicorn (5 s) does: a POST on a connection that the engine is closing
 # fails, and must not be repeated blindly.
 _KEEPALIVE_S = 2.5
-_HIGH, _LOW = 256 << 10, 64 << 10  # bytes of an answer held for a reader who is slower than the engine
+_HIGH = 256 << 10  # bytes of an answer held for a reader who is slower than the engine
 _DRAIN_S = 1.0  # for the end of an answer of which enough was read, so that its connection can be used again
 _CLOSE_S = 1.0
+_LOOK_S = 0.05  # how late an exchange may find that its patience has ended
 _WHOLE_LIMIT = 256 << 20
 _SMALL = 16 << 10  # a body up to this is copied behind its head, to be one buffer
 _FRAMED = ("content-length", "transfer-encoding")
+_OK = b"HTTP/1.1 200 "
+_LENGTH = b"\r\ncontent-length: "
+_NEVER = float("inf")
 
 Feed: TypeAlias = Callable[[bytes], None]
 """Gets each piece of an answer as it arrives, and the empty one at its end."""
@@ -49,53 +53,115 @@ class Cut(Exception):
         self.begun = begun
 
 
+class Late(Exception):
+    """The patience with the engine has ended."""
+
+
 class Exchange:
-    """One answer being read, from its head to its end."""
+    """One request and its answer: `async with` sends the one, and begins once the head of the other is there.
+
+    Raises what `named` makes of ConnectFailed, Cut and Late, wherever the answer is waited for.
+    """
 
     __slots__ = (
-        *("_connection", "_feed", "_held", "_held_bytes", "_lost", "_waiter", "_whole"),
-        *("done", "enough", "error", "headers", "status"),
+        *("_body", "_client", "_connection", "_feed", "_fields", "_head", "_held", "_held_bytes", "_idle", "_loop"),
+        *("_lost", "_method", "_path", "_url", "_waiter", "_whole", "deadline", "done", "enough", "error", "headers"),
+        "status",
     )
 
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
+    def __init__(
+        self, client: Client, method: str, url: str, path: str, fields: str, body: Buffer | list[Buffer]
+    ) -> None:
+        self._client = client
+        self._method = method
+        self._url = url
+        self._path = path
+        self._fields = fields
+        self._body = body
+        self._loop = client.loop
+        self._connection: _Connection | None = None
         self.status = 0  # 0: the head is not there yet
-        self.headers = Headers()
+        self.headers: Headers | None = None  # None: not there yet, or `_head` still has them
+        self._head = b""
         self.done = False  # the answer is whole
         self.enough = False  # what may still come is of no interest
-        self.error: Cut | None = None
+        self.error: Exception | None = None
+        self.deadline = _NEVER  # of the loop's time
+        self._idle = 0.0
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._whole = False  # someone waits for the end, so holding the answer is wanted
         self._feed: Feed | None = None
-        self._lost: Callable[[Cut], None] | None = None
+        self._lost: Callable[[Exception], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Exchange {self.status} done={self.done} held={self._held_bytes} error={self.error}>"
+        return f"<{type(self).__name__} {self.status} done={self.done} held={self._held_bytes} error={self.error}>"
 
-    async def head(self) -> None:
-        """Wait for status and headers. Raises Cut."""
-        while not self.status:
-            await self._wait()
+    def named(self, error: ConnectFailed | Cut | Late) -> Exception:
+        """What is raised for `error`."""
+        return error
+
+    def header(self, name: str) -> str:
+        """A field of the answer's head by its lower-case name; empty if it has none."""
+        if self.headers is None:
+            lines = self._head.decode("latin-1").split("\r\n")[1:-2]
+            self.headers = Headers((name.lower(), value.strip()) for name, _, value in (l.partition(":") for l in lines))
+        return self.headers.get(name, "")
+
+    def patience(self, seconds: float | None, *, each: bool = False) -> None:
+        """From now on the engine may take so long for its whole answer, or for `each` next piece of it. None: for ever.
+
+        Time in which `pause` keeps it from sending a next piece does not count.
+        """
+        self.deadline = _NEVER if seconds is None else self._loop.time() + seconds
+        self._idle = seconds if each and seconds is not None else 0.0
+
+    async def __aenter__(self) -> Self:
+        client, body = self._client, self._body
+        origin = client.origin(self._url)
+        connection = origin.take(self._loop.time()) or await client.connect(origin, self)
+        length = "" if self._method == "GET" else f"content-length: {size(body)}\r\n"
+        head = f"{self._method} {origin.prefix}{self._path} HTTP/1.1\r\n{origin.host_line}{length}{self._fields}\r\n"
+        self._connection, self._body = connection, b""
+        client.busy.add(self)
+        client.watch()
+        try:
+            connection.send(self, head.encode("latin-1", "replace"), body)
+            del body  # what was sent is not kept while the answer is waited for
+            while not self.status:
+                await self._wait()
+        except BaseException:
+            client.busy.discard(self)
+            connection.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.busy.discard(self)
+        if self._connection is not None:
+            self._connection.release(self._loop)
 
     async def read(self, limit: int = _WHOLE_LIMIT) -> bytes:
-        """The whole body, or its first `limit` bytes and some. Raises Cut."""
-        self._whole = True
-        self._connection.resume()
-        while not self.done and self._held_bytes < limit:
-            await self._wait()
+        """The whole body, or its first `limit` bytes and some."""
+        if not self.done:
+            self._whole = True
+            self.resume()
+            while not self.done and self._held_bytes < limit:
+                await self._wait()
         return self._taken()
 
     async def chunk(self) -> bytes:
-        """What has arrived; empty at the end. Raises Cut."""
+        """What has arrived; empty at the end."""
         while not self._held and not self.done:
             await self._wait()
         data = self._taken()
-        self._connection.resume()
+        self.resume()
         return data
 
-    def pipe(self, feed: Feed, lost: Callable[[Cut], None], shortcut: Shortcut | None = None) -> None:
+    def pipe(self, feed: Feed, lost: Callable[[Exception], None], shortcut: Shortcut | None = None) -> None:
         """From now on call `feed` with every piece in the moment it arrives, and first with what has.
 
         If the answer breaks off, `lost` is called instead of `feed`'s end. `shortcut` is asked first where it can be.
@@ -103,24 +169,27 @@ class Exchange:
         if self._held:
             feed(self._taken())
         self._feed, self._lost = feed, lost
-        self._connection.shortcut = shortcut
-        self._connection.resume()
+        if self._connection is not None:
+            self._connection.shortcut = shortcut
+        self.resume()
         if self.done:
             feed(b"")
         elif self.error is not None:
             lost(self.error)
 
     async def end(self) -> None:
-        """Wait until the answer is whole. Raises Cut."""
+        """Wait until the answer is whole."""
         while not self.done:
             await self._wait()
 
     def pause(self) -> None:
         """Read no more for now: whom it is for is slower than the engine."""
-        self._connection.pause()
+        if self._connection is not None:
+            self._connection.pause()
 
     def resume(self) -> None:
-        self._connection.resume()
+        if self._connection is not None:
+            self._connection.resume()
 
     def _taken(self) -> bytes:
         held, self._held, self._held_bytes = self._held, [], 0
@@ -129,7 +198,7 @@ class Exchange:
     async def _wait(self) -> None:
         if self.error is not None:
             raise self.error
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -150,7 +219,7 @@ class Exchange:
         self._held.append(data)
         self._held_bytes += len(data)
         if self._held_bytes > _HIGH and not self._whole:
-            self._connection.pause()
+            self.pause()
         if not self._whole or self._held_bytes > _WHOLE_LIMIT:
             self.wake()
 
@@ -160,12 +229,31 @@ class Exchange:
             self._feed(b"")
         self.wake()
 
-    def failed(self, why: str) -> None:
+    def came_whole(self, head: bytes, body: bytes) -> None:
+        """All of an answer with status 200, in one read."""
+        self.status, self.done, self._head = 200, True, head
+        self._held.append(body)
+        self.wake()
+
+    def failed(self, error: Cut | Late) -> None:
         if not self.done and self.error is None:
-            self.error = Cut(why, self.status != 0)
+            self.error = self.named(error)
             if self._lost is not None:
                 self._lost(self.error)
             self.wake()
+
+    def look(self, now: float) -> None:
+        """Whether the engine has taken too long."""
+        connection = self._connection
+        if connection is None or self.deadline == _NEVER:
+            return
+        if not connection.reading or (connection.heard and self._idle):
+            connection.heard = False
+            if self._idle:
+                self.deadline = now + self._idle
+        elif self.deadline <= now:
+            self.deadline = _NEVER
+            self.failed(Late())
 
 
 class _Connection(asyncio.Protocol):
@@ -177,32 +265,31 @@ class _Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._exchange: Exchange | None = None
         self._interim = False  # a 1xx answer is being read
+        self._fresh = False  # nothing has come yet
         self._between = False  # two chunks
         self.shortcut: Shortcut | None = None
         self._draining: asyncio.TimerHandle | None = None
         self._abandoned = False
-        self._reading = True
         self._reusable = True
+        self.reading = True
+        self.heard = False  # something came since this was last set back
         self.idle_since = 0.0
 
     @property
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: Buffer | list[Buffer]) -> Exchange:
+    def send(self, exchange: Exchange, head: bytes, body: Buffer | list[Buffer]) -> None:
         assert self._transport is not None
-        exchange = self._exchange = Exchange(self)
-        self._reusable = True
-        self._between = False
-        if self._parser is None:
-            self._parser = httptools.HttpResponseParser(self)
+        self._exchange = exchange
+        self._reusable = self._fresh = True
+        self._between = self.heard = False
         if isinstance(body, list):
             self._transport.writelines([head, *body])
         elif len(body) <= _SMALL:
             self._transport.write(head + body)
         else:
             self._transport.writelines((head, body))
-        return exchange
 
     def release(self, loop: asyncio.AbstractEventLoop) -> None:
         """The exchange is over for its owner: keep the connection if the next exchange can have it."""
@@ -222,7 +309,7 @@ class _Connection(asyncio.Protocol):
         if exchange.done and self._reusable and not self._transport.get_write_buffer_size():
             self.resume()
             self.idle_since = loop.time()
-            self._pool.keep(self)
+            self._pool.idle.append(self)
         else:
             self._transport.abort()
 
@@ -237,13 +324,13 @@ class _Connection(asyncio.Protocol):
         self._pool.closed(self)  # uvloop closes what it had made for a cancelled task without telling connection_lost
 
     def pause(self) -> None:
-        if self._reading and self._transport is not None:
-            self._reading = False
+        if self.reading and self._transport is not None:
+            self.reading = False
             self._transport.pause_reading()
 
     def resume(self) -> None:
-        if not self._reading and self._transport is not None and not self._transport.is_closing():
-            self._reading = True
+        if not self.reading and self._transport is not None and not self._transport.is_closing():
+            self.reading = self.heard = True
             self._transport.resume_reading()
 
     # ---- asyncio.Protocol
@@ -262,29 +349,43 @@ class _Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None or exchange.done:
             return
-        if exc is None and exchange.status and not any(name in exchange.headers for name in _FRAMED):
+        if exc is None and exchange.status and not any(exchange.header(name) for name in _FRAMED):
             exchange.ended()  # RFC 9112 6.3: such a body lasts as long as its connection
         else:
-            exchange.failed(str(exc) if exc is not None else "closed")
+            exchange.failed(Cut(str(exc) if exc is not None else "closed", exchange.status != 0))
 
     def data_received(self, data: bytes) -> None:
+        self.heard = True
         if self._between and self.shortcut is not None and self.shortcut(data):
             return
-        if self._exchange is None or self._parser is None or self._exchange.done:
+        exchange = self._exchange
+        if exchange is None or exchange.done:
             self._reusable = False  # bytes that nobody asked for
             self.close()
             return
+        if self._fresh:
+            self._fresh = False
+            if end := _whole(data):
+                exchange.came_whole(data[:end], data[end:])
+                return
+            if self._parser is None:
+                self._parser = httptools.HttpResponseParser(self)
+        assert self._parser is not None
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._reusable = False
-            self._exchange.failed(f"not HTTP: {error}")
+            exchange.failed(Cut(f"not HTTP: {error}", exchange.status != 0))
             self.close()
 
     # ---- httptools
 
+    def on_message_begin(self) -> None:
+        if self._exchange is not None:
+            self._exchange.headers = Headers()
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._exchange is not None and not self._interim:
+        if self._exchange is not None and self._exchange.headers is not None and not self._interim:
             self._exchange.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
@@ -294,7 +395,6 @@ class _Connection(asyncio.Protocol):
         status = parser.get_status_code()
         self._interim = status < 200
         if self._interim:
-            exchange.headers.clear()
             return
         self._reusable = parser.should_keep_alive()
         exchange.status = status
@@ -322,6 +422,33 @@ class _Connection(asyncio.Protocol):
                 self._put_back(self._exchange, asyncio.get_running_loop())
 
 
+def _whole(data: bytes) -> int:
+    """Where the body begins, if `data` is exactly one answer with status 200 on a connection that stays; else 0.
+
+    Most answers are, and need no parser; whatever is unusual in the least is llhttp's to judge.
+    """
+    end = data.find(b"\r\n\r\n") + 4
+    if end < 4 or not data.startswith(_OK):
+        return 0
+    head = data[:end].lower()
+    at = head.find(_LENGTH)
+    length = head[at + len(_LENGTH) : head.find(b"\r", at + 2)]
+    if (
+        at < 0
+        or not length.isdigit()
+        or len(length) > 9
+        or int(length) != len(data) - end
+        or head.count(b"content-length") != 1
+        or b"transfer-encoding" in head
+        or b"\nconnection:" in head
+        or head.count(b"\n") != head.count(b"\r\n")
+        or b"\n " in head
+        or b"\n\t" in head
+    ):
+        return 0
+    return end
+
+
 class _Origin:
     """The connections to one engine."""
 
@@ -332,6 +459,7 @@ class _Origin:
         self.port = parts.port or (443 if self.tls else 80)
         self.prefix = parts.path.rstrip("/")
         self.authority = parts.netloc.rpartition("@")[2]
+        self.host_line = f"host: {self.authority}\r\n"
         self.idle: list[_Connection] = []
         self.open: set[_Connection] = set()
         self.connecting = 0
@@ -346,9 +474,6 @@ class _Origin:
         self.open.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
-
-    def keep(self, connection: _Connection) -> None:
-        self.idle.append(connection)
 
     def take(self, now: float) -> _Connection | None:
         """The connection used last, if it can still be trusted."""
@@ -372,7 +497,9 @@ class Client:
         self._connect_timeout = connect_timeout
         self._origins: dict[str, _Origin] = {}
         self._sweeper: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.busy: set[Exchange] = set()
 
     def __repr__(self) -> str:
         return f"<Client {list(self._origins.values())}>"
@@ -383,8 +510,9 @@ class Client:
 
     async def close(self) -> None:
         """Close every connection, and wait until they are."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for timer in (self._sweeper, self._watcher):
+            if timer is not None:
+                timer.cancel()
         self._loop = None
         for origin in self._origins.values():
             for connection in list(origin.open):
@@ -394,40 +522,65 @@ class Client:
                 while any(origin.open for origin in self._origins.values()):  # noqa: ASYNC110 - the next turns do it
                     await asyncio.sleep(0)
 
-    def request(
-        self, method: str, url: str, path: str, headers: Mapping[str, str], body: Buffer | list[Buffer] = b""
-    ) -> Sending:
-        """`async with` gives the exchange, its head read. Raises ConnectFailed, Cut."""
-        return Sending(self, method, url, path, headers, body)
-
-    async def connection(self, url: str) -> tuple[_Origin, _Connection]:
-        """Raises ConnectFailed."""
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             raise RuntimeError("connections open with `async with upstream`")
-        origin = self._origins.get(url)
-        if origin is None:
-            origin = self._origins[url] = _Origin(url)
-        found = origin.take(self._loop.time())
-        return origin, found if found is not None else await self._connect(self._loop, origin)
+        return self._loop
 
-    async def _connect(self, loop: asyncio.AbstractEventLoop, origin: _Origin) -> _Connection:
+    def request(
+        self, method: str, url: str, path: str, fields: str = "", body: Buffer | list[Buffer] = b""
+    ) -> Exchange:
+        """`fields`: whole lines of the head, without Host and Content-Length."""
+        return Exchange(self, method, url, path, fields, body)
+
+    # ---- called by exchanges
+
+    def origin(self, url: str) -> _Origin:
+        found = self._origins.get(url)
+        if found is None:
+            found = self._origins[url] = _Origin(url)
+        return found
+
+    async def connect(self, origin: _Origin, exchange: Exchange) -> _Connection:
+        """A new connection for `exchange`, in the time that it has."""
+        loop = self.loop
         origin.connecting += 1
         connection = _Connection(origin)
+        until = loop.time() + self._connect_timeout
         try:
-            async with asyncio.timeout(self._connect_timeout) as timer:
+            async with asyncio.timeout_at(min(until, exchange.deadline)) as timer:
                 await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=origin.tls)
         except TimeoutError:
-            if timer.expired():
-                raise ConnectFailed("did not accept a connection in time") from None
-            raise ConnectFailed("cannot be reached: Connection timed out") from None
+            connection.abandon()
+            if not timer.expired():
+                raise exchange.named(ConnectFailed("cannot be reached: Connection timed out")) from None
+            late = exchange.deadline < until
+            raise exchange.named(
+                Late() if late else ConnectFailed("did not accept a connection in time")
+            ) from None
         except OSError as error:
-            raise ConnectFailed(f"cannot be reached: {_words(error)}") from None
+            raise exchange.named(ConnectFailed(f"cannot be reached: {_words(error)}")) from None
         except asyncio.CancelledError:
             connection.abandon()
             raise
         finally:
             origin.connecting -= 1
         return connection
+
+    def watch(self) -> None:
+        """Look at the deadlines of all exchanges, as long as there are any: one timer for all."""
+        if self._watcher is None:
+            self._watcher = self.loop.call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._watcher = None
+        if self._loop is not None:
+            now = self._loop.time()
+            for exchange in list(self.busy):
+                exchange.look(now)
+            if self.busy:
+                self.watch()
 
     def _sweep(self) -> None:
         if self._loop is not None:
@@ -436,46 +589,6 @@ class Client:
                 if not origin.open and not origin.connecting:
                     del self._origins[url]  # its engine may have left the fleet
             self._sweeper = self._loop.call_later(_KEEPALIVE_S / 2, self._sweep)
-
-
-class Sending:
-    """A request on its way; see Client.request."""
-
-    __slots__ = ("_arguments", "_client", "_connection")
-
-    def __init__(
-        self,
-        client: Client,
-        method: str,
-        url: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: Buffer | list[Buffer],
-    ) -> None:
-        self._client = client
-        self._arguments = method, url, path, headers, body
-        self._connection: _Connection | None = None
-
-    async def __aenter__(self) -> Exchange:
-        method, url, path, headers, body = self._arguments
-        origin, self._connection = await self._client.connection(url)
-        framing = f"host: {origin.authority}\r\n"
-        if method != "GET":
-            framing += f"content-length: {size(body)}\r\n"
-        head = head_bytes(f"{method} {origin.prefix}{path} HTTP/1.1\r\n", headers, framing)
-        try:
-            exchange = self._connection.send(head, body)
-            await exchange.head()
-        except BaseException:
-            self._connection.close()
-            raise
-        return exchange
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._connection is not None:
-            self._connection.release(asyncio.get_running_loop())
 
 
 def _words(error: OSError) -> str:

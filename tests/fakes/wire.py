@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,11 +34,18 @@ class Answer:
     """A 200 whose body is here already."""
 
     done = True
+    enough = False
 
     def __init__(self, data: bytes, content_type: str, broken: ProxyError | None = None) -> None:
         self._data = data
         self._broken = broken
-        self.content_type = content_type
+        self._content_type = content_type
+
+    def header(self, name: str) -> str:
+        return {"content-type": self._content_type}.get(name, "")
+
+    def patience(self, seconds: float | None, *, each: bool = False) -> None:
+        """Nothing is waited for."""
 
     async def read(self) -> bytes:
         if self._broken is not None:
@@ -51,8 +57,31 @@ class Answer:
         if self._broken is not None:
             broken(self._broken)
 
-    def enough(self) -> None:
-        """It is whole already."""
+
+class Post:
+    """A call that `async with` makes."""
+
+    def __init__(self, wire: Wire, call: Pending) -> None:
+        self._wire = wire
+        self._call = call
+
+    def patience(self, seconds: float | None, *, each: bool = False) -> None:
+        """It ends when the test says so."""
+
+    async def __aenter__(self) -> Answer:
+        wire, call = self._wire, self._call
+        wire.calls.append(call)
+        try:
+            ending = await call.ending
+            if ending == "ok" and call.stage is Stage.DECODE:
+                await wire.ask(call)
+        finally:
+            if call in wire.calls:
+                wire.calls.remove(call)
+        return _answer(call, ending)
+
+    async def __aexit__(self, *_: object) -> None:
+        """Nothing is open."""
 
 
 class Wire:
@@ -65,23 +94,12 @@ class Wire:
         self.calls: list[Pending] = []
         self._metaserver = metaserver
 
-    @asynccontextmanager
-    async def post(
-        self, instance: Instance, stage: Stage, path: str, body: Any, headers: Mapping[str, str]
-    ) -> AsyncIterator[Answer]:
+    def post(self, instance: Instance, stage: Stage, path: str, body: Any, fields: str, seconds: float) -> Post:
         data = body if isinstance(body, bytes | bytearray) else b"".join(body)
-        call = Pending(instance, stage, orjson.loads(data), headers["x-request-id"])
-        self.calls.append(call)
-        try:
-            ending = await call.ending
-            if ending == "ok" and stage is Stage.DECODE:
-                await self._ask(call)
-        finally:
-            if call in self.calls:
-                self.calls.remove(call)
-        yield _answer(call, ending)
+        named = dict(line.split(": ", 1) for line in fields.splitlines())
+        return Post(self, Pending(instance, stage, orjson.loads(data), named["x-request-id"]))
 
-    async def _ask(self, call: Pending) -> None:
+    async def ask(self, call: Pending) -> None:
         """What a decode engine does first in push."""
         if "metaserver" in call.body.get("kv_transfer_params", {}):
             try:

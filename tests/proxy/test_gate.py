@@ -17,8 +17,11 @@ def gate(queue: int = 2, patience: float = 10.0) -> Gate:
 
 
 async def visit(gate: Gate, left: asyncio.Event, priority: int = 0) -> None:
-    async with gate.admitted(priority, 1):
+    entry = await gate.enter(priority, 1)
+    try:
         await left.wait()
+    finally:
+        gate.leave(entry)
 
 
 async def until_waiting(gate: Gate, number: int) -> None:

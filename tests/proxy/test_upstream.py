@@ -10,13 +10,13 @@ import pytest
 
 from proxy.core import Instance, Role, Stage
 from proxy.errors import Broken, Refused, StageTimeout, Unreachable
-from proxy.upstream import Timeouts, Upstream, deadline
+from proxy.upstream import Timeouts, Upstream
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.native import Language
 
 BODY = b'{"messages":[],"stream":false}'
 PATH = "/v1/chat/completions"
-HEADERS = {"x-request-id": "id"}
+FIELDS = "x-request-id: id\r\n"
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def instance(engine: Language) -> Instance:
 
 
 async def post(engine: Language, up: Upstream, body: bytes = BODY) -> bytes:
-    async with up.post(instance(engine), Stage.DECODE, PATH, body, HEADERS) as answer:
-        assert answer.content_type.startswith("application/json")
+    async with up.post(instance(engine), Stage.DECODE, PATH, body, FIELDS, 10.0) as answer:
+        assert answer.header("content-type").startswith("application/json")
         return await answer.read()
 
 
@@ -83,7 +83,7 @@ async def test_a_port_that_accepts_nobody_is_unreachable_in_time() -> None:
         silent = Instance(f"http://127.0.0.1:{server.getsockname()[1]}", Role.DECODE, "native")
         async with upstream(0.2) as up:
             with pytest.raises(Unreachable, match="did not accept a connection in time"):
-                async with up.post(silent, Stage.DECODE, PATH, BODY, HEADERS):
+                async with up.post(silent, Stage.DECODE, PATH, BODY, FIELDS, 10.0):
                     pass
 
 
@@ -91,19 +91,23 @@ async def test_leaving_early_hangs_up(engine: Language) -> None:
     async with upstream(5.0) as up:
         engine.fail(Fault(Kind.STALL, after=1))
         streamed = b'{"messages":[],"stream":true}'
-        async with up.post(instance(engine), Stage.DECODE, PATH, streamed, HEADERS) as answer:
+        async with up.post(instance(engine), Stage.DECODE, PATH, streamed, FIELDS, 10.0) as answer:
             assert await answer.chunk()
         await engine.until(lambda: engine.aborted == 1)
 
 
-async def test_a_deadline_names_its_stage_and_other_timeouts_stay_themselves(engine: Language) -> None:
-    with pytest.raises(StageTimeout, match=f"the prefill engine {engine.netloc}") as caught:
-        async with deadline(0.01, Stage.PREFILL, instance(engine)):
-            await asyncio.Event().wait()
-    assert caught.value.stage == "prefill"
-    with pytest.raises(TimeoutError):
-        async with deadline(None, Stage.PREFILL, instance(engine)):
-            raise TimeoutError
+@pytest.mark.parametrize(("kind", "begun"), [(Kind.HANG, False), (Kind.STALL, True)])
+async def test_patience_ends_with_the_stages_name_before_the_head_and_after_it(
+    engine: Language, kind: Kind, begun: bool
+) -> None:
+    async with upstream(5.0) as up:
+        engine.fail(Fault(kind, after=1))
+        answer = up.post(instance(engine), Stage.PREFILL, PATH, b'{"messages":[],"stream":true}', FIELDS, 0.1)
+        with pytest.raises(StageTimeout, match=f"the prefill engine {engine.netloc}") as caught:
+            async with answer:
+                await answer.read()
+        assert caught.value.stage == "prefill" and (answer.status == 200) is begun
+        await engine.until(lambda: engine.aborted == 1)
 
 
 async def test_get_is_small_and_bounded(engine: Language) -> None:

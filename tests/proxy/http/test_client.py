@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.http.client import Client, ConnectFailed, Cut
+from proxy.http.client import Client, ConnectFailed, Cut, Late
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -70,7 +71,7 @@ def says(*answers: bytes) -> Script:
 
 
 async def whole(p: Peer, client: Client, body: bytes | list[bytes | memoryview] = b"x") -> tuple[int, bytes]:
-    async with client.request("POST", p.url, "/p", {"x-a": "1"}, body) as exchange:  # type: ignore[arg-type]
+    async with client.request("POST", p.url, "/p", "x-a: 1\r\n", body) as exchange:  # type: ignore[arg-type]
         return exchange.status, await exchange.read()
 
 
@@ -113,7 +114,7 @@ async def test_what_is_sent() -> None:
         large = bytes(range(256)) * 20_000
         await whole(p, client, [b"a", memoryview(large), b"b"])
         await whole(p, client, large)
-        async with client.request("GET", p.url, "/g", {}) as exchange:
+        async with client.request("GET", p.url, "/g") as exchange:
             await exchange.read()
     host = f"host: 127.0.0.1:{p.port}\r\n".encode()
     assert seen[0] == (
@@ -188,7 +189,7 @@ async def test_idle_connections_age(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_leaving_before_the_end_hangs_up() -> None:
     async with peer(says(CHUNKED + b"2\r\nok\r\n")) as (p, client), asyncio.timeout(10):
-        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+        async with client.request("POST", p.url, "/", "", b"") as exchange:
             assert await exchange.chunk() == b"ok"
         await p.left.wait()
 
@@ -228,7 +229,7 @@ async def test_an_answer_of_which_enough_was_read_gives_its_connection_back_by_i
         writer.write(OK)
 
     async with peer(script) as (p, client), asyncio.timeout(10):
-        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+        async with client.request("POST", p.url, "/", "", b"") as exchange:
             assert await exchange.chunk() == b"ok"
             exchange.enough = True
         assert "0 idle" in repr(client)
@@ -241,11 +242,11 @@ async def test_an_answer_of_which_enough_was_read_gives_its_connection_back_by_i
 async def test_nobody_there() -> None:
     client = Client(5.0)
     with pytest.raises(RuntimeError, match="async with"):
-        async with client.request("GET", "http://127.0.0.1:1", "/", {}):
+        async with client.request("GET", "http://127.0.0.1:1", "/"):
             pass
     client.open()
     with pytest.raises(ConnectFailed, match="Connection refused"):
-        async with client.request("GET", "http://127.0.0.1:1", "/", {}):
+        async with client.request("GET", "http://127.0.0.1:1", "/"):
             pass
     await client.close()
 
@@ -260,7 +261,7 @@ async def test_a_slow_reader_stops_the_engine() -> None:
         drained.set()
 
     async with peer(script) as (p, client), asyncio.timeout(20):  # noqa: SIM117 - the second needs the first
-        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+        async with client.request("POST", p.url, "/", "", b"") as exchange:
             for _ in range(100):
                 await asyncio.sleep(0.001)
             assert not drained.is_set()
@@ -290,7 +291,7 @@ async def test_a_piped_answer_comes_as_it_arrives_and_whole_chunks_may_take_the_
             short.append(data)
             return data == b"2\r\nij\r\n"
 
-        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+        async with client.request("POST", p.url, "/", "", b"") as exchange:
             exchange.pipe(got.append, lambda error: None, shortcut)
             for ready in go:
                 ready.set()
@@ -310,8 +311,55 @@ async def test_a_piped_answer_that_breaks_says_so_instead_of_ending() -> None:
     async with peer(script) as (p, client), asyncio.timeout(10):
         got: list[bytes] = []
         lost: asyncio.Future[Cut] = asyncio.get_running_loop().create_future()
-        async with client.request("POST", p.url, "/", {}, b"") as exchange:
+        async with client.request("POST", p.url, "/", "", b"") as exchange:
             exchange.pipe(got.append, lost.set_result)
             assert (await lost).begun and got == [b"ok"]
             with pytest.raises(Cut):
                 await exchange.end()
+
+
+async def test_patience_may_be_renewed_by_each_piece_and_then_ends() -> None:
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await take(reader)
+        writer.write(CHUNKED)
+        for _ in range(8):
+            writer.write(b"1\r\nx\r\n")
+            await asyncio.sleep(0.1)
+
+    async with peer(script) as (p, client):
+        async with client.request("POST", p.url, "/") as exchange:
+            exchange.patience(0.4, each=True)
+            got = b""
+            with pytest.raises(Late):
+                while True:
+                    got += await exchange.chunk()
+        assert got == b"x" * 8
+        await p.left.wait()
+
+
+async def test_patience_does_not_count_while_nothing_may_come() -> None:
+    async with peer(says(CHUNKED + b"1\r\nx\r\n")) as (p, client):
+        async with client.request("POST", p.url, "/") as exchange:
+            exchange.patience(0.2, each=True)
+            exchange.pause()
+            await asyncio.sleep(0.5)
+            assert exchange.error is None
+            exchange.resume()
+            with pytest.raises(Late):
+                await exchange.end()
+
+
+async def test_a_connection_is_made_within_the_exchanges_patience() -> None:
+    with socket.socket() as server, socket.socket() as first, socket.socket() as second:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)  # a queue of one: later connections get no answer to their SYN
+        for other in (first, second):
+            other.setblocking(False)
+            other.connect_ex(server.getsockname())
+        client = Client(60.0)
+        client.open()
+        exchange = client.request("POST", f"http://127.0.0.1:{server.getsockname()[1]}", "/")
+        exchange.patience(0.1)
+        with pytest.raises(Late):
+            await exchange.__aenter__()
+        await client.close()
