@@ -86,6 +86,7 @@ class OpenAI:
                 self._ended(run, "200")
             except ProxyError as error:
                 self._ended(run, str(error.status), error)
+                error.settle()
                 if not sink.started:
                     return _failed(error, run.headers())
                 sink.write(error.event())

@@ -155,6 +155,7 @@ class Dispatcher:
                     return
                 role = culprit(error, plan.path)
                 plan = run.plan = self._mend(run, plan, role, error, holds)
+                error.settle()
                 handles = None if role is Role.ENCODE else handles
             log.info("%s goes on elsewhere: %s", job.id, plan)
 

@@ -71,6 +71,13 @@ class ProxyError(Exception):
             }
         }
 
+    def settle(self) -> None:
+        """It has been dealt with: let go of the frames it came through.
+
+        Some of them hold it in turn, and a request with all its bytes: that circle would last until it is collected.
+        """
+        self.__traceback__ = self.__context__ = None
+
     def json(self) -> bytes:
         return orjson.dumps(self.body())
 

@@ -17,6 +17,7 @@ async def together() -> AsyncIterator[asyncio.TaskGroup]:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as failed:
+        failed.__traceback__ = None  # of frames that hold it in turn: a circle with all that the tasks had
         raise _first(failed) from None
 
 

@@ -141,6 +141,7 @@ class Exchange:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._client.busy.discard(self)
+        self._feed = self._lost = None  # whose owners have this: no circle may keep what they hold until it is found
         if self._connection is not None:
             self._connection.release(self._loop)
 

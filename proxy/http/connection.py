@@ -382,8 +382,8 @@ class Connection(asyncio.BufferedProtocol):
             response = await self._server.handle(request)
             if response is not None:
                 self._respond(request, response)
-        except asyncio.CancelledError:
-            pass  # the client has left, or the server stops: what is open is cut below
+        except asyncio.CancelledError as left:  # so has the client, or the server stops: what is open is cut below
+            left.__traceback__ = None  # frames of task groups hold it in turn: a circle with all that the request had
         finally:
             self._task = None
             self._handled()

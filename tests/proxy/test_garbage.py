@@ -1,0 +1,87 @@
+"""A request is gone once it is answered, with all its bytes: nothing of it waits for the collector, however it ended.
+
+The collector runs rarely in a proxy, and what lived through one pass of it may stay for hours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from proxy.core import Job
+from tests.fakes.deployment import Deployment, deployment
+from tests.fakes.faults import Fault, Kind
+from tests.fakes.media import chat, image, part
+from tests.support.waiting import until
+
+PICTURE = part(image())
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def jobs() -> list[Job]:
+    return [found for found in gc.get_objects() if isinstance(found, Job)]
+
+
+async def gone(d: Deployment) -> None:
+    await d.settle()
+    with suppress(TimeoutError):
+        await until(lambda: not jobs(), 2)
+    assert not jobs()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("topology", "handoff"), [("1b", "push"), ("1e1p1d", "push"), ("1e1p1d", "pull")])
+async def test_a_request_that_is_served(uncollected: None, topology: str, handoff: str, stream: bool) -> None:
+    async with deployment(topology, handoff) as d:
+        assert (await d.post(chat(*([PICTURE] if d.encoders else []), stream=stream))).status == 200
+        await gone(d)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", [Kind.RESET, Kind.STATUS, Kind.TRUNCATED, Kind.ERROR_EVENT])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("handoff", ["push", "pull"])
+async def test_a_request_whose_engine_fails(
+    uncollected: None, handoff: str, stage: str, kind: Kind, stream: bool
+) -> None:
+    async with deployment("1p1d", handoff) as d:
+        failing: list[Any] = d.prefills if stage == "prefill" else d.decodes
+        failing[0].fail(Fault(kind, after=2))
+        await d.post(chat(stream=stream))
+        await gone(d)
+
+
+@pytest.mark.parametrize("stage", ["encode", "prefill", "decode"])
+@pytest.mark.parametrize("handoff", ["push", "pull"])
+async def test_a_request_whose_client_leaves(uncollected: None, handoff: str, stage: str) -> None:
+    async with deployment("1e1p1d", handoff) as d:
+        engine: Any = {"encode": d.encoders, "prefill": d.prefills, "decode": d.decodes}[stage][0]
+        engine.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat(PICTURE, stream=True)))
+        await until(lambda: engine.running)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        await until(lambda: not engine.running)
+        await gone(d)
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", chat(kv_transfer_params={}), chat(PICTURE)], ids=["no JSON", "refused", "nowhere"]
+)
+async def test_a_request_that_no_engine_sees(uncollected: None, body: Any) -> None:
+    async with deployment("1b") as d:
+        assert (await d.post(body)).status == 400
+        await gone(d)
