@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import uvloop
 
 from proxy import api, callbacks, tally
+from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission, Limits
 from proxy.balancer import POLICIES
@@ -64,6 +65,7 @@ class Proxy:
         self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
+        self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
         self.gate = Gate(Admission(_limits(settings)), self.metrics)
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
@@ -84,7 +86,9 @@ class Proxy:
 
     def server(self) -> Server:
         settings = self.settings
-        openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
+        openai = api.OpenAI(
+            *(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity, self.access)
+        )
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
         routes = [*openai.routes(), *admin.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
@@ -104,6 +108,7 @@ class Proxy:
             finally:
                 self.gate.close()
                 await server.stop(await self._last_callbacks(self.settings.grace_timeout))
+                self.access.flush()
 
     async def _last_callbacks(self, grace: float) -> float:
         """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`

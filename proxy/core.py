@@ -18,6 +18,8 @@ class Role(Flag):
     PREFILL = auto()
     DECODE = auto()
 
+    __hash__ = object.__hash__  # each is one object; enum's own is a call into Python at every look into a dict
+
     @property
     def label(self) -> str:
         """The word of flags, headers, metrics and `/info`; the combined role is `both` there."""
@@ -81,6 +83,9 @@ class Path(Enum):
     def __init__(self, label: str, roles: tuple[Role, ...]) -> None:
         self.label = label
         self.roles = roles
+        self.encodes = Role.ENCODE in roles
+        self.generation = tuple(role for role in roles if role is not Role.ENCODE)
+        self.combined = BOTH in roles
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class Run:
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
     tape: Tape | None = None  # of a stream that could be continued
+    _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
     out: Sink | None = None  # where the present attempt's answer goes
 
     @property
@@ -68,11 +69,18 @@ class Run:
         """Whether the present attempt has answered something."""
         return self.out is not None and self.out.started
 
+    @property
+    def route(self) -> str:
+        """The route receipt of `plan`."""
+        if self._told is None or self._told[0] is not self.plan:
+            self._told = self.plan, str(self.plan or "")
+        return self._told[1]
+
     def headers(self) -> dict[str, str]:
         """The route receipt and the durations known by now."""
-        found = {} if self.plan is None else {"x-triptych-route": str(self.plan)}
+        found = {} if self.plan is None else {"x-triptych-route": self.route}
         if self.timings:
-            found["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in self.timings.items())
+            found["Server-Timing"] = ", ".join([f"{name};dur={s * 1000:.1f}" for name, s in self.timings.items()])
         return found
 
 
@@ -218,7 +226,7 @@ class Dispatcher:
         return plan, found.handles
 
     async def _generate(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
-        if BOTH in plan.path.roles:
+        if plan.path.combined:
             leg = plan.leg(BOTH)
             await self._answer(run, leg, self._legs.dialect(leg).whole(job, handles), job)
         elif self._legs.dialect(plan.leg(Role.DECODE)).order is Order.SEQUENTIAL:

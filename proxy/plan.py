@@ -14,7 +14,7 @@ from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.balancer.ledger import Lease
 from proxy.breaker import Breakers, Circuit, Permit
-from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
+from proxy.core import BOTH, ROLES, Instance, Item, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
 from proxy.retry import rule
 from proxy.routing import router
@@ -73,6 +73,17 @@ class Holds:
         self.close()
 
 
+class _View:
+    """The fleet as it stands between two changes, sorted for planning."""
+
+    __slots__ = ("ready", "routes", "version")
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.version = fleet.version
+        self.ready = {role: fleet.ready(role) for role in ROLES}
+        self.routes: dict[int, router.Route] = {}  # by number of items
+
+
 class Planner:
     """Draws plans on one fleet with one balancer. Every leg's hold is added to the Holds that it is given."""
 
@@ -81,11 +92,12 @@ class Planner:
         self._balancer = balancer
         self.breakers = breakers
         self._inline = inline
+        self._view = _View(fleet)
 
     def draw(self, job: Job, now: float, holds: Holds) -> Plan:
         """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
         route = self._route(job, now, NOBODY)
-        encodes = self._encodes(job, now, holds) if Role.ENCODE in route.path.roles else []
+        encodes = self._encodes(job, now, holds) if route.path.encodes else []
         return Plan(route.path, route.reason, (*encodes, *self._generation(route.path, job, now, NOBODY, holds)))
 
     def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: Holds) -> Plan | None:
@@ -155,12 +167,14 @@ class Planner:
 
     def _generation(self, path: Path, job: Job, now: float, tried: Collection[str], holds: Holds) -> list[Leg]:
         legs = []
-        for role in path.roles:
-            if role is not Role.ENCODE:
-                if not (candidates := self._usable(role, now, tried)):
-                    raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
-                lease = self._balancer.take(role, candidates, _cost(job, role))
-                legs.append(self._leg(role, lease.instance, [lease], holds))
+        prompt = job.prompt_tokens
+        for role in path.generation:
+            if not (candidates := self._usable(role, now, tried)):
+                raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
+            # Decoding keeps the prompt's KV and grows by the output.
+            tokens = prompt if role is Role.PREFILL else prompt + job.output_tokens
+            lease = self._balancer.take(role, candidates, tokens)
+            legs.append(self._leg(role, lease.instance, [lease], holds))
         return legs
 
     def _leg(
@@ -170,11 +184,29 @@ class Planner:
         return Leg(role, instance, items, held)
 
     def _usable(self, role: Role, now: float, tried: Collection[str]) -> list[Instance]:
-        ready = self._fleet.ready(role)
+        ready = self._seen().ready[role]
+        if not tried and self.breakers.all_allowed(now):
+            return ready
         return [i for i in ready if i.url not in tried and self.breakers.allows(i.url, now)]
+
+    def _seen(self) -> _View:
+        fleet, view = self._fleet, self._view
+        fleet.refresh()
+        if view.version != fleet.version:
+            view = self._view = _View(fleet)
+        return view
 
     def _route(self, job: Job, now: float, tried: Collection[str], done: Role | None = None) -> router.Route:
         """Raises BadRequest, NoInstance. `done`: a role whose legs are served already, whoever is up now."""
+        if tried or done is not None or not self.breakers.all_allowed(now):
+            return self._found_route(job, now, tried, done)
+        routes, items = self._seen().routes, len(job.items)
+        found = routes.get(items)
+        if found is None:
+            found = routes[items] = self._found_route(job, now, tried, done)
+        return found
+
+    def _found_route(self, job: Job, now: float, tried: Collection[str], done: Role | None) -> router.Route:
         census = self._census(now, tried)
         if done is not None and job.items:
             census[done] = Counter({State.READY: 1})
@@ -205,8 +237,3 @@ class Planner:
 def _close(leg: Leg) -> None:
     if leg.hold is not None:
         leg.hold.close()
-
-
-def _cost(job: Job, role: Role) -> int:
-    """Predicted active tokens: decoding keeps the prompt's KV and grows by the output."""
-    return job.prompt_tokens + (job.output_tokens if Role.DECODE in role else 0)

@@ -53,16 +53,16 @@ class Sink(Protocol):
 class ClientSink:
     """A sink on a client's request."""
 
-    __slots__ = ("_headers", "_request", "sent", "started")
+    __slots__ = ("_id", "_request", "sent", "started")
 
-    def __init__(self, request: Request, headers: Mapping[str, str]) -> None:
+    def __init__(self, request: Request, request_id: str) -> None:
         self._request = request
-        self._headers = headers
+        self._id = request_id
         self.started = False
         self.sent = 0
 
     def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:
-        named = {"content-type": content_type, **self._headers, **headers}
+        named = {"content-type": content_type, "x-request-id": self._id, **headers}
         if length is None:
             named["cache-control"] = "no-cache"
         self.started = True

@@ -59,6 +59,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
+        self.version = 0  # another number each time an instance comes, goes or changes its state
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._instances.values()))
@@ -74,6 +75,7 @@ class Fleet:
         known = self._instances.get(url)
         if known is None:
             known = self._instances[url] = Instance(url, role, dialect)
+            self.version += 1
         elif known.role != role:
             raise ValueError(f"{url} is already known as {known.role.label}")
         else:
@@ -97,10 +99,15 @@ class Fleet:
         if state is None:
             raise IllegalTransition(f"{event} means nothing to {instance.url}, which is {instance.state}")
         changed = state is not instance.state
+        self.version += changed
         instance.state, instance.reason = state, reason
         if state is State.GONE:
             self._instances.pop(instance.url, None)
         return changed
+
+    def refresh(self) -> bool:
+        """Take over what other workers changed; True if they did."""
+        return False
 
     def ready(self, role: Role) -> list[Instance]:
         """Those that may be given a leg of exactly this role."""

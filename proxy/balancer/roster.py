@@ -126,7 +126,6 @@ class Roster(Fleet):
     # ---- the memory
 
     def refresh(self) -> bool:
-        """Take over what other workers wrote; True if they did."""
         if self._changing or self._version[0] == self._seen:
             return False
         while True:
@@ -134,6 +133,7 @@ class Roster(Fleet):
             if (listed := self._read(version)) is not None and version == self._version[0]:
                 break
         self._seen = version
+        self.version += 1
         for url in self._facts.keys() - listed.keys():
             self._leave(url)
         for url, facts in listed.items():
@@ -190,3 +190,4 @@ class Roster(Fleet):
     def _undo(self, urls: Set[str]) -> None:
         for url in urls:
             self._instances.pop(url)
+        self.version += 1

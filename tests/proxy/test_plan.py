@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import orjson
@@ -16,7 +15,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, ROLES, Api, Job, Path, Role
 from proxy.errors import NoInstance
 from proxy.openai import Identity
-from proxy.plan import Planner
+from proxy.plan import Holds, Planner
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 
@@ -45,7 +44,7 @@ def balancer() -> Balancer:
 
 def test_items_spread_over_encoders_largest_first_and_keep_their_order(balancer: Balancer) -> None:
     j = job(part(image(56, 56)), part(image(560, 560)), part(image(84, 56)), part(image(112, 56)))
-    with ExitStack() as leases:
+    with Holds() as leases:
         drawn = planner(balancer, encode=2, prefill=1, decode=1).draw(j, 0.0, leases)
         shares = {leg.instance.url: [item.index for item in leg.items] for leg in drawn.encodes}
         assert sorted(shares.values()) == [[0, 2, 3], [1]]
@@ -59,21 +58,21 @@ def test_items_spread_over_encoders_largest_first_and_keep_their_order(balancer:
 def test_an_item_that_occurs_twice_is_encoded_once(balancer: Balancer) -> None:
     same, other = image(8, 8), image(16, 8)
     url = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
-    with ExitStack() as leases:
+    with Holds() as leases:
         items = job(part(same), part(other), part(same), url, url)
         drawn = planner(balancer, encode=1, both=1).draw(items, 0.0, leases)
     assert [item.index for leg in drawn.encodes for item in leg.items] == [0, 1, 3]
 
 
 def test_a_plan_that_cannot_be_drawn_leaves_nothing_leased(balancer: Balancer) -> None:
-    with pytest.raises(NoInstance), ExitStack() as leases:
+    with pytest.raises(NoInstance), Holds() as leases:
         planner(balancer, prefill=1).draw(job(), 0.0, leases)
     assert balancer.ledger.leases() == 0
 
 
 def test_a_mended_plan_avoids_who_failed_and_keeps_its_encoders(balancer: Balancer) -> None:
     drawing = planner(balancer, encode=1, prefill=2, decode=2)
-    with ExitStack() as holds:
+    with Holds() as holds:
         j = job(part(image()))
         first = drawing.draw(j, 0.0, holds)
         failed = first.leg(Role.DECODE).instance.url
@@ -87,14 +86,14 @@ def test_a_mended_plan_avoids_who_failed_and_keeps_its_encoders(balancer: Balanc
 
 def test_a_pair_that_cannot_be_mended_gives_way_to_a_combined_engine(balancer: Balancer) -> None:
     drawing = planner(balancer, encode=1, prefill=1, decode=1, both=1)
-    with ExitStack() as holds:
+    with Holds() as holds:
         first = drawing.draw(job(), 0.0, holds)
         second = drawing.redraw(first, job(), 0.0, {"http://prefill0"}, holds)
         assert (first.path, second and second.path) == (Path.P_D, Path.PD)
 
 
 def test_encoders_that_have_gone_since_do_not_keep_a_plan_from_being_mended(balancer: Balancer) -> None:
-    with ExitStack() as holds:
+    with Holds() as holds:
         j, found = job(part(image())), fleet(encode=1, prefill=1, decode=2)
         drawing = Planner(found, balancer, Breakers(Thresholds(2, 10.0)))
         first = drawing.draw(j, 0.0, holds)
@@ -108,21 +107,21 @@ def test_open_circuits_are_out_of_every_plan_and_say_when_they_are_back(balancer
     drawing = planner(balancer, both=1)
     for _ in range(2):
         drawing.breakers.permit("http://both0").failed(Blame.FAILURE, 0.0)
-    with ExitStack() as holds:
+    with Holds() as holds:
         with pytest.raises(NoInstance, match="1 OPEN") as refused:
             drawing.draw(job(), 4.0, holds)
         assert refused.value.retry_after == 6.0
         assert drawing.draw(job(), 10.0, holds).path is Path.PD
         with pytest.raises(NoInstance):
             drawing.draw(job(), 10.0, holds)  # one trial at a time
-    with ExitStack() as holds:
+    with Holds() as holds:
         assert drawing.draw(job(), 10.0, holds).path is Path.PD, "a leg that never ran was no trial"
 
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_inline_is_for_those_who_asked_for_it(balancer: Balancer, inline: bool) -> None:
     drawing = planner(balancer, inline=inline, encode=1, prefill=1, decode=1, both=1)
-    with ExitStack() as holds:
+    with Holds() as holds:
         j = job(part(image()))
         found = drawing.inline(drawing.draw(j, 0.0, holds), j, 0.0, holds)
         assert drawing.can_inline(0.0) is inline
