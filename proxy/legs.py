@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import orjson
 
@@ -72,25 +72,14 @@ class Legs:
             raise within_200(parsed, stage=stage)
         return parsed
 
-    @contextmanager
-    def judged(self, leg: Leg) -> Iterator[None]:
+    def judged(self, leg: Leg) -> Judged:
         """Within, the leg runs: its instance is praised or blamed for the end. Cancellation is neither.
 
         A BadReply becomes Broken here.
         """
-        try:
-            yield
-        except BadReply as error:
-            broken = Broken(f"{error} ({leg.instance.netloc})", stage=STAGES[leg.role])
-            self._failed(leg, broken)
-            raise broken from None
-        except ProxyError as error:
-            self._failed(leg, error)
-            raise
-        if leg.hold is not None:
-            leg.hold.succeeded()
+        return Judged(self, leg)
 
-    def _failed(self, leg: Leg, error: ProxyError) -> None:
+    def failed(self, leg: Leg, error: ProxyError) -> None:
         self.metrics.failures.labels(error.stage, str(error.code)).inc()
         if error.stage is not STAGES[leg.role]:
             return  # it tells of another engine's failure
@@ -100,3 +89,30 @@ class Legs:
         if leg.hold is not None and leg.hold.failed(error, self.clock()):
             self.metrics.openings.labels(leg.instance.role.label, leg.instance.netloc).inc()
             self._suspicion.opened(leg.instance)
+
+
+class Judged:
+    """See Legs.judged."""
+
+    __slots__ = ("_leg", "_legs")
+
+    def __init__(self, legs: Legs, leg: Leg) -> None:
+        self._legs = legs
+        self._leg = leg
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        leg = self._leg
+        if error is None:
+            if leg.hold is not None:
+                leg.hold.succeeded()
+        elif isinstance(error, BadReply):
+            broken = Broken(f"{error} ({leg.instance.netloc})", stage=STAGES[leg.role])
+            self._legs.failed(leg, broken)
+            raise broken from None
+        elif isinstance(error, ProxyError):
+            self._legs.failed(leg, error)
