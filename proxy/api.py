@@ -130,8 +130,8 @@ class OpenAI:
         self._sent.inc(run.sink.sent)
         timings = " ".join([f"{name}={s * 1000:.0f}ms" for name, s in run.timings.items()])
         told = "" if error is None else f" error={error.stage}: {_LINES.sub(' ', error.message)}"
-        job = run.job
-        self._access.write(f"{job.id} {job.api} {status} e2e={seconds * 1000:.0f}ms {timings} route={run.route!r}{told}")
+        what = f"{run.job.id} {run.job.api} {status}"
+        self._access.write(f"{what} e2e={seconds * 1000:.0f}ms {timings} route={run.route!r}{told}")
 
     def _count(self, path: str, status: str) -> None:
         counter = self._counters.get((path, status))

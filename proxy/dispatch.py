@@ -185,9 +185,7 @@ class Dispatcher:
             self._metrics.resumes.inc()
         return drawn
 
-    def _redrawn(
-        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: Holds
-    ) -> Plan | None:
+    def _redrawn(self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: Holds) -> Plan | None:
         if role is Role.ENCODE:
             if not plan.encodes:
                 return None

@@ -152,9 +152,5 @@ class TapedSink:
     def chunk_writer(self) -> None:
         """None: whoever wants to resume must see every event."""
 
-    @property
-    def paused(self) -> bool:
-        return self._sink.paused
-
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        self._sink.on_writable(callback)
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        self._sink.throttle(pause, resume)

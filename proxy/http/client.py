@@ -105,8 +105,8 @@ class Exchange:
     def header(self, name: str) -> str:
         """A field of the answer's head by its lower-case name; empty if it has none."""
         if self.headers is None:
-            lines = self._head.decode("latin-1").split("\r\n")[1:-2]
-            self.headers = Headers((name.lower(), value.strip()) for name, _, value in (l.partition(":") for l in lines))
+            lines = [line.partition(":") for line in self._head.decode("latin-1").split("\r\n")[1:-2]]
+            self.headers = Headers({name.lower(): value.strip() for name, _, value in lines})
         return self.headers.get(name, "")
 
     def patience(self, seconds: float | None, *, each: bool = False) -> None:
@@ -161,16 +161,19 @@ class Exchange:
         self.resume()
         return data
 
-    def pipe(self, feed: Feed, lost: Callable[[Exception], None], shortcut: Shortcut | None = None) -> None:
+    def shortcut(self, shortcut: Shortcut | None) -> None:
+        """From now on ask `shortcut` first where it can be, before a piece goes where `pipe` says."""
+        if self._connection is not None:
+            self._connection.shortcut = shortcut
+
+    def pipe(self, feed: Feed, lost: Callable[[Exception], None]) -> None:
         """From now on call `feed` with every piece in the moment it arrives, and first with what has.
 
-        If the answer breaks off, `lost` is called instead of `feed`'s end. `shortcut` is asked first where it can be.
+        If the answer breaks off, `lost` is called instead of `feed`'s end.
         """
         if self._held:
             feed(self._taken())
         self._feed, self._lost = feed, lost
-        if self._connection is not None:
-            self._connection.shortcut = shortcut
         self.resume()
         if self.done:
             feed(b"")
@@ -549,9 +552,7 @@ class Client:
             if not timer.expired():
                 raise exchange.named(ConnectFailed("cannot be reached: Connection timed out")) from None
             late = exchange.deadline < until
-            raise exchange.named(
-                Late() if late else ConnectFailed("did not accept a connection in time")
-            ) from None
+            raise exchange.named(Late() if late else ConnectFailed("did not accept a connection in time")) from None
         except OSError as error:
             raise exchange.named(ConnectFailed(f"cannot be reached: {_words(error)}")) from None
         except asyncio.CancelledError:

@@ -67,8 +67,8 @@ class Client:
     def chunk_writer(self) -> None:
         return None
 
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        callback()
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        """It takes everything at once."""
 
 
 @dataclass

@@ -83,7 +83,9 @@ def test_what_is_refused(data: bytes, status: int) -> None:
     st.sampled_from(["/", "/v1/models", "/a?b=c&d=e?f", "/%41", "*"]),
     st.lists(
         st.tuples(
-            st.sampled_from(["Host", "host", "X-A", "Connection", "Content-Length", "Expect", "Transfer-Encoding", "Te"]),
+            st.sampled_from(
+                ["Host", "host", "X-A", "Connection", "Content-Length", "Expect", "Transfer-Encoding", "Te"]
+            ),
             st.sampled_from(["a", "close", "keep-alive, x", "5", "0005", "5 ", "a b  ", "100-continue", "chunked", ""]),
         ),
         max_size=5,
