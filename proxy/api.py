@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 _LINES = re.compile(r"[\r\n]+")
+_APIS = {str(api): api for api in Api}
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"})
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
@@ -111,7 +112,7 @@ class OpenAI:
     async def _job(self, request: Request, engine_id: str) -> Job:
         raw = await request.read()
         self._received.inc(len(raw))
-        api, headers = Api(request.path), _end_to_end(request.headers)
+        api, headers = _APIS[request.path], _end_to_end(request.headers)
         arguments = (raw, api, engine_id, self._identity(request.headers), headers)
         try:
             job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
