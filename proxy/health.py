@@ -112,8 +112,8 @@ class Health:
             if instance.reason != reason:
                 log.info("%s %s is not ready: %s", instance.role.label, instance.netloc, reason)
             instance.reason = reason
-        elif instance.failures >= self._probing.failures:
-            self._apply(instance, Event.FAILED, reason)
+        elif instance.failures >= self._probing.failures or self.circuit(instance) is not Circuit.CLOSED:
+            self._apply(instance, Event.FAILED, reason)  # once is enough where legs have failed as well
 
     async def _introduce(self, instance: Instance) -> None:
         """Ask an engine what it is before it may serve. Raises Unfit, EngineFailed."""

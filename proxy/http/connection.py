@@ -484,7 +484,7 @@ class Connection(asyncio.BufferedProtocol):
             transport.writelines((b"%x\r\n" % len(data), data, b"\r\n"))
 
     def chunk_writer(self) -> Callable[[bytes], None] | None:
-        return self._transport.write if self._chunked and self._transport is not None else None
+        return self._write if self._chunked else None
 
     def end_body(self) -> None:
         if self._chunked:

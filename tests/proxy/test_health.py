@@ -7,8 +7,10 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from proxy.breaker import Circuit
 from proxy.core import State
 from tests.fakes.deployment import deployment
+from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat
 from tests.fakes.native import Decode, Language
 
@@ -47,6 +49,24 @@ async def test_a_dead_engine_is_down_and_back_when_it_is_started_again() -> None
         await d.combined[0].start()
         await d.proxy.health.tick()
         assert instance.state is State.READY
+
+
+async def test_one_failed_probe_is_enough_where_legs_have_failed_as_well() -> None:
+    """Else an engine that was started again between two probes would be kept from work for its predecessor's death."""
+    async with deployment("2b", breaker_failures=1) as d:
+        instance, engine = d.proxy.fleet.get(d.combined[0].url), d.combined[0]
+        assert instance is not None
+        engine.fail(Fault(Kind.RESET))
+        assert [(await d.post(chat())).status for _ in range(2)] == [200] * 2
+        assert d.proxy.health.circuit(instance) is Circuit.OPEN
+        await d.proxy.health.tick()
+        assert instance.state is State.READY, "its circuit alone says that it is unwell"
+        engine.healthy = False
+        await d.proxy.health.tick()
+        assert instance.state is State.DOWN
+        engine.healthy = True
+        await d.proxy.health.tick()
+        assert (instance.state, d.proxy.health.circuit(instance)) == (State.READY, Circuit.CLOSED)
 
 
 async def test_a_hung_engine_fails_its_probe_in_time() -> None:

@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
 
-from deploy.processes import Child
 from tests.support.checkpoints import FAMILIES
 from tests.support.cluster import Answer, Client, Cluster, cluster
 from tests.system.cases import CASES, MAX_TOKENS, Case
+from tests.system.topologies import TOPOLOGIES, fronts
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
-TOPOLOGIES = {
-    "both": ("", "disable", "both", "push"),
-    "P+D push": ("", "prefill", "decode", "push"),
-    "P+D pull": ("", "prefill", "decode", "pull"),
-    "E+PD": ("encode", "disable", "both", "push"),
-    "E+P+D push": ("encode", "prefill", "decode", "push"),
-    "E+P+D pull": ("encode", "prefill", "decode", "pull"),
-}
 ROUTES = {
     "both": "PD",
     "P+D push": "P-D",
@@ -73,27 +63,10 @@ class Family:
         return await proxy.chat(content, ec_transfer_params=handles, **fields)
 
 
-def proxy_arguments(urls: Mapping[str, str], topology: str) -> list[str]:
-    encode, prefill, decode, handoff = TOPOLOGIES[topology]
-    arguments = ["--port", "0", "--host", "127.0.0.1", "--kv-handoff", handoff]
-    arguments += ["--prefill-servers-urls", urls.get(prefill, prefill), "--decode-servers-urls", urls[decode]]
-    return arguments + (["--encode-servers-urls", urls[encode]] if encode else ["--trust-client-identity"])
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=FAMILIES)
 async def family(request: pytest.FixtureRequest) -> AsyncIterator[Family]:
-    async with AsyncExitStack() as stack:
-        engines = await stack.enter_async_context(cluster(request.param, "1e1p1d"))
-        session = await stack.enter_async_context(aiohttp.ClientSession())
-        both = engines.deployment._engine("both-0", "both")
-        engines.deployment.engines["both-0"] = both
-        await both.start()
-        urls = {role: engines.engine(role).url for role in ("encode", "prefill", "decode", "both")}
-        proxies = {name: Child(f"proxy {name}", "proxy", proxy_arguments(urls, name)) for name in TOPOLOGIES}
-        for proxy in proxies.values():
-            stack.push_async_callback(proxy.stop)
-        await asyncio.gather(*(proxy.start() for proxy in proxies.values()))
-        yield Family(request.param, engines, {name: Client(session, proxy.url) for name, proxy in proxies.items()})
+    async with cluster(request.param, "1e1p1d") as engines, fronts(engines, TOPOLOGIES) as proxies:
+        yield Family(request.param, engines, proxies)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

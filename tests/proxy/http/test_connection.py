@@ -241,6 +241,28 @@ async def test_a_client_that_leaves_cancels_its_request(phase: str, way: str) ->
         await until(lambda: "0 connections" in repr(s.server))
 
 
+async def test_chunks_for_a_client_that_has_left_go_nowhere() -> None:
+    reached, written = asyncio.Event(), asyncio.Event()
+
+    async def handle(request: Request) -> None:
+        request.begin(200, {}, data=b"x")
+        writer = request.chunk_writer()
+        assert writer is not None
+        reached.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            writer(b"1\r\ny\r\n")  # uvloop's transports refuse it once they are closed
+            written.set()
+
+    async with serving(handle) as s, asyncio.timeout(10):
+        client = await s.connect()
+        client.send(post(b""))
+        await reached.wait()
+        client.close()
+        await written.wait()
+
+
 async def test_a_slow_client_stops_the_flow_and_memory_stays() -> None:
     stopped, going_on = asyncio.Event(), asyncio.Event()
 
