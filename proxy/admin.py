@@ -60,7 +60,7 @@ class Admin:
         asked = await _body(request, Registration)
         try:
             role, endpoint = Role.named(asked.role), Endpoint.parse(asked.url, self._dialect)
-            instance = self._fleet.join(endpoint.url, role, endpoint.dialect)
+            instance = self._fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
         except KeyError:
             roles = "encode, prefill, decode, prefill_decode"
             raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
@@ -99,6 +99,7 @@ class Admin:
             "reason": instance.reason,
             "circuit": self._health.circuit(instance),
             "model": instance.model,
+            "facts": instance.facts,
             "leases": ledger.leases(url=instance.url),
             "load": ledger.load(instance.url),
         }

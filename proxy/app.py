@@ -23,7 +23,8 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.crew import Crew, Seat
-from proxy.dialects import DIALECTS
+from proxy.dialects import Speakers
+from proxy.dialects.base import Options
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
 from proxy.gate import Gate
@@ -65,13 +66,13 @@ class Proxy:
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
         self.gate = Gate(Admission(_limits(settings)), self.metrics)
+        self.speakers = Speakers(Options(settings.order))
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
 
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
-        dialects = {name: dialect(settings.order) for name, dialect in DIALECTS.items()}
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
-        legs = Legs(dialects, self.upstream, self.metrics, time.monotonic, suspicion)
+        legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
         planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding)
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
@@ -108,7 +109,8 @@ class Proxy:
     async def _last_callbacks(self, grace: float) -> float:
         """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`
         seconds; new requests get 503 meanwhile. Returns what is left of it."""
-        if self.settings.order is not Order.DECODE_FIRST or Role.PREFILL not in self.fleet.census():
+        known = [i for i in self.fleet if i.role is Role.PREFILL and i.dialect != "auto"]
+        if not any(self.speakers(instance).order is Order.DECODE_FIRST for instance in known):
             return grace
         began = time.monotonic()
         while self.gate.admission.requests and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
@@ -160,7 +162,7 @@ def _limits(settings: ProxySettings) -> Limits:
 
 def _filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
     for role, endpoint in settings.fleet():
-        fleet.join(endpoint.url, role, endpoint.dialect)
+        fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
         log.info("%s %s (%s)", role.label, endpoint.url, endpoint.dialect)
     return fleet
 

@@ -59,6 +59,7 @@ class Order(Enum):
     """How a dialect's prefill and decode are sent."""
 
     SEQUENTIAL = auto()  # P answers with the handoff, then D is called with it (pull)
+    TOGETHER = auto()  # both are called at once with a rendezvous of ours; the failure of either ends the other
     DECODE_FIRST = auto()  # D is called, calls the metaserver with its descriptor, then P is called with that (push)
 
 
@@ -133,6 +134,7 @@ class Instance:
     state: State = State.JOINING
     reason: str = "not probed yet"  # why it is in this state, for people
     model: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON; what its URL or the probe says beside: see `Dialect`
     failures: int = 0  # probes failed in a row
 
     @property

@@ -1,8 +1,8 @@
 """Runs a request: when each leg is sent, what cancels what, where it goes on after a failure, what the client gets.
 
-Chooses no path and no instance (`plan`), and does not judge failures (`retry`). Both orders of prefill and decode are
-coded once, here. Every leg runs inside the request's own task, so that one cancellation (the client left, a deadline,
-shutdown) ends all of them, and all that was held is returned on the way out.
+Chooses no path and no instance (`plan`), and does not judge failures (`retry`). The three orders of prefill and decode
+are coded once, here. Every leg runs inside the request's own task, so that one cancellation (the client left, a
+deadline, shutdown) ends all of them, and all that was held is returned on the way out.
 
     admitted ▸ plan ▸ encode ▸ prefill and decode ──▶ client
                          ▲          │ failed before the first byte: elsewhere, under a new id
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from proxy.upstream import deadline
 
 log = logging.getLogger(__name__)
 
+_PREFILL_LAG_S = 1.0  # a prefill engine may answer after decode has
 _RETRY_AFTER_S = 1.0  # where every engine is busy and none says for how long
 
 
@@ -212,12 +214,15 @@ class Dispatcher:
         if BOTH in plan.path.roles:
             leg = plan.leg(BOTH)
             await self._answer(run, leg, self._legs.dialect(leg).whole(job, handles), job)
-        elif self._legs.dialect(plan.leg(Role.DECODE)).order is Order.SEQUENTIAL:
-            await self._sequential(run, plan, job, handles)
         else:
-            await self._decode_first(run, plan, job, handles)
+            orders = {
+                Order.SEQUENTIAL: self._sequential,
+                Order.TOGETHER: self._together,
+                Order.DECODE_FIRST: self._decode_first,
+            }
+            await orders[self._legs.dialect(plan.leg(Role.PREFILL)).order](run, plan, job, handles)
 
-    # ---- the two orders of prefill and decode
+    # ---- the three orders of prefill and decode
 
     async def _sequential(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
@@ -226,6 +231,37 @@ class Dispatcher:
                 reply = await self._prefill(run, prefill, job, handles, None)
                 run.handoff = self._legs.dialect(prefill).read_prefill(reply)
         await self._answer(run, decode, self._legs.dialect(decode).decode(job, handles, run.handoff, ""), job)
+
+    async def _together(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
+        prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
+        handoff = self._legs.dialect(prefill).rendezvous(job, secrets.randbits(63))
+        body = self._legs.dialect(decode).decode(job, handles, handoff, "")
+        try:
+            async with together() as group:
+                task = group.create_task(self._prefill_beside(run, prefill, job, handles, handoff))
+                await self._answer(run, decode, body, job, patient=True)
+                await asyncio.wait([task], timeout=_PREFILL_LAG_S)
+                task.cancel()  # the client has its answer
+        except BaseException:
+            await self._abort(job, prefill, decode)
+            raise
+
+    async def _prefill_beside(self, run: Run, leg: Leg, job: Job, handles: Handles, handoff: Mapping[str, Any]) -> None:
+        try:
+            with self._legs.judged(leg):
+                await self._prefill(run, leg, job, handles, handoff)
+        except ProxyError as error:
+            if not run.begun:
+                raise
+            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
+        if not run.begun:
+            run.decode_began = self._clock()
+        self._patience(run, self._first_answer(job))
+
+    async def _abort(self, job: Job, prefill: Leg, decode: Leg) -> None:
+        async with together() as group:
+            for leg, stage in ((prefill, Stage.PREFILL), (decode, Stage.DECODE)):
+                group.create_task(self._legs.abort(leg, stage, job))
 
     async def _decode_first(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
@@ -259,14 +295,19 @@ class Dispatcher:
     ) -> Body:
         began = self._clock()
         async with deadline(self._timeouts.prefill, Stage.PREFILL, leg.instance):
-            body = self._legs.dialect(leg).prefill(job, handles, descriptor)
+            dialect = self._legs.dialect(leg)
+            body = dialect.prefill(job, handles, descriptor)
+            if headers := dialect.headers(descriptor):
+                job = replace(job, headers={**job.headers, **headers})
             reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id)
         self._timed(run, "prefill", began)
         return reply
 
     # ---- the leg whose answer is the client's
 
-    async def _answer(self, run: Run, leg: Leg, body: Body, job: Job) -> None:
+    async def _answer(self, run: Run, leg: Leg, body: Body, job: Job, patient: bool = False) -> None:
+        """`patient`: until `_patience` says how long the first byte may take."""
+
         def head() -> Mapping[str, str]:
             if not run.sink.started:
                 self._timed(run, "ttft", run.began)
@@ -276,7 +317,7 @@ class Dispatcher:
         run.decode_began = self._clock()
         with self._legs.judged(leg):
             async with (
-                deadline(self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
+                deadline(None if patient else self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
                 self._legs.post(leg, Stage.DECODE, body, job, job.id) as answer,
             ):
                 if job.stream:

@@ -5,7 +5,7 @@ Handles that are there are kept whatever happens to other items. Prefill and dec
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -38,10 +38,9 @@ class Share:
     number: int = 1
 
     @property
-    def name(self) -> str:
-        """The request id's end: unique among the calls of one request."""
-        first = str(self.leg.items[0].index)
-        return first if self.number == 1 else f"{first}-{self.number}"
+    def tail(self) -> str:
+        """The request id's end, behind the first item's index: unique among the calls of one request."""
+        return "" if self.number == 1 else f"-{self.number}"
 
 
 class Encoding:
@@ -104,36 +103,49 @@ class Encoding:
         delay = self._hedge.delay()
         with ExitStack() as holds:
             if delay is None:
-                return await self._attempt(share.leg, share.name, job)
+                return await self._attempt(share.leg, share.tail, job)
 
             def second() -> Leg | None:
                 return self._another(share.leg.items, {*share.tried, share.leg.instance.url}, holds)
 
             async def beside(leg: Leg) -> Handles:
                 self._metrics.hedges.inc()
-                return await self._attempt(leg, f"{share.name}-h", job)
+                return await self._attempt(leg, f"{share.tail}-h", job)
 
             return await race(
-                self._attempt(share.leg, share.name, job),
+                self._attempt(share.leg, share.tail, job),
                 lambda: None if (leg := second()) is None else beside(leg),
                 delay,
                 ProxyError,
             )
 
-    async def _attempt(self, leg: Leg, name: str, job: Job) -> Handles:
-        dialect = self._legs.dialect(leg)
+    async def _attempt(self, leg: Leg, tail: str, job: Job) -> Handles:
         began = self._legs.clock()
         try:
             with self._legs.judged(leg):
                 async with deadline(self._legs.timeouts.encode, Stage.ENCODE, leg.instance):
-                    body = dialect.encode(job, leg.items)
-                    reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{name}")
-                found = dialect.read_encode(leg.items, reply)
-        except Refused as error:
-            error.param = dialect.blame(leg.items, error.param)
-            raise
+                    found = await self._calls(leg, tail, job)
         finally:
             if leg.hold is not None:
                 leg.hold.close()
         self._hedge.observe(self._legs.clock() - began)
         return found
+
+    async def _calls(self, leg: Leg, tail: str, job: Job) -> Handles:
+        """All items of a leg: one call, or several at once where the family wants that."""
+        first, *others = self._legs.dialect(leg).batches(leg.items)
+        if not others:
+            return await self._call(leg, first, tail, job)
+        async with together() as group:
+            tasks = [group.create_task(self._call(leg, batch, tail, job)) for batch in (first, *others)]
+        return {index: handle for task in tasks for index, handle in task.result().items()}
+
+    async def _call(self, leg: Leg, items: Sequence[Item], tail: str, job: Job) -> Handles:
+        dialect = self._legs.dialect(leg)
+        try:
+            body = dialect.encode(job, items)
+            reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{items[0].index}{tail}")
+        except Refused as error:
+            error.param = dialect.blame(items, error.param)
+            raise
+        return dialect.read_encode(items, reply)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 import orjson
@@ -15,9 +15,10 @@ from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
 from proxy.metrics import Metrics
 from proxy.retry import STAGES, cause
-from proxy.upstream import Answer, Upstream
+from proxy.upstream import Answer, Upstream, deadline
 
 _ENCODE_ROUTE = "/v1/chat/completions"
+_ABORT_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Legs:
 
     def __init__(
         self,
-        dialects: Mapping[str, Dialect],
+        dialects: Callable[[Instance], Dialect],
         upstream: Upstream,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -48,7 +49,7 @@ class Legs:
         self.timeouts = upstream.timeouts
 
     def dialect(self, leg: Leg) -> Dialect:
-        return self._dialects[leg.instance.dialect]
+        return self._dialects(leg.instance)
 
     def post(
         self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str
@@ -73,6 +74,17 @@ class Legs:
         if parsed.get("error"):
             raise within_200(parsed, stage=stage)
         return parsed
+
+    async def abort(self, leg: Leg, stage: Stage, job: Job) -> None:
+        """Have the engine end what `job` asked of it, where hanging up does not. Its answer changes nothing."""
+        call = self.dialect(leg).abort(job.id)
+        if call is None:
+            return
+        path, body = call
+        post = self._upstream.post(leg.instance, stage, path, orjson.dumps(body), job.headers)
+        with suppress(ProxyError):
+            async with deadline(_ABORT_TIMEOUT_S, stage, leg.instance), post as answer:
+                await answer.read()
 
     @contextmanager
     def judged(self, leg: Leg) -> Iterator[None]:

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from proxy.core import Order
-from proxy.dialects.base import Dialect
+from proxy.core import Instance, Order
+from proxy.dialects.base import Dialect, Options
 from proxy.dialects.native import Native
 
-DIALECTS: dict[str, Callable[[Order], Dialect]] = {"native": Native}
+DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
+    "native": lambda options, instance: Native(
+        Order.SEQUENTIAL if options.order is Order.SEQUENTIAL else Order.DECODE_FIRST
+    ),
+}
 """By the name that `--dialect` and a URL's `name+http://` take."""
 
 ENGINES = {"triptych": "native"}
 """The dialect of the engine that calls itself so in `GET /info`."""
+
+
+class Speakers:
+    """The dialect of each instance. It reads the instance's facts whenever it speaks, so that none is stale."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._known: dict[str, tuple[Instance, Dialect]] = {}
+
+    def __call__(self, instance: Instance) -> Dialect:
+        """Raises KeyError while the instance's dialect is "auto": it is not READY."""
+        known = self._known.get(instance.url)
+        if known is not None and known[0] is instance and known[1].name == instance.dialect:
+            return known[1]
+        dialect = DIALECTS[instance.dialect](self._options, instance)
+        self._known[instance.url] = (instance, dialect)
+        return dialect

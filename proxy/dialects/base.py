@@ -3,45 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from proxy.core import Body, Handle, Item, Job, Order
+from proxy.core import Body, Handle, Item, Job, Order, Role
 
 Handles = Mapping[int, Handle]
 """By item index: where each item's embedding is."""
+
+Call = tuple[str, Body]
+"""A path at an engine and what is posted there."""
 
 
 class BadReply(ValueError):
     """A reply with a success status that does not hold what the next stage needs."""
 
 
-class Dialect(Protocol):
-    """One engine family. Every method returns a new body and leaves its arguments as they were; all are pure.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What flags say to every family."""
 
-    Bodies keep the client's unknown fields and the order of its keys. Raises BadRequest where the family cannot do
-    what the client asks.
+    order: Order | None = None  # of prefill and decode; None: the family's own
+
+
+class Dialect(Protocol):
+    """One engine family, as one instance of it is spoken to. Families subclass it, and say what differs.
+
+    Every method returns a new body and leaves its arguments as they were; all are pure. Bodies keep the client's
+    unknown fields and the order of its keys. Raises BadRequest where the family cannot do what the client asks.
+
+    Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
+    `version` "0.32.0"; `bootstrap_port` of a prefill engine; `engine_ids`, by data-parallel rank as text.
     """
 
     name: str
-    order: Order  # how this family's prefill and decode are sent
+    order: Order  # how prefill and decode are sent, where this instance prefills
+    inline: bool = False  # where no encoder is listed, whoever prefills encodes the media itself
+
+    def batches(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
+        """The items that one encoder gets, as the calls that it gets at once."""
+        return [items]
 
     def encode(self, job: Job, items: Sequence[Item]) -> Body:
         """To an encoder: these items and nothing else of the conversation."""
+        raise NotImplementedError
 
     def read_encode(self, items: Sequence[Item], reply: Body) -> dict[int, Handle]:
-        """One handle for each of `items`, which `encode` was called with. Raises BadReply."""
+        """A handle for each of `items`, which `encode` was called with. Raises BadReply.
+
+        An item without a handle goes to whoever prefills as the media that it is.
+        """
+        raise NotImplementedError
 
     def blame(self, items: Sequence[Item], param: str | None) -> str | None:
         """An encoder's `error.param` in the client's own positions; anything else unchanged."""
+        return param
+
+    def rendezvous(self, job: Job, room: int) -> Mapping[str, Any]:
+        """For TOGETHER, where this instance prefills: the handoff that both get. `room`: 63 bits, never used before."""
+        return {}
 
     def prefill(self, job: Job, handles: Handles, handoff: Mapping[str, Any] | None) -> Body:
-        """To a prefill engine. `handoff` is the decode engine's descriptor in DECODE_FIRST, else None."""
+        """To a prefill engine. `handoff`: None in SEQUENTIAL, the rendezvous in TOGETHER, the decode engine's
+        descriptor in DECODE_FIRST."""
+        raise NotImplementedError
+
+    def headers(self, handoff: Mapping[str, Any] | None) -> Mapping[str, str]:
+        """What a prefill request has beside the client's headers."""
+        return {}
 
     def read_prefill(self, reply: Body) -> Mapping[str, Any]:
         """What decode needs in SEQUENTIAL, to be passed on verbatim. Raises BadReply."""
+        raise NotImplementedError
 
     def decode(self, job: Job, handles: Handles, handoff: Mapping[str, Any] | None, metaserver: str) -> Body:
-        """To a decode engine. `handoff` is what `read_prefill` gave in SEQUENTIAL; else it calls `metaserver`."""
+        """To a decode engine. `handoff`: what `read_prefill` gave in SEQUENTIAL, the rendezvous in TOGETHER; in
+        DECODE_FIRST it is None and the engine calls `metaserver`."""
+        raise NotImplementedError
 
     def whole(self, job: Job, handles: Handles) -> Body:
         """To a combined engine, which prefills and decodes; it encodes the items that have no handle."""
+        raise NotImplementedError
+
+    def abort(self, request_id: str) -> Call | None:
+        """Ends a request whose HTTP call was given up; None where hanging up is enough."""
+        return None
+
+    def warm_up(self, role: Role, model: str) -> Call | None:
+        """A small real request that an instance of `role` serves alone, before it is READY; None if it needs none."""
+        return None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxy.core import Api, Body, Handle, Item, Job, Order
-from proxy.dialects.base import BadReply, Handles
+from proxy.dialects.base import BadReply, Dialect, Handles
 from proxy.errors import BadRequest
 
 _ENCODER_FIELDS = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
@@ -26,7 +26,7 @@ _ASK_PULL: Mapping[str, Any] = {
 }
 
 
-class Native:
+class Native(Dialect):
     """Both handoffs: `Order.DECODE_FIRST` is push, `Order.SEQUENTIAL` is pull."""
 
     name = "native"

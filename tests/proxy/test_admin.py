@@ -40,6 +40,7 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             "reason": "healthy",
             "circuit": "CLOSED",
             "model": "tiny",
+            "facts": {},
             "leases": 1,
             "load": 0,
         }
