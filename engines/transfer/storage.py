@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -60,6 +61,16 @@ class Entry(msgspec.Struct, frozen=True):
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A publication and what its file says."""
+
+    publication: Publication
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class HeapArena(msgspec.Struct, frozen=True, eq=False):
@@ -189,7 +200,7 @@ class Storage:
         self.address: Address = here(host, 0)
         self._path = path
         self._tickets: dict[str, StorageTicket] = {}
-        self._published: dict[str, Publication] = {}
+        self._published: dict[str, Stored] = {}
 
     def allocate(self, name: str, nbytes: int) -> Arena:
         return HeapArena(name, nbytes, np.zeros(nbytes, dtype=np.uint8).data)
@@ -229,31 +240,43 @@ class Storage:
         path = self._file(key)
         if key in self._published:
             raise ValueError(f"{key!r} is published already: withdraw it first")
-        publication = Publication(key, arena, checked, on_free, once=False, readers=1)
+        publication = Publication(key, arena, checked, on_free, once=False)
         if ttl is not None:
             publication.expiry = asyncio.get_running_loop().call_later(ttl, self.withdraw, key)
-        self._published[key] = publication
-        # owned by us: the thread reads the arena to its end even if the caller is cancelled
-        saving = self.tasks.spawn(self._save(publication, path, dtype, shape))
+        self._published[key] = stored = Stored(publication, path, dtype, tuple(shape))
         try:
-            await asyncio.shield(saving)
+            await self._save(stored)
         except (asyncio.CancelledError, TransferError):
             self.withdraw(key)
             raise
         return {"transport": self.name, "key": key, "nbytes": total(checked)}
 
-    async def _save(self, publication: Publication, path: Path, dtype: str, shape: Sequence[int]) -> None:
+    async def restore(self, key: str) -> None:
+        stored = self._published.get(key)
+        if stored is not None and not await asyncio.to_thread(stored.path.exists):
+            logger.info("%s was removed: writing it again", stored.path)
+            await self._save(stored)
+
+    async def _save(self, stored: Stored) -> None:
+        stored.publication.readers += 1
+        # owned by us: the thread reads the arena to its end even if the caller is cancelled
+        await asyncio.shield(self.tasks.spawn(self._write(stored)))
+
+    async def _write(self, stored: Stored) -> None:
+        publication = stored.publication
         try:
-            await asyncio.to_thread(save, path, publication.arena.buffer, publication.spans, dtype, shape)
+            await asyncio.to_thread(
+                save, stored.path, publication.arena.buffer, publication.spans, stored.dtype, stored.shape
+            )
         except OSError as error:
-            raise TransferError(f"cannot write {path}: {error}") from None
+            raise TransferError(f"cannot write {stored.path}: {error}") from None
         finally:
             publication.read()
 
     def withdraw(self, key: str) -> None:
-        publication = self._published.pop(key, None)
-        if publication is not None:
-            publication.end()
+        stored = self._published.pop(key, None)
+        if stored is not None:
+            stored.publication.end()
 
     def reserve(self, arena: Arena, spans: Spans, *, timeout: float, on_free: Callable[[], None]) -> StorageTicket:
         ticket = StorageTicket(self, arena, spans, timeout, on_free)

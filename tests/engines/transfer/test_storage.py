@@ -119,6 +119,38 @@ async def test_a_missing_file_is_gone(pair, freed):
     assert freed.names == ["ticket"]
 
 
+async def test_a_file_that_was_removed_is_written_again_when_asked_for(pair, tmp_path, freed):
+    sender, receiver = pair
+    tensor = torch.arange(4, dtype=torch.float32)
+    where = await publish(sender, tensor, on_free=freed("published"))
+    file = tmp_path / "store" / KEY / "encoder_cache.safetensors"
+    before = file.stat().st_ino
+    await sender.transfer.restore(KEY)
+    assert file.stat().st_ino == before, "a file that is there is left alone"
+    file.unlink()
+    file.parent.rmdir()
+    await sender.transfer.restore(KEY)
+    ticket = reserve(receiver, [(0, 16)])
+    await ticket.fetch(where)
+    assert torch.equal(torch.frombuffer(bytearray(receiver.read(0, 16)), dtype=torch.float32), tensor)
+    ticket.release()
+    sender.transfer.withdraw(KEY)
+    assert freed.names == ["published"]
+    await sender.transfer.restore(KEY)
+
+
+async def test_a_file_that_cannot_be_written_again_is_an_error(pair, tmp_path):
+    sender, _ = pair
+    await publish(sender, torch.zeros(4))
+    folder = tmp_path / "store" / KEY
+    (folder / "encoder_cache.safetensors").unlink()
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(TransferError, match="cannot write"):
+        await sender.transfer.restore(KEY)
+    sender.transfer.withdraw(KEY)
+
+
 async def test_handles_and_spans_that_do_not_fit_are_refused(pair):
     sender, receiver = pair
     where = await publish(sender, torch.zeros(4))
