@@ -23,7 +23,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.crew import Crew, Seat
-from proxy.dialects import Speakers
+from proxy.dialects import INLINE, Speakers
 from proxy.dialects.base import Options
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
@@ -73,7 +73,7 @@ class Proxy:
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
         legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
-        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding)
+        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding, INLINE)
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
         return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules)

@@ -77,7 +77,8 @@ class Path(Enum):
     E_PD = ("E-PD", (Role.ENCODE, BOTH))
     P_D = ("P-D", (Role.PREFILL, Role.DECODE))
     PD = ("PD", (BOTH,))
-    EPD = ("EPD", (BOTH,))  # media encoded inline, by an engine that has an encoder of its own
+    EP_D = ("EP-D", (Role.PREFILL, Role.DECODE))  # media encoded inline, by an engine that has an encoder of its own
+    EPD = ("EPD", (BOTH,))  # the same
 
     def __init__(self, label: str, roles: tuple[Role, ...]) -> None:
         self.label = label

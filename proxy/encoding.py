@@ -86,7 +86,7 @@ class Encoding:
     async def _alone(self, item: Item, share: Share, job: Job, error: ProxyError, found: Encoded, spare: bool) -> None:
         tried = {*share.tried, share.leg.instance.url}
         with ExitStack() as holds:
-            leg = self._another((item,), tried, holds) if share.number < self._attempts else None
+            leg = self._another(share, (item,), holds) if share.number < self._attempts else None
             if leg is not None:
                 self._metrics.retries.labels(Stage.ENCODE).inc()
                 await self._share(Share(leg, tried, share.number + 1), job, found, spare)
@@ -95,8 +95,10 @@ class Encoding:
             else:
                 raise error
 
-    def _another(self, items: tuple[Item, ...], tried: Collection[str], holds: ExitStack) -> Leg | None:
-        return self._planner.encoder(items, self._legs.clock(), tried, holds)
+    def _another(self, share: Share, items: tuple[Item, ...], holds: ExitStack) -> Leg | None:
+        """For some of a share's items, where none of them has been."""
+        here = share.leg.instance
+        return self._planner.encoder(items, self._legs.clock(), {*share.tried, here.url}, here.dialect, holds)
 
     async def _hedged(self, share: Share, job: Job) -> Handles:
         """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""
@@ -105,16 +107,13 @@ class Encoding:
             if delay is None:
                 return await self._attempt(share.leg, share.tail, job)
 
-            def second() -> Leg | None:
-                return self._another(share.leg.items, {*share.tried, share.leg.instance.url}, holds)
-
             async def beside(leg: Leg) -> Handles:
                 self._metrics.hedges.inc()
                 return await self._attempt(leg, f"{share.tail}-h", job)
 
             return await race(
                 self._attempt(share.leg, share.tail, job),
-                lambda: None if (leg := second()) is None else beside(leg),
+                lambda: None if (leg := self._another(share, share.leg.items, holds)) is None else beside(leg),
                 delay,
                 ProxyError,
             )

@@ -17,9 +17,10 @@ from proxy.breaker import Breakers, Circuit, Permit
 from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
 from proxy.retry import rule
-from proxy.routing import router
+from proxy.routing import paths, router
 
 NOBODY: Collection[str] = frozenset()
+_INLINE = "encoders failed, encoding inline"
 
 
 @dataclass(slots=True)
@@ -44,19 +45,33 @@ class Held:
 
 
 class Planner:
-    """Draws plans on one fleet with one balancer. Every leg's hold is entered on the ExitStack that it is given."""
+    """Draws plans on one fleet with one balancer. Every leg's hold is entered on the ExitStack that it is given.
 
-    def __init__(self, fleet: Fleet, balancer: Balancer, breakers: Breakers, inline: bool = False) -> None:
+    The legs of a plan are of one family (`Instance.dialect`): no engine reads what one of another family has made.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        balancer: Balancer,
+        breakers: Breakers,
+        inline: bool = False,
+        encoding: Collection[str] = (),
+    ) -> None:
+        """`inline`: engines may encode where encoders fail. `encoding`: families that do where none is listed."""
         self._fleet = fleet
         self._balancer = balancer
         self.breakers = breakers
         self._inline = inline
+        self._encoding = encoding
 
     def draw(self, job: Job, now: float, holds: ExitStack) -> Plan:
         """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
-        route = self._route(job, now, NOBODY)
-        encodes = self._encodes(job, now, holds) if Role.ENCODE in route.path.roles else []
-        return Plan(route.path, route.reason, (*encodes, *self._generation(route.path, job, now, NOBODY, holds)))
+        family = self._family(job, now)
+        route = self._route(job, now, NOBODY, family)
+        encodes = self._encodes(job, now, family, holds) if Role.ENCODE in route.path.roles else []
+        generation = self._generation(route.path, job, now, NOBODY, family, holds)
+        return Plan(route.path, route.reason, (*encodes, *generation))
 
     def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> Plan | None:
         """`plan` with prefill and decode anywhere but at `tried`, perhaps combined; None if nobody else can."""
@@ -64,8 +79,10 @@ class Planner:
             if leg.role is not Role.ENCODE:
                 _close(leg)
         try:
-            path = plan.path if plan.path is Path.EPD else self._route(job, now, tried, Role.ENCODE).path
-            legs = self._generation(path, job, now, tried, holds)
+            family, path = _family_of(plan), plan.path
+            if path not in paths.INLINE:
+                path = self._route(job, now, tried, family, Role.ENCODE).path
+            legs = self._generation(path, job, now, tried, family, holds)
         except NoInstance:
             return None
         return Plan(path, plan.reason, (*plan.encodes, *legs))
@@ -75,25 +92,33 @@ class Planner:
         others = [leg for leg in plan.legs if leg.role is not Role.ENCODE]
         for leg in plan.encodes:
             _close(leg)
-        return replace(plan, legs=(*self._encodes(job, now, holds), *others))
+        return replace(plan, legs=(*self._encodes(job, now, _family_of(plan), holds), *others))
 
     def inline(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan | None:
-        """`plan` at one engine that gets the media themselves; None if this deployment has none, or it must not."""
-        if not self._inline or not self._usable(BOTH, now, NOBODY):
+        """`plan` at engines that get the media themselves; None if this deployment has none, or it must not."""
+        family = _family_of(plan)
+        if not self.can_inline(plan, now):
             return None
+        if family in self._encoding:
+            path = Path.EPD if BOTH in plan.path.roles else Path.EP_D
+            return replace(plan, path=path, reason=_INLINE)
         for leg in plan.legs:
             if leg.role not in (Role.ENCODE, BOTH):
                 _close(leg)
         kept = [leg for leg in plan.legs if leg.role == BOTH]
-        legs = kept or self._generation(Path.EPD, job, now, NOBODY, holds)
-        return Plan(Path.EPD, "encoders failed, encoding inline", (*plan.encodes, *legs))
+        legs = kept or self._generation(Path.EPD, job, now, NOBODY, family, holds)
+        return Plan(Path.EPD, _INLINE, (*plan.encodes, *legs))
 
-    def can_inline(self, now: float) -> bool:
-        return self._inline and bool(self._usable(BOTH, now, NOBODY))
+    def can_inline(self, plan: Plan, now: float) -> bool:
+        """Whether `inline` would find somebody."""
+        family = _family_of(plan)
+        return self._inline and (family in self._encoding or bool(self._usable(BOTH, now, NOBODY, family)))
 
-    def encoder(self, items: Sequence[Item], now: float, tried: Collection[str], holds: ExitStack) -> Leg | None:
+    def encoder(
+        self, items: Sequence[Item], now: float, tried: Collection[str], family: str, holds: ExitStack
+    ) -> Leg | None:
         """One leg for all of `items` anywhere but at `tried`; None if there is nobody else."""
-        candidates = self._usable(Role.ENCODE, now, tried)
+        candidates = self._usable(Role.ENCODE, now, tried, family)
         if not candidates:
             return None
         lease = self._balancer.take(Role.ENCODE, candidates, sum(item.tokens for item in items))
@@ -106,9 +131,9 @@ class Planner:
 
     # ---- one role
 
-    def _encodes(self, job: Job, now: float, holds: ExitStack) -> list[Leg]:
+    def _encodes(self, job: Job, now: float, family: str, holds: ExitStack) -> list[Leg]:
         """One leg per chosen encoder. An item that occurs twice is sent once; the largest items choose first."""
-        candidates = self._usable(Role.ENCODE, now, NOBODY)
+        candidates = self._usable(Role.ENCODE, now, NOBODY, family)
         if not candidates:
             raise NoInstance("no encode engine is ready", retry_after=self.wait(now))
         unique = {item.identity: item for item in reversed(job.items)}
@@ -123,11 +148,13 @@ class Planner:
             legs.append(self._leg(Role.ENCODE, leases[0].instance, leases, holds, items))
         return legs
 
-    def _generation(self, path: Path, job: Job, now: float, tried: Collection[str], holds: ExitStack) -> list[Leg]:
+    def _generation(
+        self, path: Path, job: Job, now: float, tried: Collection[str], family: str, holds: ExitStack
+    ) -> list[Leg]:
         legs = []
         for role in path.roles:
             if role is not Role.ENCODE:
-                if not (candidates := self._usable(role, now, tried)):
+                if not (candidates := self._usable(role, now, tried, family)):
                     raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
                 lease = self._balancer.take(role, candidates, _cost(job, role))
                 legs.append(self._leg(role, lease.instance, [lease], holds))
@@ -140,27 +167,61 @@ class Planner:
         holds.callback(held.close)
         return Leg(role, instance, items, held)
 
-    def _usable(self, role: Role, now: float, tried: Collection[str]) -> list[Instance]:
+    def _usable(self, role: Role, now: float, tried: Collection[str], family: str) -> list[Instance]:
         ready = self._fleet.ready(role)
-        return [i for i in ready if i.url not in tried and self.breakers.allows(i.url, now)]
+        return [i for i in ready if i.dialect == family and i.url not in tried and self.breakers.allows(i.url, now)]
 
-    def _route(self, job: Job, now: float, tried: Collection[str], done: Role | None = None) -> router.Route:
+    def _family(self, job: Job, now: float) -> str:
+        """The family that `job` goes to: the only one; else one that serves its model and is the least loaded."""
+        listed = {instance.dialect for instance in self._fleet} - {"auto"}
+        if len(listed) < 2:
+            return next(iter(listed), "auto")
+        model = job.body.get("model")
+
+        def rank(family: str) -> tuple[bool, bool, int, str]:
+            answering = [i for i in self._fleet if i.dialect == family and Role.DECODE in i.role]
+            loads = [self._balancer.ledger.load(i.url) for i in answering if i.state is State.READY]
+            return (
+                not self._serves(job, now, family),
+                all(i.model != model for i in answering),
+                min(loads, default=0),
+                family,
+            )
+
+        return min(listed, key=rank)
+
+    def _serves(self, job: Job, now: float, family: str) -> bool:
+        try:
+            self._route(job, now, NOBODY, family)
+        except ProxyError:
+            return False
+        return True
+
+    def _route(
+        self, job: Job, now: float, tried: Collection[str], family: str, done: Role | None = None
+    ) -> router.Route:
         """Raises BadRequest, NoInstance. `done`: a role whose legs are served already, whoever is up now."""
-        census = self._census(now, tried)
+        census = self._census(now, tried, family)
         if done is not None and job.items:
             census[done] = Counter({State.READY: 1})
         param = job.items[0].param if job.items else None
         try:
-            return router.route(len(job.items), census, param, self._inline)
+            return router.route(len(job.items), census, param, self._inlines(family, census))
         except NoInstance as error:
             error.retry_after = self.wait(now)
             raise
 
-    def _census(self, now: float, tried: Collection[str]) -> dict[Role, Counter[str]]:
+    def _inlines(self, family: str, census: router.Census) -> tuple[Path, ...]:
+        if family not in self._encoding:
+            return (Path.EPD,) if self._inline else ()
+        return paths.INLINE if self._inline or Role.ENCODE not in census else ()
+
+    def _census(self, now: float, tried: Collection[str], family: str) -> dict[Role, Counter[str]]:
         """How many instances of each role are in each state, or kept from work by their circuit."""
         counted: dict[Role, Counter[str]] = {}
         for instance in self._fleet:
-            counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
+            if instance.dialect in (family, "auto"):
+                counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
         return counted
 
     def _state(self, instance: Instance, now: float, tried: Collection[str]) -> str:
@@ -171,6 +232,10 @@ class Planner:
         if self.breakers.allows(instance.url, now):
             return State.READY
         return "BUSY" if self.breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
+
+
+def _family_of(plan: Plan) -> str:
+    return plan.legs[0].instance.dialect
 
 
 def _close(leg: Leg) -> None:

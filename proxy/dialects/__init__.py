@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.core import Instance, Order
+from proxy.dialects.ascend import Ascend
 from proxy.dialects.base import Dialect, Options
 from proxy.dialects.native import Native
 
@@ -12,8 +13,12 @@ DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
     "native": lambda options, instance: Native(
         Order.SEQUENTIAL if options.order is Order.SEQUENTIAL else Order.DECODE_FIRST
     ),
+    "ascend": lambda options, instance: Ascend(options.order),
 }
 """By the name that `--dialect` and a URL's `name+http://` take."""
+
+INLINE: frozenset[str] = frozenset()
+"""Families whose engines have an encoder of their own: where no encoder is listed, whoever prefills gets the media."""
 
 ENGINES = {"triptych": "native"}
 """The dialect of the engine that calls itself so in `GET /info`."""

@@ -38,7 +38,6 @@ class Dialect(Protocol):
 
     name: str
     order: Order  # how prefill and decode are sent, where this instance prefills
-    inline: bool = False  # where no encoder is listed, whoever prefills encodes the media itself
 
     def batches(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         """The items that one encoder gets, as the calls that it gets at once."""
@@ -91,4 +90,19 @@ class Dialect(Protocol):
 
     def warm_up(self, role: Role, model: str) -> Call | None:
         """A small real request that an instance of `role` serves alone, before it is READY; None if it needs none."""
+        return None
+
+    def prefills(self, job: Job) -> int:
+        """For DECODE_FIRST: how often the decode engine calls the metaserver for one request."""
+        return 1
+
+    def recorded(self, job: Job) -> Body | None:
+        """`job`'s body that also asks for the tokens of the answer; None where `continued` is None for all."""
+        return None
+
+    def continued(self, job: Job, prompt: Sequence[int], said: Sequence[int]) -> Body | None:
+        """`recorded`, of an answer that goes on after the tokens `said`; None where that cannot be exact.
+
+        `prompt`: the tokens of the first attempt's prompt, empty where the engine does not tell them.
+        """
         return None
