@@ -200,7 +200,7 @@ class Dispatcher:
         if not plan.encodes:
             return plan, {}
         began = self._clock()
-        found = await self._encoding.run(plan, job, self._planner.can_inline(began))
+        found = await self._encoding.run(plan, job, self._planner.can_inline(plan, began))
         self._timed(run, "encode", began)
         if found.failure is not None:
             log.warning("%s is encoded inline: %s", job.id, found.failure)
