@@ -23,7 +23,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.crew import Crew, Seat
-from proxy.dialects import INLINE, Speakers
+from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
@@ -36,7 +36,7 @@ from proxy.http.server import Server
 from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
-from proxy.plan import Planner
+from proxy.plan import Families, Planner
 from proxy.settings import ProxySettings
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
@@ -66,14 +66,14 @@ class Proxy:
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
         self.gate = Gate(Admission(_limits(settings)), self.metrics)
-        self.speakers = Speakers(Options(settings.order))
+        self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
 
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
         legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
-        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding, INLINE)
+        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding, Families(INLINE, FEEDS))
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
         return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules)

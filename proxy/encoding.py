@@ -13,7 +13,7 @@ from proxy.core import Handle, Item, Job, Leg, Plan, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
-from proxy.plan import Planner
+from proxy.plan import Planner, family_of
 from proxy.retry import rule
 from proxy.tasks import race, together
 from proxy.upstream import deadline
@@ -34,6 +34,7 @@ class Share:
     """Items on their way to one encoder: the `number`th attempt for them, after those at `tried`."""
 
     leg: Leg
+    family: str  # of who is to read the embeddings
     tried: Collection[str] = frozenset()
     number: int = 1
 
@@ -58,10 +59,10 @@ class Encoding:
 
         A client's mistake is raised either way, and the first error cancels everything else.
         """
-        found = Encoded()
+        found, family = Encoded(), family_of(plan)
         async with together() as group:
             for leg in plan.encodes:
-                group.create_task(self._share(Share(leg), job, found, spare))
+                group.create_task(self._share(Share(leg, family), job, found, spare))
         by_identity = {
             item.identity: found.handles[item.index]
             for leg in plan.encodes
@@ -89,7 +90,7 @@ class Encoding:
             leg = self._another(share, (item,), holds) if share.number < self._attempts else None
             if leg is not None:
                 self._metrics.retries.labels(Stage.ENCODE).inc()
-                await self._share(Share(leg, tried, share.number + 1), job, found, spare)
+                await self._share(Share(leg, share.family, tried, share.number + 1), job, found, spare)
             elif spare:
                 found.failure = error
             else:
@@ -97,8 +98,8 @@ class Encoding:
 
     def _another(self, share: Share, items: tuple[Item, ...], holds: ExitStack) -> Leg | None:
         """For some of a share's items, where none of them has been."""
-        here = share.leg.instance
-        return self._planner.encoder(items, self._legs.clock(), {*share.tried, here.url}, here.dialect, holds)
+        tried = {*share.tried, share.leg.instance.url}
+        return self._planner.encoder(items, self._legs.clock(), tried, share.family, holds)
 
     async def _hedged(self, share: Share, job: Job) -> Handles:
         """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""

@@ -6,9 +6,9 @@ A plan is drawn whole, and mended leg by leg: `redraw` and `encoder` choose agai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
@@ -21,6 +21,23 @@ from proxy.routing import paths, router
 
 NOBODY: Collection[str] = frozenset()
 _INLINE = "encoders failed, encoding inline"
+
+
+@dataclass(frozen=True, slots=True)
+class Families:
+    """What engine families can do for each other: `proxy.dialects` knows."""
+
+    inline: Collection[str] = ()  # whose engines encode media where no encoder is listed
+    feeds: Mapping[str, Collection[str]] = field(default_factory=dict)  # by an encoder's family; absent: its own alone
+
+    def fit(self, instance: Instance, family: str) -> bool:
+        """Whether `instance` can take part in a plan of `family`."""
+        if instance.role is Role.ENCODE and (fed := self.feeds.get(instance.dialect)):
+            return family in fed
+        return instance.dialect == family
+
+
+ALIKE = Families()
 
 
 @dataclass(slots=True)
@@ -47,7 +64,7 @@ class Held:
 class Planner:
     """Draws plans on one fleet with one balancer. Every leg's hold is entered on the ExitStack that it is given.
 
-    The legs of a plan are of one family (`Instance.dialect`): no engine reads what one of another family has made.
+    Prefill and decode are of one family (`Instance.dialect`), and fed by encoders that it understands.
     """
 
     def __init__(
@@ -56,14 +73,14 @@ class Planner:
         balancer: Balancer,
         breakers: Breakers,
         inline: bool = False,
-        encoding: Collection[str] = (),
+        families: Families = ALIKE,
     ) -> None:
-        """`inline`: engines may encode where encoders fail. `encoding`: families that do where none is listed."""
+        """`inline`: engines may encode where encoders fail."""
         self._fleet = fleet
         self._balancer = balancer
         self.breakers = breakers
         self._inline = inline
-        self._encoding = encoding
+        self._families = families
 
     def draw(self, job: Job, now: float, holds: ExitStack) -> Plan:
         """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
@@ -79,7 +96,7 @@ class Planner:
             if leg.role is not Role.ENCODE:
                 _close(leg)
         try:
-            family, path = _family_of(plan), plan.path
+            family, path = family_of(plan), plan.path
             if path not in paths.INLINE:
                 path = self._route(job, now, tried, family, Role.ENCODE).path
             legs = self._generation(path, job, now, tried, family, holds)
@@ -92,14 +109,14 @@ class Planner:
         others = [leg for leg in plan.legs if leg.role is not Role.ENCODE]
         for leg in plan.encodes:
             _close(leg)
-        return replace(plan, legs=(*self._encodes(job, now, _family_of(plan), holds), *others))
+        return replace(plan, legs=(*self._encodes(job, now, family_of(plan), holds), *others))
 
     def inline(self, plan: Plan, job: Job, now: float, holds: ExitStack) -> Plan | None:
         """`plan` at engines that get the media themselves; None if this deployment has none, or it must not."""
-        family = _family_of(plan)
+        family = family_of(plan)
         if not self.can_inline(plan, now):
             return None
-        if family in self._encoding:
+        if family in self._families.inline:
             path = Path.EPD if BOTH in plan.path.roles else Path.EP_D
             return replace(plan, path=path, reason=_INLINE)
         for leg in plan.legs:
@@ -111,8 +128,8 @@ class Planner:
 
     def can_inline(self, plan: Plan, now: float) -> bool:
         """Whether `inline` would find somebody."""
-        family = _family_of(plan)
-        return self._inline and (family in self._encoding or bool(self._usable(BOTH, now, NOBODY, family)))
+        family = family_of(plan)
+        return self._inline and (family in self._families.inline or bool(self._usable(BOTH, now, NOBODY, family)))
 
     def encoder(
         self, items: Sequence[Item], now: float, tried: Collection[str], family: str, holds: ExitStack
@@ -168,12 +185,12 @@ class Planner:
         return Leg(role, instance, items, held)
 
     def _usable(self, role: Role, now: float, tried: Collection[str], family: str) -> list[Instance]:
-        ready = self._fleet.ready(role)
-        return [i for i in ready if i.dialect == family and i.url not in tried and self.breakers.allows(i.url, now)]
+        ready = [i for i in self._fleet.ready(role) if self._families.fit(i, family)]
+        return [i for i in ready if i.url not in tried and self.breakers.allows(i.url, now)]
 
     def _family(self, job: Job, now: float) -> str:
         """The family that `job` goes to: the only one; else one that serves its model and is the least loaded."""
-        listed = {instance.dialect for instance in self._fleet} - {"auto"}
+        listed = {instance.dialect for instance in self._fleet if instance.role is not Role.ENCODE} - {"auto"}
         if len(listed) < 2:
             return next(iter(listed), "auto")
         model = job.body.get("model")
@@ -212,7 +229,7 @@ class Planner:
             raise
 
     def _inlines(self, family: str, census: router.Census) -> tuple[Path, ...]:
-        if family not in self._encoding:
+        if family not in self._families.inline:
             return (Path.EPD,) if self._inline else ()
         return paths.INLINE if self._inline or Role.ENCODE not in census else ()
 
@@ -220,7 +237,7 @@ class Planner:
         """How many instances of each role are in each state, or kept from work by their circuit."""
         counted: dict[Role, Counter[str]] = {}
         for instance in self._fleet:
-            if instance.dialect in (family, "auto"):
+            if instance.dialect == "auto" or self._families.fit(instance, family):
                 counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
         return counted
 
@@ -234,8 +251,9 @@ class Planner:
         return "BUSY" if self.breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
 
 
-def _family_of(plan: Plan) -> str:
-    return plan.legs[0].instance.dialect
+def family_of(plan: Plan) -> str:
+    """That of its prefill and decode."""
+    return plan.legs[-1].instance.dialect
 
 
 def _close(leg: Leg) -> None:

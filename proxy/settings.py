@@ -27,6 +27,7 @@ from pydantic_settings import (
 from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.dialects import DIALECTS
+from proxy.dialects.base import Media
 from proxy.hedge import Hedge
 
 _NOTHING = frozenset({"", "disable", "none"})
@@ -111,6 +112,11 @@ class ProxySettings(BaseSettings):
         "auto",
         description="push: decode reserves and prefill writes layer by layer; pull: decode reads from prefill; "
         "together: both are called at once; auto: as the engine family does by default",
+    )
+    media_to_prefill: Media = Field(
+        Media.AUTO,
+        description="of vLLM engines, media that encoders have encoded; auto: where the engine would not survive that "
+        "an embedding is gone; never: embeddings are never deleted, or the engine takes no media",
     )
     metaserver_url: str | None = Field(
         None, description="where decode engines reach this proxy (push); default: the address that leads to them"

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from proxy.core import Instance, Order
 from proxy.dialects.ascend import Ascend
 from proxy.dialects.base import Dialect, Options
 from proxy.dialects.native import Native
+from proxy.dialects.vllm import Vllm
 
 DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
     "native": lambda options, instance: Native(
         Order.SEQUENTIAL if options.order is Order.SEQUENTIAL else Order.DECODE_FIRST
     ),
     "ascend": lambda options, instance: Ascend(options.order),
+    "vllm": Vllm,
 }
 """By the name that `--dialect` and a URL's `name+http://` take."""
 
-INLINE: frozenset[str] = frozenset()
+INLINE = frozenset({"ascend", "vllm"})
 """Families whose engines have an encoder of their own: where no encoder is listed, whoever prefills gets the media."""
+
+FEEDS: Mapping[str, frozenset[str]] = {"native": frozenset({"native", "vllm", "ascend"})}
+"""Families whose engines read the embeddings of a family's encoders; other encoders feed their own family alone."""
 
 ENGINES = {"triptych": "native"}
 """The dialect of the engine that calls itself so in `GET /info`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 from proxy.core import Body, Handle, Item, Job, Order, Role
@@ -19,11 +20,20 @@ class BadReply(ValueError):
     """A reply with a success status that does not hold what the next stage needs."""
 
 
+class Media(StrEnum):
+    """Whether prefill and decode get media whose embeddings an encoder has made."""
+
+    AUTO = "auto"  # prefill does where an engine would not survive that the embedding is gone
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What flags say to every family."""
 
     order: Order | None = None  # of prefill and decode; None: the family's own
+    media: Media = Media.AUTO
 
 
 class Dialect(Protocol):
@@ -33,11 +43,16 @@ class Dialect(Protocol):
     unknown fields and the order of its keys. Raises BadRequest where the family cannot do what the client asks.
 
     Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
-    `version` "0.32.0"; `bootstrap_port` of a prefill engine; `engine_ids`, by data-parallel rank as text.
+    `version` "0.32.0"; of a prefill engine `bootstrap_port`, its URL `bootstrap`, `engine_ids` by data-parallel rank.
     """
 
     name: str
     order: Order  # how prefill and decode are sent, where this instance prefills
+    remote_prefills: int | None = None  # for DECODE_FIRST: calls of one decode engine that wait for prefill at once
+    given_up: str | None = (
+        None  # the `stop_reason` of an answer that decode did not finish: somebody is to go on with it
+    )
+    continues_as_prompt: bool = False  # what goes on is a prompt to its engine: seeds and half a stop string are lost
 
     def batches(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         """The items that one encoder gets, as the calls that it gets at once."""

@@ -70,8 +70,8 @@ def handles(items: Sequence[Item], entries: Mapping[str, Any]) -> dict[int, Hand
         for position in entry.get("item_indices", ()):
             if isinstance(position, int) and 0 <= position < len(items):
                 item = items[position]
-                modality = str(entry.get("modality", item.modality))
-                found[item.index] = Handle(mm_hash, modality, entry["metadata"], entry)
+                if entry.get("modality", item.modality) == item.modality:  # not the sound of a video
+                    found[item.index] = Handle(mm_hash, item.modality, entry["metadata"], entry)
     missing = [item.param for item in items if item.index not in found]
     if missing:
         raise BadReply(f"the encoder's answer says nothing of {', '.join(missing)}")

@@ -16,7 +16,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, ROLES, Api, Job, Path, Role
 from proxy.errors import NoInstance
 from proxy.openai import Identity
-from proxy.plan import Planner
+from proxy.plan import ALIKE, Families, Planner
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 
@@ -38,7 +38,7 @@ def planner(balancer: Balancer, *, inline: bool = False, **counts: int) -> Plann
     return Planner(fleet(**counts), balancer, Breakers(Thresholds(2, 10.0)), inline)
 
 
-def mixed(balancer: Balancer, encoding: tuple[str, ...] = (), inline: bool = False, **families: str) -> Planner:
+def mixed(balancer: Balancer, rules: Families = ALIKE, inline: bool = False, **families: str) -> Planner:
     """Families by name, as roles of their engines: native="encode both"."""
     found = Fleet()
     for family, labels in families.items():
@@ -46,7 +46,7 @@ def mixed(balancer: Balancer, encoding: tuple[str, ...] = (), inline: bool = Fal
             instance = found.join(f"http://{family}-{label}{number}", Role.named(label), family)
             instance.model = f"model-of-{family}"
             found.apply(instance, Event.HEALTHY, "")
-    return Planner(found, balancer, Breakers(Thresholds(2, 10.0)), inline, encoding)
+    return Planner(found, balancer, Breakers(Thresholds(2, 10.0)), inline, rules)
 
 
 @pytest.fixture
@@ -185,10 +185,26 @@ def test_a_family_that_cannot_serve_a_request_leaves_it_to_one_that_can(balancer
 def test_families_that_encode_get_media_where_no_encoder_is_listed(balancer: Balancer) -> None:
     j = job(part(image()))
     with ExitStack() as holds:
-        assert mixed(balancer, ("a",), a="prefill decode").draw(j, 0.0, holds).path is Path.EP_D
-        assert mixed(balancer, ("a",), a="both").draw(j, 0.0, holds).path is Path.EPD
-        apart = mixed(balancer, ("a",), inline=True, a="encode prefill decode")
+        assert mixed(balancer, Families({"a"}), a="prefill decode").draw(j, 0.0, holds).path is Path.EP_D
+        assert mixed(balancer, Families({"a"}), a="both").draw(j, 0.0, holds).path is Path.EPD
+        apart = mixed(balancer, Families({"a"}), inline=True, a="encode prefill decode")
         drawn = apart.draw(j, 0.0, holds)
         found = apart.inline(drawn, j, 0.0, holds)
         assert (drawn.path, found and found.path) == (Path.E_P_D, Path.EP_D)
         assert found is not None and found.legs == drawn.legs, "the same engines, which get media as well"
+
+
+def test_an_encoder_may_feed_another_family(balancer: Balancer) -> None:
+    rules = Families({"a"}, {"b": {"a", "b"}})
+    drawing = mixed(balancer, rules, a="prefill decode", b="encode encode")
+    j = job(part(image()))
+    with ExitStack() as holds:
+        drawn = drawing.draw(j, 0.0, holds)
+        assert drawn.path is Path.E_P_D
+        (leg,) = drawn.encodes
+        other = drawing.encoder(j.items, 0.0, {leg.instance.url}, "a", holds)
+        assert other is not None and {leg.instance.dialect, other.instance.dialect} == {"b"}
+        again = drawing.encode_again(drawn, j, 0.0, holds)
+        assert [leg.instance.dialect for leg in again.encodes] == ["b"]
+        apart = mixed(balancer, Families({"a"}), a="prefill decode", b="encode encode")
+        assert apart.draw(j, 0.0, holds).path is Path.EP_D, "as if nobody listed an encoder"
