@@ -8,6 +8,7 @@ from proxy.core import Instance, Order
 from proxy.dialects.ascend import Ascend
 from proxy.dialects.base import Dialect, Options
 from proxy.dialects.native import Native
+from proxy.dialects.sglang import Sglang
 from proxy.dialects.vllm import Vllm
 
 DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
@@ -16,10 +17,11 @@ DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
     ),
     "ascend": lambda options, instance: Ascend(options.order),
     "vllm": Vllm,
+    "sglang": Sglang,
 }
 """By the name that `--dialect` and a URL's `name+http://` take."""
 
-INLINE = frozenset({"ascend", "vllm"})
+INLINE = frozenset({"ascend", "vllm", "sglang"})
 """Families whose engines have an encoder of their own: where no encoder is listed, whoever prefills gets the media."""
 
 FEEDS: Mapping[str, frozenset[str]] = {"native": frozenset({"native", "vllm", "ascend"})}

@@ -53,6 +53,7 @@ class Dialect(Protocol):
         None  # the `stop_reason` of an answer that decode did not finish: somebody is to go on with it
     )
     continues_as_prompt: bool = False  # what goes on is a prompt to its engine: seeds and half a stop string are lost
+    verify_images: bool = False  # an image that cannot be decoded ends its engines: it must not get there
 
     def batches(self, items: Sequence[Item]) -> Sequence[Sequence[Item]]:
         """The items that one encoder gets, as the calls that it gets at once."""
