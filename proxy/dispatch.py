@@ -20,15 +20,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from proxy import relay, wishes
-from proxy.callbacks import Metaserver, Waiting
+from proxy.callbacks import Metaserver, PrefillCall
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
 from proxy.encoding import Encoding, Handles
-from proxy.errors import DeadlineExceeded, NoInstance, ProxyError
+from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
 from proxy.plan import NOBODY, Planner
 from proxy.relay import Sink
-from proxy.resume import Tape, TapedSink, eligible
+from proxy.resume import Tape, TapedSink
 from proxy.retry import STAGES, Cause, cause, culprit, rule
 from proxy.sse import DONE
 from proxy.tasks import together
@@ -63,7 +63,9 @@ class Run:
     timer: asyncio.Timeout | None = None  # of the leg that answers
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
-    tape: Tape | None = None  # of a stream that could be continued
+    tape: Tape | None = None  # of an answer that could be continued
+    prefilling: int = 0  # prefills that the decode engine waits for now
+    gains: int = 0  # attempts that another goes on from, because their engine gave up
     out: Sink | None = None  # where the present attempt's answer goes
 
     @property
@@ -107,8 +109,6 @@ class Dispatcher:
 
         Once `run.sink.started` is true, an error can only be told as the stream's last event.
         """
-        if self._rules.resume and eligible(run.job):
-            run.tape = Tape()
         async with self._total_deadline(run), self._gate.admitted(wishes.priority(run.job), run.job.nbytes):
             with ExitStack() as holds:
                 await self._serve(run, holds)
@@ -130,6 +130,7 @@ class Dispatcher:
 
     async def _serve(self, run: Run, holds: ExitStack) -> None:
         plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
+        run.tape = self._tape(run.job, plan)
         handles: Handles | None = None
         while True:
             run.attempts += 1
@@ -154,9 +155,12 @@ class Dispatcher:
     def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: ExitStack) -> Plan:
         """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""
         verdict, now = rule(error), self._clock()
-        may_go_on = not run.sink.started or (run.tape is not None and run.tape.usable)
+        goes_on = run.tape is not None and run.tape.usable(error)
+        if run.tape is not None and goes_on and isinstance(error, GaveUp):
+            run.gains += run.tape.gained
         drawn = None
-        if verdict.elsewhere and may_go_on and run.attempts < self._rules.max_attempts:
+        may_go_on = goes_on or not run.sink.started
+        if verdict.elsewhere and may_go_on and run.attempts - run.gains < self._rules.max_attempts:
             drawn = self._redrawn(run, plan, role, error, now, holds)
         if drawn is None:
             if cause(error) is Cause.BUSY and error.retry_after is None:
@@ -165,10 +169,19 @@ class Dispatcher:
         if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
             run.handoff = None
         self._metrics.retries.labels(STAGES[role]).inc()
-        if run.tape is not None and run.sink.started:
-            run.tape.cut()
-            self._metrics.resumes.inc()
+        if run.tape is not None:
+            run.tape.cut(goes_on)
+            self._metrics.resumes.inc(goes_on)
         return drawn
+
+    def _tape(self, job: Job, plan: Plan) -> Tape | None:
+        """None where the answer may pass unread."""
+        leg = plan.leg(BOTH if BOTH in plan.path.roles else Role.DECODE)
+        dialect = self._legs.dialect(leg)
+        if not self._rules.resume and (dialect.given_up is None or leg.role is not Role.DECODE):
+            return None
+        tape = Tape(job, dialect, self._rules.resume)
+        return tape if tape.needed else None
 
     def _redrawn(
         self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: ExitStack
@@ -265,30 +278,42 @@ class Dispatcher:
 
     async def _decode_first(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
+        dialect = self._legs.dialect(decode)
         url = await self._metaserver.url_for(decode.instance)
-        body = self._legs.dialect(decode).decode(job, handles, None, url)
-        with self._metaserver.expect(job.id) as waiting:
-            async with together() as group:
-                task = group.create_task(self._prefill_on_call(run, waiting, prefill, job, handles))
-                await self._answer(run, decode, body, job)
-                if not waiting.asked:
-                    task.cancel()  # the decode engine had no need of it
+        body, count = dialect.decode(job, handles, None, url), dialect.prefills(job)
+        places = await self._metaserver.places(decode.instance, dialect.remote_prefills, count, self._timeouts.prefill)
+        with places, self._metaserver.expect(job.id, count) as waiting:
 
-    async def _prefill_on_call(self, run: Run, waiting: Waiting, leg: Leg, job: Job, handles: Handles) -> None:
-        descriptor = await waiting.descriptor()
+            async def attend(group: asyncio.TaskGroup) -> None:
+                while True:
+                    call = await waiting.call()
+                    group.create_task(self._prefill_on_call(run, call, prefill, job, handles)).add_done_callback(
+                        lambda _: places.leave()
+                    )
+
+            async with together() as group:
+                attending = group.create_task(attend(group))
+                await self._answer(run, decode, body, job)
+                attending.cancel()  # the decode engine has no need of more
+
+    async def _prefill_on_call(self, run: Run, call: PrefillCall, leg: Leg, job: Job, handles: Handles) -> None:
         self._patience(run, None)  # the prefill has a deadline of its own
+        run.prefilling += 1
         try:
             with self._legs.judged(leg):
-                await self._prefill(run, leg, job, handles, descriptor)
+                await self._prefill(run, leg, job, handles, call.descriptor)
         except ProxyError as error:
-            waiting.finish(error)
-            if not run.begun:
-                raise
+            call.finish(error)
+            if not (run.begun and call.alone):
+                raise  # the decode engine may wait for it for ever: it is hung up on
             log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
-        waiting.finish(None)
+        finally:
+            run.prefilling -= 1
+        call.finish(None)
         if not run.begun:
             run.decode_began = self._clock()
-        self._patience(run, self._first_answer(job))
+        if not run.prefilling:
+            self._patience(run, self._first_answer(job))
 
     async def _prefill(
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None
