@@ -112,20 +112,39 @@ def load(path: Path, buffer: memoryview, spans: Table, stopped: Callable[[], boo
         raise TransferError(f"cannot read {path}: {error}") from None
 
 
-def _seek_tensor(file: BinaryIO, nbytes: int, path: Path) -> None:
-    """Leave `file` at the first byte of the tensor."""
+def describe(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The tensor's dtype, as torch calls it, and shape. Raises GoneError, LayoutMismatch, TransferError."""
+    try:
+        with path.open("rb") as file:
+            entry = _entry(file, path)
+    except FileNotFoundError:
+        raise GoneError(f"{path} does not exist (any more)") from None
+    except OSError as error:
+        raise TransferError(f"cannot read {path}: {error}") from None
+    name = next((name for name, code in DTYPES.items() if code == entry.dtype), None)
+    if name is None:
+        raise LayoutMismatch(f"{path} holds {entry.dtype}, which is no embedding's dtype")
+    return name, tuple(entry.shape)
+
+
+def _entry(file: BinaryIO, path: Path) -> Entry:
+    """What the header says of the tensor; leaves `file` at the first byte after it."""
     length = int.from_bytes(file.read(8), "little")
     try:
         if length > MAX_HEADER:
             raise LayoutMismatch(f"{path} is no embedding: its header has {length} bytes")
-        header = msgspec.json.decode(file.read(length))
-        entry = msgspec.convert(header[TENSOR], Entry)
+        return msgspec.convert(msgspec.json.decode(file.read(length))[TENSOR], Entry)
     except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError) as error:
         raise LayoutMismatch(f"{path} has no tensor {TENSOR!r}: {error}") from None
+
+
+def _seek_tensor(file: BinaryIO, nbytes: int, path: Path) -> None:
+    """Leave `file` at the first byte of the tensor."""
+    entry = _entry(file, path)
     begin, end = entry.data_offsets
     if begin < 0 or end - begin != nbytes or math.prod(entry.shape) * WIDTHS.get(entry.dtype, 0) != nbytes:
         raise LayoutMismatch(f"{path} holds {entry.dtype}{entry.shape}, not {nbytes} bytes")
-    file.seek(8 + length + begin)
+    file.seek(begin, os.SEEK_CUR)
 
 
 class StorageTicket:

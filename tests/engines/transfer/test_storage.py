@@ -8,6 +8,7 @@ import torch
 from engines.transfer import create
 from engines.transfer.base import GoneError, LayoutMismatch, TransferCancelled, TransferError, TransferTimeout
 from engines.transfer.lifecycle import TicketState
+from engines.transfer.storage import describe
 from tests.engines.transfer.nodes import nothing, reserve
 
 KEY = "ab" * 32
@@ -106,6 +107,19 @@ async def test_a_truncated_or_differently_shaped_file_is_refused(pair, tmp_path)
         await ticket.fetch(where)
     ticket.release()
     sender.transfer.withdraw(KEY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_file_says_what_it_holds(tmp_path, dtype):
+    safetensors.torch.save_file({"ec_cache": torch.zeros(3, 5, dtype=dtype)}, tmp_path / "file")
+    assert describe(tmp_path / "file") == (str(dtype).removeprefix("torch."), (3, 5))
+    safetensors.torch.save_file({"ec_cache": torch.zeros(3, dtype=torch.int64)}, tmp_path / "file")
+    with pytest.raises(LayoutMismatch, match="I64"):
+        describe(tmp_path / "file")
+    with pytest.raises(TransferError, match="cannot read"):
+        describe(tmp_path)
+    with pytest.raises(GoneError):
+        describe(tmp_path / "missing")
 
 
 async def test_a_missing_file_is_gone(pair, freed):
