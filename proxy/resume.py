@@ -82,6 +82,7 @@ class Tape:
         self._before = 0  # tokens of earlier answers
         self._confirmed = True  # the present answer is known to go on after `_before`
         self._has_usage = False
+        self._passed = False  # the client has been shown something
         self._splitter = Splitter()
 
     @property
@@ -130,7 +131,11 @@ class Tape:
 
     def feed(self, data: bytes) -> bytes:
         """Whole events, as the client is to see them. Half an event is held, and lost with the stream it is from."""
-        return b"".join(self._seen(event) for event in self._splitter.feed(data))
+        shown = b"".join(self._seen(event) for event in self._splitter.feed(data))
+        if self._given_up and not self._passed and not (self._keeps and self.token_ids):
+            return b""  # nothing was said: another answer may take its place
+        self._passed = self._passed or bool(shown)
+        return shown
 
     def check(self) -> None:
         """The stream is over. Raises GaveUp, or Broken if it does not go on where the one before ended."""
@@ -148,7 +153,7 @@ class Tape:
         answer = orjson.loads(data)
         for choice in answer["choices"]:
             self._take(choice, choice.get("message"))
-        self._note_prompt(answer)
+        self._note(answer)
         self.check()
         for choice in answer["choices"]:
             choice |= {"message": choice["message"] | self._said} if "message" in choice else self._said
@@ -172,7 +177,7 @@ class Tape:
             return event.raw
         choices = parsed.get("choices") or []
         shown = [choice for choice in choices if self._take(choice, choice.get("delta"))]
-        self._note_prompt(parsed)
+        self._note(parsed)
         self._has_usage = self._has_usage or bool(parsed.get("usage"))
         if self._error is not None or (choices and not shown):
             return b""
@@ -204,7 +209,9 @@ class Tape:
         opens = said is not None and "role" in said and not self._before
         return bool(text or finish or opens)
 
-    def _note_prompt(self, event: dict[str, Any]) -> None:
+    def _note(self, event: dict[str, Any]) -> None:
+        if self._first is None:
+            self._first = {name: event[name] for name in _SHARED if name in event}
         self._read_prompt(event.pop("prompt_token_ids", None))
         if not self._confirmed and self._error is None and event.get("choices"):
             self._error = Broken("the engine went on after other tokens than those it was told", stage=Stage.DECODE)
@@ -216,12 +223,10 @@ class Tape:
             self._confirmed = True
 
     def _alike(self, event: dict[str, Any]) -> Body:
-        if self._first is None:
-            self._first = {name: event[name] for name in _SHARED if name in event}
         if (usage := event.get("usage")) and self.dialect.continues_as_prompt:
             usage["prompt_tokens"] = usage.get("prompt_tokens", 0) - self._before
             usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._before
-        return {**event, **self._first}
+        return {**event, **(self._first or {})}
 
 
 def _text(choice: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:
