@@ -6,9 +6,9 @@ A plan is drawn whole, and mended leg by leg: `redraw` and `encoder` choose agai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
@@ -16,25 +16,12 @@ from proxy.balancer.ledger import Lease
 from proxy.breaker import Breakers, Circuit, Permit
 from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
+from proxy.families import UNKNOWN, Families
 from proxy.retry import rule
 from proxy.routing import paths, router
 
 NOBODY: Collection[str] = frozenset()
 _INLINE = "encoders failed, encoding inline"
-
-
-@dataclass(frozen=True, slots=True)
-class Families:
-    """What engine families can do for each other: `proxy.dialects` knows."""
-
-    inline: Collection[str] = ()  # whose engines encode media where no encoder is listed
-    feeds: Mapping[str, Collection[str]] = field(default_factory=dict)  # by an encoder's family; absent: its own alone
-
-    def fit(self, instance: Instance, family: str) -> bool:
-        """Whether `instance` can take part in a plan of `family`."""
-        if instance.role is Role.ENCODE and (fed := self.feeds.get(instance.dialect)):
-            return family in fed
-        return instance.dialect == family
 
 
 ALIKE = Families()
@@ -190,9 +177,9 @@ class Planner:
 
     def _family(self, job: Job, now: float) -> str:
         """The family that `job` goes to: the only one; else one that serves its model and is the least loaded."""
-        listed = {instance.dialect for instance in self._fleet if instance.role is not Role.ENCODE} - {"auto"}
+        listed = {instance.dialect for instance in self._fleet if instance.role is not Role.ENCODE} - {UNKNOWN}
         if len(listed) < 2:
-            return next(iter(listed), "auto")
+            return next(iter(listed), UNKNOWN)
         model = job.body.get("model")
 
         def rank(family: str) -> tuple[bool, bool, int, str]:
@@ -237,7 +224,7 @@ class Planner:
         """How many instances of each role are in each state, or kept from work by their circuit."""
         counted: dict[Role, Counter[str]] = {}
         for instance in self._fleet:
-            if instance.dialect == "auto" or self._families.fit(instance, family):
+            if instance.dialect == UNKNOWN or self._families.fit(instance, family):
                 counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
         return counted
 

@@ -27,6 +27,7 @@ from pydantic_settings import (
 from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.dialects import DIALECTS
+from proxy.dialects.sglang import Sglang
 from proxy.dialects.base import Media
 from proxy.hedge import Hedge
 
@@ -118,6 +119,18 @@ class ProxySettings(BaseSettings):
         description="of vLLM engines, media that encoders have encoded; auto: where the engine would not survive that "
         "an embedding is gone; never: embeddings are never deleted, or the engine takes no media",
     )
+    virtual_encoder_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port for SGLang's language servers, which find all encoders behind it as one; never for clients",
+    )
+    virtual_encoder_url: str | None = Field(
+        None, description="where language servers reach that port; default: the address that leads to them"
+    )
+    encoder_register_urls: str = Field(
+        "", description="language servers to register it at, as URL,URL with their --encoder-bootstrap-port"
+    )
     metaserver_url: str | None = Field(
         None, description="where decode engines reach this proxy (push); default: the address that leads to them"
     )
@@ -133,6 +146,9 @@ class ProxySettings(BaseSettings):
     )
     probe_interval: PositiveFloat = Field(2.0, description="seconds between two probes of an engine")
     probe_timeout: PositiveFloat = Field(2.0, description="seconds for a probe's answer")
+    warm_up_timeout: PositiveFloat = Field(
+        120.0, description="seconds for the one real request that an engine of another family answers before it serves"
+    )
     probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
     inline_encoding: bool = Field(
@@ -195,6 +211,10 @@ class ProxySettings(BaseSettings):
         if twice is not None:
             raise ValueError(f"{twice} is listed twice: an engine has one role")
         self.policies()
+        if self.lists() and self.virtual_encoder_port is None:
+            raise ValueError("--encoder-register-urls: what is to be registered listens on --virtual-encoder-port")
+        if self.workers > 1 and self.virtual_encoder_port is not None:
+            raise ValueError("--virtual-encoder-port: a request's calls must meet in one process, so with --workers 1")
         try:
             Hedge(self.hedge_after)
         except ValueError as error:
@@ -210,6 +230,10 @@ class ProxySettings(BaseSettings):
             (Role.DECODE if split else BOTH, self.decode_servers_urls),
         )
         return [(role, Endpoint.parse(url, self.dialect)) for role, text in lists for url in _urls(text)]
+
+    def lists(self) -> list[str]:
+        """The bootstrap servers that get to know the virtual encoder. Raises ValueError."""
+        return [Endpoint.parse(url, Sglang.name).url for url in _urls(self.encoder_register_urls)]
 
     def policies(self) -> dict[Role, str]:
         """The policy's name for each role. Raises ValueError."""

@@ -19,7 +19,7 @@ from proxy.dialects import bodies
 from proxy.dialects.base import BadReply, Call, Dialect, Handles, Media, Options
 
 _REPORTS = (0, 32)  # the first release whose encoders report handles and whose prefill takes metadata
-_LEAST_VERSION = re.compile(r"(\d+)\.(\d+)")
+_VERSION = re.compile(r"(\d+)\.(\d+)")
 # Of a handle whose embedding can be missed without harm: ECMooncakeConnector's, and that of our own encoder and
 # connector, which publish again what somebody has removed.
 _KEPT = ("transfer_id", "where")
@@ -113,7 +113,7 @@ class Vllm(Dialect):
 
     @property
     def _version(self) -> tuple[int, int] | None:
-        found = _LEAST_VERSION.match(str(self._instance.facts.get("version", "")))
+        found = _VERSION.match(str(self._instance.facts.get("version", "")))
         return None if found is None else (int(found[1]), int(found[2]))
 
     @property

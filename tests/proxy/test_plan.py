@@ -15,8 +15,9 @@ from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, ROLES, Api, Job, Path, Role
 from proxy.errors import NoInstance
+from proxy.families import Families
 from proxy.openai import Identity
-from proxy.plan import ALIKE, Families, Planner
+from proxy.plan import ALIKE, Planner
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 

@@ -26,10 +26,6 @@ def test_bodies_keep_unknown_fields_and_key_order_and_the_job_stays_as_it_was(na
     assert dialect.name == name
 
 
-def test_every_known_engine_has_a_dialect() -> None:
-    assert set(dialects.ENGINES.values()) <= set(dialects.DIALECTS)
-
-
 def test_an_instance_keeps_its_dialect_until_it_turns_out_to_be_another_or_is_another() -> None:
     speakers = Speakers(Options())
     one = Instance("http://p:1", Role.PREFILL, "native")
