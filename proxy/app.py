@@ -41,6 +41,7 @@ from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
+from proxy.profiling import Profiling
 from proxy.settings import ProxySettings
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
@@ -101,7 +102,8 @@ class Proxy:
         settings = self.settings
         openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
-        routes = [*openai.routes(), *admin.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
+        profiling = Profiling(self.fleet, self.upstream, admin.authorized)
+        routes = [*openai.routes(), *admin.routes(), *profiling.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
 
     @asynccontextmanager

@@ -75,7 +75,7 @@ class Vllm(Language):
         super().__init__()
         self.world = world
         self.profiles = True
-        self.profiled: list[str] = []
+        self.profiled: list[tuple[str, str | None]] = []  # (path, authorization)
         self.encoded: list[str] = []  # keys, in order
         self.seen: list[list[tuple[str, str]]] = []  # (key, whence) of each item of each call
         self.dead = False
@@ -103,7 +103,7 @@ class Vllm(Language):
     async def _profile(self, request: web.Request) -> web.Response:
         if not self.profiles:
             return web.json_response({"detail": "Not Found"}, status=404)
-        self.profiled.append(request.path)
+        self.profiled.append((request.path, request.headers.get("authorization")))
         return web.Response()
 
     async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
