@@ -153,7 +153,7 @@ class Metaserver:
         if self._host not in _WILDCARDS:
             return _url(self._host, self.port)
         if instance.url not in self._reached_at:
-            self._reached_at[instance.url] = _url(await _local_address(instance.url), self.port)
+            self._reached_at[instance.url] = _url(await local_address(instance.url), self.port)
         return self._reached_at[instance.url]
 
     async def handle(self, request: Request) -> Response:
@@ -210,7 +210,7 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{ROUTE}"
 
 
-async def _local_address(url: str) -> str:
+async def local_address(url: str) -> str:
     """The address of this machine that packets to `url` leave from: what listens on 0.0.0.0 is reached there."""
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()

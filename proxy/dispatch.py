@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +47,10 @@ class Rules:
     max_attempts: int = 3
     resume: bool = False
     request_timeout: float | None = None
+
+
+Over = Callable[[Plan, Job, Coroutine[Any, Any, None]], Awaitable[None]]
+"""Runs the generation of an attempt, and may end it before or after its own end."""
 
 
 @dataclass(slots=True)
@@ -85,8 +89,16 @@ class Dispatcher:
     """One for the whole proxy; all that belongs to one request is in its Run."""
 
     def __init__(
-        self, planner: Planner, legs: Legs, encoding: Encoding, metaserver: Metaserver, gate: Gate, rules: Rules
+        self,
+        planner: Planner,
+        legs: Legs,
+        encoding: Encoding,
+        metaserver: Metaserver,
+        gate: Gate,
+        rules: Rules,
+        over: Over | None = None,
     ) -> None:
+        self._over = over
         self._planner = planner
         self._legs = legs
         self._metaserver = metaserver
@@ -139,7 +151,8 @@ class Dispatcher:
                 if handles is None:
                     plan, handles = await self._encode(run, plan, job, holds)
                 run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
-                await self._generate(run, plan, job, handles)
+                work = self._generate(run, plan, job, handles)
+                await (work if self._over is None else self._over(plan, job, work))
                 return
             except ProxyError as error:
                 error.attempts = max(error.attempts, run.attempts)

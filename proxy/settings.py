@@ -27,8 +27,8 @@ from pydantic_settings import (
 from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.dialects import DIALECTS
-from proxy.dialects.sglang import Sglang
 from proxy.dialects.base import Media
+from proxy.dialects.sglang import Sglang
 from proxy.hedge import Hedge
 
 _NOTHING = frozenset({"", "disable", "none"})

@@ -8,7 +8,7 @@ from proxy.core import Instance, Order
 from proxy.dialects.ascend import Ascend
 from proxy.dialects.base import Dialect, Options
 from proxy.dialects.native import Native
-from proxy.dialects.sglang import Sglang
+from proxy.dialects.sglang import SELF_FED, Sglang
 from proxy.dialects.vllm import Vllm
 
 DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
@@ -24,11 +24,11 @@ DIALECTS: dict[str, Callable[[Options, Instance], Dialect]] = {
 INLINE = frozenset({"ascend", "vllm", "sglang"})
 """Families whose engines have an encoder of their own: where no encoder is listed, whoever prefills gets the media."""
 
-FEEDS: Mapping[str, frozenset[str]] = {"native": frozenset({"native", "vllm", "ascend"})}
+FEEDS: Mapping[str, frozenset[str]] = {
+    "native": frozenset({"native", "vllm", "ascend"}),
+    "sglang": frozenset({SELF_FED}),
+}
 """Families whose engines read the embeddings of a family's encoders; other encoders feed their own family alone."""
-
-ENGINES = {"triptych": "native"}
-"""The dialect of the engine that calls itself so in `GET /info`."""
 
 
 class Speakers:

@@ -14,6 +14,9 @@ from proxy.core import BOTH, Body, Instance, Item, Job, Order, Role
 from proxy.dialects import bodies
 from proxy.dialects.base import Call, Dialect, Handles, Options
 
+SELF_FED = "sglang's own servers"
+"""Whom SGLang's encoders feed: no plan of ours, since language servers call them themselves."""
+
 _CHOICES = 256  # rooms that one request may take: its n-th choice meets in the n-th room after the one that is named
 _NOBODY = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}  # SGLang's own word for a warm-up without a peer
 
