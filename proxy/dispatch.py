@@ -161,11 +161,21 @@ class Dispatcher:
                 if run.sink.started and self._closed(run):
                     return
                 role = culprit(error, plan.path)
-                plan = run.plan = self._mend(run, plan, role, error, holds)
-                handles = None if role is Role.ENCODE else handles
+                doubt = self._doubt(run, plan, role, error, handles)
+                plan = run.plan = self._mend(run, plan, role, error, doubt, holds)
+                if role is Role.ENCODE:
+                    handles = None
+                elif doubt and role is not Role.DECODE:
+                    handles = {}
             log.info("%s goes on elsewhere: %s", job.id, plan)
 
-    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: ExitStack) -> Plan:
+    def _doubt(self, run: Run, plan: Plan, role: Role, error: ProxyError, handles: Handles) -> bool:
+        """Whether the same engine may do better with what it got from others made anew: the media, the KV."""
+        if run.attempts > 1 or cause(error) is not Cause.SERVER_ERROR or role is Role.ENCODE:
+            return False
+        return self._legs.dialect(plan.leg(role)).vague and (bool(handles) or role is Role.DECODE)
+
+    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, doubt: bool, holds: ExitStack) -> Plan:
         """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""
         verdict, now = rule(error), self._clock()
         goes_on = run.tape is not None and run.tape.usable(error)
@@ -174,7 +184,7 @@ class Dispatcher:
         drawn = None
         may_go_on = goes_on or not run.sink.started
         if verdict.elsewhere and may_go_on and run.attempts - run.gains < self._rules.max_attempts:
-            drawn = self._redrawn(run, plan, role, error, now, holds)
+            drawn = self._redrawn(run, plan, role, verdict.again or doubt, now, holds)
         if drawn is None:
             if cause(error) is Cause.BUSY and error.retry_after is None:
                 error.retry_after = _RETRY_AFTER_S
@@ -196,9 +206,7 @@ class Dispatcher:
         tape = Tape(job, dialect, self._rules.resume)
         return tape if tape.needed else None
 
-    def _redrawn(
-        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: ExitStack
-    ) -> Plan | None:
+    def _redrawn(self, run: Run, plan: Plan, role: Role, again: bool, now: float, holds: ExitStack) -> Plan | None:
         if role is Role.ENCODE:
             if not plan.encodes:
                 return None
@@ -209,7 +217,7 @@ class Dispatcher:
         else:
             run.tried.add(plan.leg(role).instance.url)
         drawn = self._planner.redraw(plan, run.job, now, run.tried, holds)
-        if drawn is None and rule(error).again:
+        if drawn is None and again:
             drawn = self._planner.redraw(plan, run.job, now, NOBODY, holds)
         return drawn
 

@@ -49,6 +49,7 @@ class Dialect(Protocol):
     name: str
     order: Order  # how prefill and decode are sent, where this instance prefills
     remote_prefills: int | None = None  # for DECODE_FIRST: calls of one decode engine that wait for prefill at once
+    vague: bool = False  # its 5xx may tell of KV or embeddings that others made: it may be asked again without
     given_up: str | None = (
         None  # the `stop_reason` of an answer that decode did not finish: somebody is to go on with it
     )

@@ -59,11 +59,11 @@ def for_encoder(job: Job, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def handles(items: Sequence[Item], entries: Mapping[str, Any]) -> dict[int, Handle]:
-    """One handle for each of `items` out of an encoder's `ec_transfer_params`, by the positions that its entries name.
+    """A handle for each of `items` out of an encoder's `ec_transfer_params`, by the positions that its entries name.
 
-    Raises BadReply.
+    An item whose entry has empty metadata was encoded and not published: it has none. Raises BadReply.
     """
-    found: dict[int, Handle] = {}
+    found: dict[int, Handle | None] = {}
     for mm_hash, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
             raise BadReply(f"the encoder's entry for {mm_hash} has no metadata")
@@ -71,11 +71,12 @@ def handles(items: Sequence[Item], entries: Mapping[str, Any]) -> dict[int, Hand
             if isinstance(position, int) and 0 <= position < len(items):
                 item = items[position]
                 if entry.get("modality", item.modality) == item.modality:  # not the sound of a video
-                    found[item.index] = Handle(mm_hash, item.modality, entry["metadata"], entry)
+                    metadata = entry["metadata"]
+                    found[item.index] = Handle(mm_hash, item.modality, metadata, entry) if metadata else None
     missing = [item.param for item in items if item.index not in found]
     if missing:
         raise BadReply(f"the encoder's answer says nothing of {', '.join(missing)}")
-    return found
+    return {index: handle for index, handle in found.items() if handle is not None}
 
 
 def blame(items: Sequence[Item], param: str | None) -> str | None:

@@ -20,14 +20,12 @@ from proxy.dialects.base import BadReply, Call, Dialect, Handles, Media, Options
 
 _REPORTS = (0, 32)  # the first release whose encoders report handles and whose prefill takes metadata
 _VERSION = re.compile(r"(\d+)\.(\d+)")
-# Of a handle whose embedding can be missed without harm: ECMooncakeConnector's, and that of our own encoder and
-# connector, which publish again what somebody has removed.
-_KEPT = ("transfer_id", "where")
 _FACTORS = ("mm_processor_kwargs", "media_io_kwargs")
 
 
 class Vllm(Dialect):
     name = "vllm"
+    vague = True
 
     def __init__(self, options: Options, instance: Instance) -> None:
         self._instance = instance
@@ -157,8 +155,15 @@ class Vllm(Dialect):
         if rehashed and item.mm_hash in (None, handle.mm_hash):
             return False  # the encoder's name for it would be hashed once more
         if self._media is Media.AUTO:
-            return any(name in handle.entry for name in _KEPT)
+            return _harmless(handle)
         return self._media is Media.NEVER
+
+
+def _harmless(handle: Handle) -> bool:
+    """Whether its embedding can be missed without harm: ECMooncakeConnector and our own connector fail the request, but
+    vLLM's own reads the files of any encoder's folder, ours included."""
+    where = handle.entry.get("where")
+    return "transfer_id" in handle.entry or (isinstance(where, dict) and where.get("transport") != "storage")
 
 
 def _hears_video(job: Job) -> bool:

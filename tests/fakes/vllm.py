@@ -108,6 +108,8 @@ class Vllm(Language):
 
     async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
         try:
+            if self.dead:
+                raise Dead
             extra = await self.work(call)
         except Dead:
             return self.die()

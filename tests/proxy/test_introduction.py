@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aiohttp import web
+from blake3 import blake3
 
 from proxy.core import BOTH, Instance, Role, State
 from tests.fakes.deployment import Deployment, deployment
@@ -71,10 +72,11 @@ async def test_one_that_served_is_taken_out_when_the_others_turn_out_to_be_of_an
 
 
 async def test_our_encoder_feeds_vllm_engines() -> None:
-    async with deployment("1b", "auto", World().engines()) as d, Encoder() as encoder:
+    world = World(files={blake3(image()).hexdigest()})
+    async with deployment("1b", "auto", world.engines()) as d, Encoder() as encoder:
         await join(d, encoder, Role.ENCODE)
         answer = await d.post(chat(part(image())))
-        assert answer.route.startswith("E-PD; "), answer.body
+        assert answer.status == 200 and answer.route.startswith("E-PD; "), answer.body
         (call,) = d.combined[0].served
         entry = next(iter(call.body["ec_transfer_params"].values()))
         assert entry["where"] == {"at": encoder.netloc}

@@ -113,13 +113,44 @@ async def test_told_that_files_stay_metadata_go_alone_and_a_deleted_one_is_fatal
         assert d.combined[0].dead, "as measured: this is what `auto` is for"
 
 
-async def test_a_connector_that_fails_the_request_has_it_encoded_again_or_told() -> None:
+@pytest.mark.parametrize("topology", ["1e1b", "1e1p1d"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_an_embedding_missed_without_harm_is_made_up_for_by_the_media(topology: str, stream: bool) -> None:
     world = World(ec="mooncake")
-    async with fleet("1e1b", world) as d:
-        assert whole(await d.post(chat(part(A)))) == TEXT
+    async with fleet(topology, world) as d:
+        assert (await d.post(chat(part(A)))).status == 200
         world.files.clear()
-        answer = await d.post(chat(part(A)))
-        assert answer.status == 500 and not d.combined[0].dead
+        answer = await d.post(chat(part(A), stream=stream))
+        assert answer.status == 200 and b"error" not in answer.body
+        first = (d.prefills or d.combined)[0]
+        calls = served(first)[1:]
+        assert [call.body["messages"][0]["content"][1]["type"] for call in calls] == ["image_embeds", "image_url"]
+        assert first.encoded == [hash_of(A)] and not first.dead
+
+
+async def test_an_engine_that_is_ill_is_asked_twice_at_the_most() -> None:
+    async with fleet("1e1b") as d:
+        d.combined[0].always = Fault(Kind.STATUS, status=500, error="ill")
+        for body in (chat(part(A)), chat()):
+            before = len(d.combined[0].calls)
+            answer = await d.post(body)
+            assert (answer.status, answer.error["message"]) == (500, "ill")
+            assert len(d.combined[0].calls) - before == (2 if isinstance(body["messages"][0]["content"], list) else 1)
+
+
+async def test_kv_that_decode_cannot_fetch_is_made_again_for_the_same_engine() -> None:
+    world = World()
+    async with fleet("1p1d", world) as d:
+        original = d.decodes[0].work
+
+        async def forgetful(call: Any) -> Any:
+            if call.id == "me":
+                world.prefilled.clear()
+            return await original(call)
+
+        d.decodes[0].work = forgetful
+        assert whole(await d.post(chat(), x_request_id="me")) == TEXT
+        assert [call.id for call in served(d.prefills[0])] == ["me", "me-2"]
 
 
 @pytest.mark.parametrize(
@@ -258,12 +289,11 @@ async def test_a_failed_prefill_ends_the_decode_that_waits_for_it() -> None:
 
 async def test_a_failed_decode_ends_the_prefill() -> None:
     async with fleet("1p1d", World(kv="mooncake")) as d:
-        gate = d.prefills[0].gate = asyncio.Event()
-        d.decodes[0].fail(Fault(Kind.STATUS, status=500, error="ill"))
+        d.prefills[0].gate = asyncio.Event()
+        d.decodes[0].always = Fault(Kind.STATUS, status=500, error="ill")
         answer = await d.post(chat(stream=True))
         assert (answer.status, answer.error["stage"], answer.error["message"]) == (500, "decode", "ill")
-        await d.prefills[0].until(lambda: d.prefills[0].aborted == 1)
-        gate.set()
+        await d.prefills[0].until(lambda: d.prefills[0].aborted == 2)
 
 
 async def test_a_client_that_leaves_ends_both() -> None:

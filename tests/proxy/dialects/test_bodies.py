@@ -71,3 +71,12 @@ def test_an_entrys_modality_is_the_items_where_it_names_none() -> None:
         "audio_embeds": {"audio_num_tokens": 3},
         "uuid": "u",
     }
+
+
+def test_an_item_that_was_not_published_has_no_handle_and_is_no_mistake() -> None:
+    j = job(chat(part(image(8, 8)), part(image(16, 8))))
+    entries = {
+        "a": {"item_indices": [0], "metadata": {}},
+        "b": {"item_indices": [1], "metadata": {"image_grid_thw": [1]}},
+    }
+    assert set(bodies.handles(j.items, entries)) == {1}
