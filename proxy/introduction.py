@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 
@@ -49,8 +50,7 @@ class Introduction:
             if found.role is not None and found.role != instance.role:
                 raise Unfit(f"it is started with the role {found.role.label!r}, but listed as {instance.role.label!r}")
             instance.model = found.model or instance.model
-            known = {name: value for name, value in found.facts.items() if value is not None}
-            instance.facts = {**known, **instance.facts, "known_by": found.how}
+            instance.facts = _updated(instance.facts, found)
         if reason := self.stray(instance, listed):
             raise Unfit(reason)
         await self._bootstrap(instance)
@@ -99,3 +99,10 @@ class Introduction:
                 await answer.read()
         except EngineFailed as error:
             raise Unfit(f"its warm-up request failed: {error}") from None
+
+
+def _updated(facts: Mapping[str, Any], found: Found) -> dict[str, Any]:
+    """What the engine says now in place of what it said before; a port that its URL tells stays."""
+    said = {name: value for name, value in found.facts.items() if value is not None}
+    port = {"bootstrap_port": facts["bootstrap_port"]} if "bootstrap_port" in facts else {}
+    return {**facts, **said, **port, "known_by": found.how}

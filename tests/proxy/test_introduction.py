@@ -103,6 +103,21 @@ async def test_a_prefill_engine_without_its_bootstrap_server_cannot_be_met() -> 
         d.proxy.fleet.remove(instance.url)
 
 
+async def test_an_engine_started_anew_is_believed_anew() -> None:
+    world = World(kv="mooncake")
+    async with deployment("1p1d", "auto", world.engines(), probe_failures=1) as d:
+        (instance,) = [i for i in d.proxy.fleet if i.role is Role.PREFILL]
+        port = instance.facts["bootstrap_port"]
+        await d.prefills[0].stop()
+        await d.proxy.health.tick()
+        world.version, d.prefills[0].engine_ids = "0.33.0", {"0": "another"}
+        await d.prefills[0].start()
+        await d.proxy.health.tick()
+        assert instance.state is State.READY
+        assert (instance.facts["version"], instance.facts["engine_ids"]) == ("0.33.0", {"0": "another"})
+        assert instance.facts["bootstrap_port"] == port
+
+
 async def test_a_warm_up_that_fails_is_told_and_tried_again() -> None:
     async with deployment("1b", "auto", World().engines()) as d, Combined(World()) as engine:
         engine.fail(Fault(Kind.STATUS, status=500, error="no kernels"))

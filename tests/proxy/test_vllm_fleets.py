@@ -88,6 +88,16 @@ async def test_each_stage_gets_its_part_of_a_request() -> None:
         assert all(call.body["odd"] == [1] for call in (encode, prefill, decode))
 
 
+async def test_large_media_reach_all_stages_as_they_came() -> None:
+    data = A + bytes(300_000)
+    async with fleet("1e1p1d", media_to_prefill="always") as d:
+        assert whole(await d.post(chat(part(data), part(B)))) == TEXT
+        for engine in d.engines:
+            (call,) = served(engine)
+            items = [p for p in call.body["messages"][0]["content"] if p["type"] == "image_url"]
+            assert items == [part(data) | {"uuid": hash_of(data)}, part(B) | {"uuid": hash_of(B)}]
+
+
 # ---- what is lethal, or would be
 
 
