@@ -134,7 +134,8 @@ class Proxy:
         self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
         lists = settings.lists()
         try:
-            async with Enrolment(lists, settings.virtual_encoder_url).kept(settings.host, self.virtual_port):
+            enrolment = Enrolment(lists, settings.virtual_encoder_url)
+            async with self.virtual.running(), enrolment.kept(settings.host, self.virtual_port):
                 yield
         finally:
             await server.stop(0.0)

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from proxy import relay, wishes
@@ -49,8 +50,8 @@ class Rules:
     request_timeout: float | None = None
 
 
-Over = Callable[[Plan, Job, Coroutine[Any, Any, None]], Awaitable[None]]
-"""Runs the generation of an attempt, and may end it before or after its own end."""
+Over = Callable[[Plan, Job, Sink, Callable[[Sink], Coroutine[Any, Any, None]]], Awaitable[None]]
+"""Runs the generation of an attempt into its sink, or one before it, and may end it before or after its own end."""
 
 
 @dataclass(slots=True)
@@ -151,8 +152,10 @@ class Dispatcher:
                 if handles is None:
                     plan, handles = await self._encode(run, plan, job, holds)
                 run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
-                work = self._generate(run, plan, job, handles)
-                await (work if self._over is None else self._over(plan, job, work))
+                if self._over is None:
+                    await self._generate(run, plan, job, handles)
+                else:
+                    await self._over(plan, job, run.out, partial(self._into, run, plan, job, handles))
                 return
             except ProxyError as error:
                 error.attempts = max(error.attempts, run.attempts)
@@ -243,6 +246,10 @@ class Dispatcher:
                 raise found.failure
             plan = run.plan = inline
         return plan, found.handles
+
+    async def _into(self, run: Run, plan: Plan, job: Job, handles: Handles, sink: Sink) -> None:
+        run.out = sink
+        await self._generate(run, plan, job, handles)
 
     async def _generate(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         if BOTH in plan.path.roles:

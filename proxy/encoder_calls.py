@@ -43,11 +43,25 @@ class Call:
 
     leg: Leg
     piece: Piece
+    number: int  # of the attempts for this item, from 1
     told: bool = False
 
     @property
     def instance(self) -> Instance:
         return self.leg.instance
+
+    @property
+    def req_id(self) -> str:
+        """An encoder keeps what failed under its name until somebody fetches it: each attempt has its own. Receivers
+        look at what stands before the part's number, and at `part_idx`."""
+        name = str(self.piece.body["req_id"])
+        return name if self.number == 1 else f"{name}-{self.number}"
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """0.5.23 puts in the encoder's own URL."""
+        body = {**self.piece.body, "req_id": self.req_id}
+        return {**body, "encoder_url": self.instance.url} if "encoder_url" in body else body
 
 
 class EncoderCalls:
@@ -67,7 +81,7 @@ class EncoderCalls:
                     call.told = True
                 else:
                     register = group.create_task(self._register(call, receivers))
-                answer = await self.post(call.instance, _ENCODE, _named(call))
+                answer = await self.post(call.instance, _ENCODE, call.body)
                 if receivers is not None:
                     register.cancel()
         return answer
@@ -76,7 +90,7 @@ class EncoderCalls:
         """Tell the encoder of a failed call where its receivers are, so that it pushes its error there."""
         async with together() as group:
             for body in receivers.known.values():
-                group.create_task(self.post(call.instance, _RECEIVER, {**body, "req_id": call.piece.body["req_id"]}))
+                group.create_task(self.post(call.instance, _RECEIVER, {**body, "req_id": call.req_id}))
 
     async def post(self, instance: Instance, path: str, body: Mapping[str, Any]) -> bytes:
         """Raises EngineFailed."""
@@ -98,7 +112,7 @@ class EncoderCalls:
         """Until the encoder has read the media. If it cannot, this waits: /encode says why."""
         if call.instance.url in self._silent:
             return
-        asked = {name: call.piece.body[name] for name in ("req_id", "part_idx")}
+        asked = {"req_id": call.req_id, "part_idx": call.piece.body["part_idx"]}
         try:
             async with asyncio.timeout(_READ_S):
                 await self.post(call.instance, _SIZES, asked)
@@ -108,9 +122,3 @@ class EncoderCalls:
             if error.status not in (404, 405):
                 await asyncio.Event().wait()
             self._silent.add(call.instance.url)
-
-
-def _named(call: Call) -> Mapping[str, Any]:
-    """The body; 0.5.23 puts in the encoder's own URL."""
-    body = call.piece.body
-    return {**body, "encoder_url": call.instance.url} if "encoder_url" in body else body

@@ -10,23 +10,24 @@ wait for an embedding (`reference`: an abort without input ids), and of a caller
 - Where a receiver waits is told to an encoder only once that has read the media (0.5.23 says so before its forward),
   because with the address it would push its error there. Until then a failed item goes elsewhere unseen.
 - An item that no encoder can read fails our client's request, and the server gets the embedding of a black picture.
-- `over` keeps the connection of a request whose client has left until its embeddings are there.
+- `over` keeps a server's connection, though its client has left or been told, until the embeddings are there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
 from proxy import pieces
 from proxy.balancer.fleet import Fleet
-from proxy.core import Instance, Job, Plan, Role, Stage
+from proxy.core import Job, Plan, Role, Stage
 from proxy.dialects.sglang import SELF_FED, Sglang, rid
 from proxy.encoder_calls import Call, EncoderCalls, Receivers
 from proxy.errors import BadRequest, Conflict, NoInstance, NotFound, ProxyError, Refused
@@ -36,8 +37,10 @@ from proxy.http.server import Request
 from proxy.legs import Legs
 from proxy.pieces import Part, Piece
 from proxy.plan import Planner, family_of
-from proxy.retry import rule
+from proxy.relay import Sink
+from proxy.retry import Cause, cause, rule
 from proxy.tasks import together
+from proxy.valve import Valve
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,10 @@ _PATIENCE_S = 170.0  # a server waits 180
 _AGAIN_S = 0.5  # between two looks for an encoder
 
 
+T = TypeVar("T")
+Work = Callable[[Sink], Coroutine[Any, Any, None]]
+
+
 @dataclass(slots=True, eq=False)
 class Gathered:
     """What has arrived of one request of a language server."""
@@ -58,7 +65,8 @@ class Gathered:
     calls: int = 0  # of POST /encode that run
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     receivers: Receivers = field(default_factory=Receivers)
-    holders: dict[str, Instance] = field(default_factory=dict)  # by part, in RDMA: who has its embedding
+    holders: dict[str, Call] = field(default_factory=dict)  # by part, in RDMA: who has its embedding
+    attempts: Counter[int] = field(default_factory=Counter)  # by item
 
     def add(self, part: Part) -> None:
         """Raises Conflict."""
@@ -98,6 +106,8 @@ class VirtualEncoder:
         self._attempts = attempts
         self._gathered: dict[str, Gathered] = {}  # by rid
         self._ours: dict[str, Ours] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         return f"<VirtualEncoder {len(self._gathered)} requests, {len(self._ours)} of them ours>"
@@ -145,7 +155,8 @@ class VirtualEncoder:
         try:
             if holder is None:
                 raise NotFound(f"nobody here encodes {req_id!r}", param="req_id")
-            return Response(200, await self._calls.post(holder, request.path, body), {"content-type": JSON})
+            asked = {**body, "req_id": holder.req_id}
+            return Response(200, await self._calls.post(holder.instance, request.path, asked), {"content-type": JSON})
         except ProxyError as error:
             return _failed(error, req_id)
 
@@ -155,33 +166,56 @@ class VirtualEncoder:
 
     # ---- what the dispatcher says
 
-    async def over(self, plan: Plan, job: Job, work: Coroutine[Any, Any, None]) -> None:
+    async def over(self, plan: Plan, job: Job, sink: Sink, work: Work) -> None:
         """Run `work`, which has a language server serve `job`. Raises what it raises, or why an item has no embedding.
 
-        Whoever cancels it, a client that leaves for one, waits until the server waits for no embedding any more.
+        Whatever ends this early, a client that leaves for one, `work` goes on unseen until its server waits for no
+        embedding any more.
         """
         if not job.items or family_of(plan) != Sglang.name:
-            await work
+            await work(sink)
         elif self._fleet.ready(Role.ENCODE):
-            await self._watched(job, work)
+            await self._watched(job, Valve(sink), work)
         else:
-            work.close()
             raise NoInstance("no encode engine is ready", stage=Stage.ENCODE)
 
-    async def _watched(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+    async def _watched(self, job: Job, valve: Valve, work: Work) -> None:
         ours = self._ours[rid(job.id)] = Ours(job, asyncio.get_running_loop().create_future())
+        task = self._background(_outcome(work(valve)))
         try:
-            async with together() as group:
-                task = group.create_task(work)
-                try:
-                    await asyncio.wait((task, ours.error), return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not task.done():
-                        await _delivered(ours)
-                if not task.done():
-                    raise ours.error.result()
+            await asyncio.wait((task, ours.error), return_when=asyncio.FIRST_COMPLETED)
+            if ours.error.done():
+                raise ours.error.result()
         finally:
-            del self._ours[rid(job.id)]
+            valve.shut = True  # what the server may still say is about a black picture, or for nobody
+            if task.done():
+                del self._ours[rid(job.id)]
+            else:
+                self._background(self._see_off(ours, task))
+        if (failure := task.result()) is not None:
+            raise failure
+
+    async def _see_off(self, ours: Ours, task: asyncio.Task[Any]) -> None:
+        try:
+            await _delivered(ours)
+        finally:
+            task.cancel()
+            del self._ours[rid(ours.job.id)]
+
+    def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        assert self._group is not None, "requests come within `running`"
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Within, requests may come; what goes on unseen ends with it."""
+        async with together() as self._group:
+            yield
+            for task in self._tasks:
+                task.cancel()
 
     # ---- one request of a server
 
@@ -255,7 +289,7 @@ class VirtualEncoder:
             try:
                 return await self._somewhere(gathered, part, piece)
             except Unembedded as failed:
-                if failed.pushed or self._clock() > until:
+                if failed.pushed or self._clock() > until or cause(failed.error) is Cause.CLIENT:
                     raise failed.error from None
             await asyncio.sleep(_AGAIN_S)
 
@@ -269,9 +303,10 @@ class VirtualEncoder:
                 leg = self._planner.encoder((piece.item,), self._clock(), tried, SELF_FED, holds)
                 if leg is None:
                     break
-                call = Call(leg, piece)
+                gathered.attempts[piece.index] += 1
+                call = Call(leg, piece, gathered.attempts[piece.index])
                 if self._by_rdma():
-                    gathered.holders[piece.body["req_id"]] = leg.instance
+                    gathered.holders[piece.body["req_id"]] = call
                 try:
                     return await self._calls.run(call, receivers)
                 except ProxyError as error:
@@ -304,6 +339,14 @@ async def _all_here(gathered: Gathered) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def _outcome(work: Coroutine[Any, Any, None]) -> ProxyError | None:
+    try:
+        await work
+    except ProxyError as error:
+        return error
+    return None
 
 
 async def _delivered(ours: Ours) -> None:

@@ -87,7 +87,7 @@ class Encoder(Engine):
         self.failing = False
         self.parts: dict[str, Part] = {}
         self.pushed: list[dict[str, Any]] = []
-        self._context = zmq.asyncio.Context()
+        self._context: zmq.asyncio.Context
         self._pushing: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[web.RouteDef]:
@@ -98,12 +98,15 @@ class Encoder(Engine):
         ]
         return routes if self.old else [*routes, web.post("/scheduler_receive_meta_data", self._sizes)]
 
+    async def start(self) -> None:
+        self._context = zmq.asyncio.Context()
+        await super().start()
+
     async def stop(self) -> None:
         for task in list(self._pushing):
             task.cancel()
         await super().stop()
         self._context.destroy(linger=0)
-        self._context = zmq.asyncio.Context()
 
     async def _receive_url(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -207,13 +210,16 @@ class Language(Native):
         self.tp_size = 1
         self._waiting: dict[str, Waiting] = {}
         self._rids: dict[str, asyncio.Task[Any]] = {}
-        self._context = zmq.asyncio.Context()
-        self._pull: list[zmq.asyncio.Socket] = []
+        self._context: zmq.asyncio.Context
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def routes(self) -> list[web.RouteDef]:
         own = [web.get("/server_info", self._server_info), web.post("/abort_request", self._abort)]
         return [route for route in super().routes() if route.path != "/info"] + own
+
+    async def start(self) -> None:
+        self._context = zmq.asyncio.Context()
+        await super().start()
 
     async def stop(self) -> None:
         for task in self._tasks - {asyncio.current_task()}:
@@ -250,6 +256,7 @@ class Language(Native):
         except EmbeddingFailed as error:
             if self.world.version == NEW:
                 self._crash()
+                raise asyncio.CancelledError from None  # the connection is gone with the process
             return web.json_response({"object": "error", "message": str(error), "code": 400}, status=400)
         finally:
             del self._rids[rid]
@@ -345,6 +352,8 @@ class Language(Native):
     def _crash(self) -> None:
         """The process is gone, with every connection."""
         self.crashed = True
+        for task in self._rids.values():
+            task.cancel()
         self._spawn(self.stop())
 
     def _spawn(self, work: Any) -> None:
