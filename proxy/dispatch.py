@@ -27,7 +27,7 @@ from proxy.encoding import Encoding, Handles
 from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
-from proxy.plan import NOBODY, Planner
+from proxy.plan import NOBODY, Planner, reader
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
 from proxy.retry import STAGES, Cause, cause, culprit, rule
@@ -165,18 +165,23 @@ class Dispatcher:
                     return
                 role = culprit(error, plan.path)
                 doubt = self._doubt(run, plan, role, error, handles)
-                plan = run.plan = self._mend(run, plan, role, error, doubt, holds)
-                if role is Role.ENCODE:
-                    handles = None
-                elif doubt and role is not Role.DECODE:
-                    handles = {}
+                before, plan = plan, self._mend(run, plan, role, error, doubt, holds)
+                run.plan = plan
+                handles = None if role is Role.ENCODE else self._kept(before, plan, role, handles)
             log.info("%s goes on elsewhere: %s", job.id, plan)
 
     def _doubt(self, run: Run, plan: Plan, role: Role, error: ProxyError, handles: Handles) -> bool:
         """Whether the same engine may do better with what it got from others made anew: the media, the KV."""
         if run.attempts > 1 or cause(error) is not Cause.SERVER_ERROR or role is Role.ENCODE:
             return False
-        return self._legs.dialect(plan.leg(role)).vague and (bool(handles) or role is Role.DECODE)
+        dialect = self._legs.dialect(plan.leg(role))
+        return dialect.vague and ((bool(handles) and dialect.media_instead) or role is Role.DECODE)
+
+    def _kept(self, before: Plan, plan: Plan, role: Role, handles: Handles) -> Handles:
+        """The handles for another attempt, after `role` of the plan `before` failed: they may have been the reason, or
+        lead to an engine that has no part any more."""
+        same = role is Role.DECODE and reader(before) is reader(plan)
+        return handles if same or not self._legs.speaker(reader(plan)).media_instead else {}
 
     def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, doubt: bool, holds: ExitStack) -> Plan:
         """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""

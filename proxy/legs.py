@@ -49,7 +49,11 @@ class Legs:
         self.timeouts = upstream.timeouts
 
     def dialect(self, leg: Leg) -> Dialect:
-        return self._dialects(leg.instance)
+        return self.speaker(leg.instance)
+
+    def speaker(self, instance: Instance) -> Dialect:
+        """The dialect that `instance` is spoken to in."""
+        return self._dialects(instance)
 
     def post(
         self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str

@@ -238,9 +238,14 @@ class Planner:
         return "BUSY" if self.breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
 
 
+def reader(plan: Plan) -> Instance:
+    """Who prefills, and so reads the embeddings."""
+    return plan.leg(BOTH if BOTH in plan.path.roles else Role.PREFILL).instance
+
+
 def family_of(plan: Plan) -> str:
     """That of its prefill and decode."""
-    return plan.legs[-1].instance.dialect
+    return reader(plan).dialect
 
 
 def _close(leg: Leg) -> None:

@@ -33,7 +33,7 @@ from proxy.hedge import Hedge
 
 _NOTHING = frozenset({"", "disable", "none"})
 _ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL, "together": Order.TOGETHER}
-_PORTS = ("bootstrap_port",)  # facts that a URL may tell
+_PORTS = ("bootstrap_port", "ec_port")  # facts that a URL may tell
 
 
 @dataclass(frozen=True, slots=True)

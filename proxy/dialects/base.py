@@ -43,13 +43,15 @@ class Dialect(Protocol):
     unknown fields and the order of its keys. Raises BadRequest where the family cannot do what the client asks.
 
     Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
-    `version` "0.32.0"; of a prefill engine `bootstrap_port`, its URL `bootstrap`, `engine_ids` by data-parallel rank.
+    `version` "0.32.0"; of an engine that prefills `ec_port`, where embeddings are pushed to, `bootstrap_port`, its URL
+    `bootstrap`, and `engine_ids` by data-parallel rank.
     """
 
     name: str
     order: Order  # how prefill and decode are sent, where this instance prefills
     remote_prefills: int | None = None  # for DECODE_FIRST: calls of one decode engine that wait for prefill at once
-    vague: bool = False  # its 5xx may tell of KV or embeddings that others made: it may be asked again without
+    vague: bool = False  # its 5xx may tell of KV or embeddings that others made: it may be asked again
+    media_instead: bool = False  # who prefills in the place of another gets media, and nothing that was made for that
     given_up: str | None = (
         None  # the `stop_reason` of an answer that decode did not finish: somebody is to go on with it
     )
@@ -63,6 +65,10 @@ class Dialect(Protocol):
     def encode(self, job: Job, items: Sequence[Item]) -> Body:
         """To an encoder: these items and nothing else of the conversation."""
         raise NotImplementedError
+
+    def expects(self, items: Sequence[Item], room: int) -> Mapping[str, Any]:
+        """What encoders are told beside, where this instance is to read the embeddings. `room` as for `rendezvous`."""
+        return {}
 
     def read_encode(self, items: Sequence[Item], reply: Body) -> dict[int, Handle]:
         """A handle for each of `items`, which `encode` was called with. Raises BadReply.

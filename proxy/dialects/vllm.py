@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from proxy.core import Api, Body, Handle, Instance, Item, Job, Order, Role
 from proxy.dialects import bodies
@@ -30,6 +31,7 @@ class Vllm(Dialect):
     def __init__(self, options: Options, instance: Instance) -> None:
         self._instance = instance
         self._media = options.media
+        self.media_instead = options.media is not Media.NEVER
         concurrent = options.order in (Order.TOGETHER, Order.DECODE_FIRST) or "bootstrap_port" in instance.facts
         self.order = Order.TOGETHER if concurrent else Order.SEQUENTIAL
 
@@ -57,6 +59,14 @@ class Vllm(Dialect):
 
     def blame(self, items: Sequence[Item], param: str | None) -> str | None:
         return bodies.blame(items, param)
+
+    def expects(self, items: Sequence[Item], room: int) -> Mapping[str, Any]:
+        """For ECMooncakeConnector, whose encoders push: where to, and a name for each transfer."""
+        port = self._instance.facts.get("ec_port")
+        if port is None:
+            return {}
+        names = [{"transfer_id": f"{room:016x}{item.index:04x}"} for item in items]
+        return {"ec_transfer_params": {"consumer_zmq": f"tcp://{self._host}:{port}", "ec_items": names}}
 
     # ---- prefill and decode
 
@@ -110,6 +120,11 @@ class Vllm(Dialect):
     # ---- media, or what stands for them
 
     @property
+    def _host(self) -> str:
+        host = urlsplit(self._instance.url).hostname or ""
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def _version(self) -> tuple[int, int] | None:
         found = _VERSION.match(str(self._instance.facts.get("version", "")))
         return None if found is None else (int(found[1]), int(found[2]))
@@ -147,7 +162,12 @@ class Vllm(Dialect):
             alone = handle is not None and self._sure(job, item, handle)
             return self._metadata(job, item, handles) if alone else self._content(item)
 
-        return bodies.with_parts(job, part) | bodies.entries(job, handles)
+        body = bodies.with_parts(job, part) | bodies.entries(job, handles)
+        pushed = {h.mm_hash: h.entry["transfer_id"] for h in handles.values() if "transfer_id" in h.entry}
+        if pushed:
+            names = [{"mm_hash": mm_hash, "transfer_id": name} for mm_hash, name in pushed.items()]
+            body["ec_transfer_params"] = {**body["ec_transfer_params"], "ec_items": names}
+        return body
 
     def _sure(self, job: Job, item: Item, handle: Handle) -> bool:
         """Whether this item's metadata may go alone."""

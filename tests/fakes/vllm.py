@@ -29,10 +29,12 @@ class World:
     """What the engines of one deployment share, and how all of them are started."""
 
     version: str = "0.32.0"
-    ec: str = "example"  # example: files, and death of who misses one; mooncake: a transfer id, and an error
+    ec: str = "example"  # example: files, and death of who misses one; mooncake: pushed to who was named, and an error
     kv: str = "nixl"  # nixl | example | mooncake
     trusts_kwargs: bool = True
     files: set[str] = field(default_factory=set)  # embeddings by key
+    pushed: set[tuple[str, str]] = field(default_factory=set)  # embeddings, as (to whom, transfer id)
+    loses: bool = False  # pushes never arrive
     prefilled: set[str] = field(default_factory=set)  # NIXL, by remote request id; ExampleConnector, by prompt
     transfers: dict[str, asyncio.Event] = field(default_factory=dict)  # Mooncake
 
@@ -185,13 +187,17 @@ class Encoder(Vllm):
             if key not in self.cache:
                 self.encode(part, key)
                 self.cache.add(key)
-                self.world.files.add(key)
+                if self.world.ec == "example":
+                    self.world.files.add(key)
             modality = MODALITIES[part["type"]]
             entry = entries.setdefault(key, {"item_indices": [], "metadata": metadata_of(key, modality)})
             if self.world.version >= "0.33":
                 entry["modality"] = modality
             if self.world.ec == "mooncake":
-                entry["transfer_id"] = f"ec-{key[:8]}"
+                told = call.body["ec_transfer_params"]
+                entry["transfer_id"] = told["ec_items"][index]["transfer_id"]
+                if not self.world.loses:
+                    self.world.pushed.add((told["consumer_zmq"], entry["transfer_id"]))
             entry["item_indices"].append(index)
         return {"ec_transfer_params": entries or None} if self.world.reports else {}
 
@@ -200,6 +206,21 @@ class Combined(Vllm):
     """Prefills and decodes; it has an encoder of its own unless it is started with `--language-model-only`."""
 
     language_only = False
+
+    @property
+    def ec_port(self) -> int:
+        """Where embeddings are pushed to; nobody listens, the World knows."""
+        return self.port
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """What a list of engines has to say of it."""
+        return {"ec_port": self.ec_port} if self.world.ec == "mooncake" else {}
+
+    @property
+    def url(self) -> str:
+        query = "&".join(f"{name}={port}" for name, port in self.ports.items())
+        return f"http://{self.netloc}{'?' if query else ''}{query}"
 
     async def work(self, call: Call) -> dict[str, Any]:
         self.take(call, [])
@@ -211,20 +232,27 @@ class Combined(Vllm):
         for part in media_of(call.body):
             key, modality = self.key(part, call.body), str(part["type"]).partition("_embeds")[0]
             if modality == part["type"]:
-                own.append((key, self._of_media(part, key)))
+                own.append((key, self._of_media(call, part, key)))
             elif not self.world.reports:
                 raise Failed(400, "You must set `--enable-mm-embeds` to input embeddings")
-            elif key in self.world.files:
+            elif self._has(call, key):
                 own.append((key, "fetched"))
             elif self.world.ec == "example":
                 raise Dead
             else:
                 raise Failed(500, "Internal server error")
 
-    def _of_media(self, part: Mapping[str, Any], key: str) -> str:
+    def _has(self, call: Call, key: str) -> bool:
+        if self.world.ec == "example":
+            return key in self.world.files
+        told = call.body.get("ec_transfer_params") or {}
+        ids = [item["transfer_id"] for item in told.get("ec_items", ()) if item["mm_hash"] == key]
+        return any((f"tcp://127.0.0.1:{self.ec_port}", transfer_id) in self.world.pushed for transfer_id in ids)
+
+    def _of_media(self, call: Call, part: Mapping[str, Any], key: str) -> str:
         if self.language_only:
             raise Failed(400, "At most 0 image(s) may be provided in one prompt.")
-        if key in self.world.files:
+        if self._has(call, key):
             return "fetched"
         self.encode(part, key)
         return "encoded"
@@ -257,10 +285,9 @@ class Prefill(Combined):
             await runner.cleanup()
 
     @property
-    def url(self) -> str:
-        """As a list of engines names it."""
-        known = f"?bootstrap_port={self.bootstrap_port}" if self.world.kv == "mooncake" else ""
-        return f"http://127.0.0.1:{self.port}{known}"
+    def ports(self) -> dict[str, int]:
+        bootstrap = {"bootstrap_port": self.bootstrap_port} if self.world.kv == "mooncake" else {}
+        return super().ports | bootstrap
 
     async def _query(self, request: web.Request) -> web.Response:
         return web.json_response({rank: {"engine_id": name} for rank, name in self.engine_ids.items()})
@@ -286,6 +313,10 @@ class Prefill(Combined):
 
 class Decode(Combined):
     role = "decode"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {}
 
     async def work(self, call: Call) -> dict[str, Any]:
         told = call.body.get("kv_transfer_params") or {}

@@ -74,7 +74,10 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         (["--prefill-servers-urls", "http://p:1"], "--decode-servers-urls: at least one engine is needed"),
         ([*D, "--encode-servers-urls", "http://d:1/"], "http://d:1 is listed twice"),
         (["--decode-servers-urls", "d:1"], "an engine's URL looks like http://host:port"),
-        (["--decode-servers-urls", "http://d:1?port=2"], "a URL may say ?bootstrap_port=PORT and nothing else"),
+        (
+            ["--decode-servers-urls", "http://d:1?port=2"],
+            "?bootstrap_port=PORT or ?ec_port=PORT and nothing else",
+        ),
         (["--decode-servers-urls", "http://d:1?bootstrap_port=x"], "a URL may say ?bootstrap_port=PORT"),
         (["--decode-servers-urls", "http://d:1/v1"], "give the base URL only, like http://d:1"),
         (["--decode-servers-urls", "http://d:99999"], "out of range"),

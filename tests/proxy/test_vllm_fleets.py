@@ -81,7 +81,11 @@ async def test_each_stage_gets_its_part_of_a_request() -> None:
         assert (encode.id, prefill.id, decode.id) == ("me:0", "me", "me")
         for call in (prefill, decode):
             assert [p["type"] for p in call.body["messages"][0]["content"]] == ["text", "image_embeds", "image_embeds"]
-        assert set(prefill.body["ec_transfer_params"]) == {hash_of(A), hash_of(B)}
+        told = encode.body["ec_transfer_params"]
+        assert told["consumer_zmq"] == f"tcp://{d.prefills[0].netloc}"
+        names = [{"mm_hash": h, **item} for h, item in zip((hash_of(A), hash_of(B)), told["ec_items"], strict=True)]
+        assert set(prefill.body["ec_transfer_params"]) == {hash_of(A), hash_of(B), "ec_items"}
+        assert prefill.body["ec_transfer_params"]["ec_items"] == names
         assert "ec_transfer_params" not in decode.body
         assert decode.body["kv_transfer_params"]["remote_request_id"].startswith("chatcmpl-me-")
         assert (prefill.body["max_tokens"], decode.body["max_tokens"]) == (1, 9)
@@ -129,13 +133,23 @@ async def test_an_embedding_missed_without_harm_is_made_up_for_by_the_media(topo
     world = World(ec="mooncake")
     async with fleet(topology, world) as d:
         assert (await d.post(chat(part(A)))).status == 200
-        world.files.clear()
+        world.loses = True
         answer = await d.post(chat(part(A), stream=stream))
         assert answer.status == 200 and b"error" not in answer.body
         first = (d.prefills or d.combined)[0]
         calls = served(first)[1:]
         assert [call.body["messages"][0]["content"][1]["type"] for call in calls] == ["image_embeds", "image_url"]
         assert first.encoded == [hash_of(A)] and not first.dead
+
+
+@pytest.mark.parametrize("topology", ["1e2b", "1e2p2d"])
+async def test_who_takes_the_place_of_the_one_that_embeddings_were_pushed_to_gets_media(topology: str) -> None:
+    async with fleet(topology, World(ec="mooncake")) as d:
+        (d.prefills or d.combined)[0].always = Fault(Kind.STATUS, status=500, error="ill")
+        for _ in range(3):
+            assert whole(await d.post(chat(part(A)))) == TEXT
+        well = (d.prefills or d.combined)[1]
+        assert {whence for call in well.seen for _, whence in call} == {"fetched", "encoded"}
 
 
 async def test_an_engine_that_is_ill_is_asked_twice_at_the_most() -> None:

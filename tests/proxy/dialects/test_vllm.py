@@ -129,7 +129,7 @@ def test_an_encoder_that_reports_nothing_is_told_from_one_that_never_does() -> N
 
 def test_metadata_go_alone_where_a_missing_embedding_does_no_harm() -> None:
     j = job(chat(part(A), part(B)))
-    sure, unsure = handle(j, 0, transfer_id="t"), handle(j, 1)
+    sure, unsure = handle(j, 0, where={"transport": "shm"}), handle(j, 1)
     body = vllm().whole(j, {0: sure, 1: unsure})
     assert content(body)[1:] == [
         {"type": "image_embeds", "image_embeds": {"image_grid_thw": [1, 4, 2]}, "uuid": j.items[0].mm_hash},
@@ -191,7 +191,7 @@ def test_a_video_with_sound_is_two_items_and_never_metadata() -> None:
 
 def test_prefill_is_asked_for_its_kv_and_says_one_token() -> None:
     j = job(chat(part(A), **CLIENT))
-    body = vllm().prefill(j, {0: handle(j, transfer_id="t")}, None)
+    body = vllm().prefill(j, {0: handle(j)}, None)
     assert body["kv_transfer_params"] == ASK
     assert (body["stream"], body["max_tokens"], body["max_completion_tokens"], body["n"]) == (False, 1, 1, 1)
     assert "stream_options" not in body and "min_tokens" not in body
@@ -294,6 +294,25 @@ def test_a_data_parallel_rank_is_chosen_and_named() -> None:
         seen[dialect.headers(met)["x-data-parallel-rank"]] = dialect.decode(j, {}, met, "")["kv_transfer_params"]
     assert {rank: told["remote_engine_id"] for rank, told in seen.items()} == {"0": "e0", "1": "e1", "10": "e10"}
     assert all("rank" not in told for told in seen.values())
+
+
+def test_encoders_that_push_are_told_where_to_and_prefill_under_which_names() -> None:
+    j = job(chat(part(A), part(B), part(A)))
+    dialect = vllm(ec_port=14579)
+    told = dialect.expects(j.items[:2], 255)["ec_transfer_params"]
+    assert told == {
+        "consumer_zmq": "tcp://p:14579",
+        "ec_items": [{"transfer_id": "00000000000000ff0000"}, {"transfer_id": "00000000000000ff0001"}],
+    }
+    assert vllm().expects(j.items, 255) == {}
+    one, two = (handle(j, index, **told["ec_items"][index]) for index in (0, 1))
+    sent = dialect.whole(j, {0: one, 1: two, 2: one})["ec_transfer_params"]
+    names = [{"mm_hash": h.mm_hash, "transfer_id": h.entry["transfer_id"]} for h in (one, two)]
+    assert sent == {one.mm_hash: one.entry, two.mm_hash: two.entry, "ec_items": names}
+
+
+def test_nothing_replaces_metadata_where_engines_take_no_media() -> None:
+    assert vllm().media_instead and not vllm(media=Media.NEVER).media_instead
 
 
 # ---- before it serves
