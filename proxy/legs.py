@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from proxy.retry import STAGES, cause
 from proxy.upstream import Post, Upstream
 
 _ENCODE_ROUTE = "/v1/chat/completions"
+_ABORT_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Legs:
 
     def __init__(
         self,
-        dialects: Mapping[str, Dialect],
+        dialects: Callable[[Instance], Dialect],
         upstream: Upstream,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -48,9 +50,13 @@ class Legs:
         self.timeouts = upstream.timeouts
 
     def dialect(self, leg: Leg) -> Dialect:
-        return self._dialects[leg.instance.dialect]
+        return self.speaker(leg.instance)
 
-    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float) -> Post:
+    def speaker(self, instance: Instance) -> Dialect:
+        """The dialect that `instance` is spoken to in."""
+        return self._dialects(instance)
+
+    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float | None) -> Post:
         """The call with `body`, see Upstream.post. Raises EngineFailed."""
         data = openai.encoded(body, job)
         self._sent.inc(size(data))
@@ -71,6 +77,17 @@ class Legs:
         if parsed.get("error"):
             raise within_200(parsed, stage=stage)
         return parsed
+
+    async def abort(self, leg: Leg, stage: Stage, job: Job) -> None:
+        """Have the engine end what `job` asked of it, where hanging up does not. Its answer changes nothing."""
+        call = self.dialect(leg).abort(job.id)
+        if call is None:
+            return
+        path, body = call
+        data = orjson.dumps(body)
+        with suppress(ProxyError):
+            async with self._upstream.post(leg.instance, stage, path, data, job.fields, _ABORT_TIMEOUT_S) as answer:
+                await answer.read()
 
     def judged(self, leg: Leg) -> Judged:
         """Within, the leg runs: its instance is praised or blamed for the end. Cancellation is neither.

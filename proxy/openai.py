@@ -13,7 +13,7 @@ import orjson
 from blake3 import blake3
 
 from proxy import media, splice
-from proxy.core import Api, Body, Item, Job
+from proxy.core import Api, Body, Item, Job, field_lines
 from proxy.errors import BadRequest, ForbiddenField
 from proxy.splice import Cut, Media, Pieces
 
@@ -59,7 +59,7 @@ def parse(
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
-        fields="".join([f"{name}: {value}\r\n" for name, value in headers.items()]) if headers else "",
+        fields=field_lines(headers or {}),
         nbytes=len(raw),
         raw=raw,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from proxy.core import BOTH, Path, Role, Stage
-from proxy.errors import EngineFailed, ProxyError, Refused, StageTimeout, Unreachable
+from proxy.errors import EngineFailed, GaveUp, ProxyError, Refused, StageTimeout, Unreachable
 
 
 class Cause(StrEnum):
@@ -21,7 +21,7 @@ class Cause(StrEnum):
     BROKEN = "broken"  # reset, truncated, no HTTP, a web page with status 200, no JSON
     SERVER_ERROR = "server_error"  # 5xx, or an error told within a 200
     BUSY = "busy"  # 429, or 503 that says when to come again
-    LOST = "lost"  # the engine is well, but what an earlier stage made for it is gone
+    LOST = "lost"  # the engine is well, but what was made for this request is gone
     CLIENT = "client"  # any other 4xx: the client's mistake, which no instance can mend
     OURS = "ours"  # no engine was called
 
@@ -68,6 +68,8 @@ def cause(error: ProxyError) -> Cause:
         return Cause.CONNECT
     if isinstance(error, StageTimeout):
         return Cause.TIMEOUT
+    if isinstance(error, GaveUp):
+        return Cause.LOST
     if isinstance(error, Refused):
         return _refused(error)
     return Cause.BROKEN if isinstance(error, EngineFailed) else Cause.OURS

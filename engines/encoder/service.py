@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,14 @@ class Model(Protocol):
     def dtype_name(self) -> str: ...
     def nbytes(self, tokens: int) -> int: ...
     def encode(self, batch: Any, outputs: Any) -> None: ...
+
+
+@contextmanager
+def publishing() -> Iterator[None]:
+    try:
+        yield
+    except (TransferError, OSError) as error:
+        raise EngineError(f"cannot publish the embedding: {error}", code="publish_failed", retryable=True) from error
 
 
 class Encoder:
@@ -137,6 +145,8 @@ class Encoder:
     async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
         if (entry := self.cache.find(key)) is not None:
             self.metrics.cache("hit")
+            with publishing():
+                await self._transfer.restore(key)
             return entry
         joined = key in self._flights
         if not joined and len(self._flights) >= self.settings.max_queue_items:
@@ -178,7 +188,7 @@ class Encoder:
         await self._thread.encode(prepared, output, flight.commit)
         computed = time.monotonic()
         self.metrics.stage("forward", computed - started)
-        try:
+        with publishing():
             where = await self._transfer.publish(
                 entry.key,
                 self._arena,
@@ -189,10 +199,6 @@ class Encoder:
                 on_free=lambda: self._on_free(entry),
                 on_read=lambda: self.cache.was_read(entry),
             )
-        except (TransferError, OSError) as error:
-            raise EngineError(
-                f"cannot publish the embedding: {error}", code="publish_failed", retryable=True
-            ) from error
         self.metrics.stage("publish", time.monotonic() - computed)
         return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, where)
 

@@ -7,8 +7,9 @@ any but GONE ──DRAIN──▶ DRAINING ──IDLE──▶ GONE        JOIN 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from typing import Any
 
 from proxy.core import Instance, Role, State
 
@@ -70,11 +71,11 @@ class Fleet:
     def get(self, url: str) -> Instance | None:
         return self._instances.get(url)
 
-    def join(self, url: str, role: Role, dialect: str) -> Instance:
+    def join(self, url: str, role: Role, dialect: str, facts: Mapping[str, Any] | None = None) -> Instance:
         """Add an instance, or bring one back that was draining. Raises ValueError if it is known with another role."""
         known = self._instances.get(url)
         if known is None:
-            known = self._instances[url] = Instance(url, role, dialect)
+            known = self._instances[url] = Instance(url, role, dialect, facts=facts or {})
             self.version += 1
         elif known.role != role:
             raise ValueError(f"{url} is already known as {known.role.label}")

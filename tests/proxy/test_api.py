@@ -152,7 +152,7 @@ async def test_models_come_from_every_engine_that_can_tell() -> None:
 
 async def test_a_mistake_of_the_proxy_itself_is_a_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with deployment("1b") as d:
-        d.proxy.dispatcher._legs._dialects = {}
+        d.proxy.dispatcher._legs._dialects = lambda instance: {}[instance.dialect]
         answer = await d.post(chat())
         assert (answer.status, answer.error["code"]) == (500, "internal_error")
         assert "KeyError" in caplog.text
