@@ -30,7 +30,7 @@ from proxy.legs import Legs
 from proxy.plan import NOBODY, Planner, reader
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
-from proxy.retry import STAGES, Cause, cause, culprit, rule
+from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
 from proxy.sse import DONE
 from proxy.tasks import together
 from proxy.upstream import deadline
@@ -357,7 +357,8 @@ class Dispatcher:
             body = dialect.prefill(job, handles, descriptor)
             if headers := dialect.headers(descriptor):
                 job = replace(job, headers={**job.headers, **headers})
-            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id)
+            with fetching(job.items if dialect.vague else ()):
+                reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id)
         self._timed(run, "prefill", began)
         return reply
 
@@ -373,7 +374,7 @@ class Dispatcher:
 
         assert run.out is not None
         run.decode_began = self._clock()
-        with self._legs.judged(leg):
+        with self._legs.judged(leg), fetching(job.items if self._legs.dialect(leg).vague else ()):
             async with (
                 deadline(None if patient else self._first_answer(job), Stage.DECODE, leg.instance) as run.timer,
                 self._legs.post(leg, Stage.DECODE, body, job, job.id) as answer,

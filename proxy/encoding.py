@@ -15,7 +15,7 @@ from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
 from proxy.plan import Planner, reader
-from proxy.retry import rule
+from proxy.retry import fetching, rule
 from proxy.tasks import race, together
 from proxy.upstream import deadline
 
@@ -147,7 +147,8 @@ class Encoding:
             body = dialect.encode(job, items)
             if told := self._legs.speaker(share.reader).expects(items, secrets.randbits(63)):
                 body = {**body, **told}
-            reply = await self._legs.call(leg, Stage.ENCODE, body, job, name)
+            with fetching(items if dialect.vague else ()):
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name)
         except Refused as error:
             error.param = dialect.blame(items, error.param)
             raise

@@ -115,7 +115,8 @@ class Vllm(Dialect):
         """The first text takes seconds longer than others. An encoder's first item is left to whoever brings it."""
         if role is Role.ENCODE:
             return None
-        return Api.COMPLETIONS, {"model": model, "prompt": "hello", "max_tokens": 1, "temperature": 0}
+        named = {"model": model} if model else {}
+        return Api.COMPLETIONS, {**named, "prompt": "hello", "max_tokens": 1, "temperature": 0}
 
     # ---- media, or what stands for them
 
