@@ -379,6 +379,20 @@ async def test_one_that_fails_later_changes_nothing() -> None:
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
+async def test_one_that_never_says_that_it_is_done_is_not_waited_for() -> None:
+    async with fleet("1p1d", World(kv="mooncake")) as d:
+        prefill = d.prefills[0]
+        original = prefill.work
+
+        async def work(call: Any) -> Any:
+            await original(call)
+            await asyncio.Event().wait()
+
+        prefill.work = work
+        assert whole(await d.post(chat())) == TEXT
+        await prefill.until(lambda: prefill.aborted == 1)
+
+
 # ---- before they serve
 
 
