@@ -66,13 +66,13 @@ async def native(ask: Ask) -> Found | None:
 
 async def vllm(ask: Ask) -> Found | None:
     """Its role is that of its list: no route of vLLM tells it."""
-    card = await _card(ask, "vllm")
-    if card is None:
+    card, said = await _card(ask, "vllm"), await ask("/version")
+    version = said["version"] if isinstance(said, dict) and list(said) == ["version"] else None
+    if card is None and version is None:
         return None
-    said = await ask("/version")
-    version = said.get("version") if isinstance(said, dict) else None
-    how = "GET /v1/models is owned by vllm" + (f", GET /version says {version}" if version else "")
-    return Found("vllm", how, None, str(card["id"]), {"version": version} if version else {})
+    owned = [] if card is None else ["GET /v1/models is owned by vllm"]  # with an API key it is not told
+    how = ", ".join([*owned, *([] if version is None else [f"GET /version says {version}"])])
+    return Found("vllm", how, None, "" if card is None else str(card["id"]), {"version": version} if version else {})
 
 
 async def sglang(ask: Ask) -> Found | None:

@@ -29,7 +29,7 @@ from proxy.legs import Legs
 from proxy.plan import NOBODY, Holds, Planner, reader
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
-from proxy.retry import STAGES, Cause, cause, culprit, rule
+from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
 from proxy.sse import DONE
 from proxy.tasks import together
 from proxy.upstream import Post
@@ -374,7 +374,8 @@ class Dispatcher:
         body = dialect.prefill(job, handles, descriptor)
         if headers := dialect.headers(descriptor):
             job = job.with_headers(headers)
-        reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
+        with fetching(job.items if dialect.vague else ()):
+            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
         self._timed(run, "prefill", began)
         return reply
 
@@ -390,7 +391,7 @@ class Dispatcher:
 
         assert run.out is not None
         run.decode_began = self._clock()
-        with self._legs.judged(leg):
+        with self._legs.judged(leg), fetching(job.items if self._legs.dialect(leg).vague else ()):
             seconds = None if patient else self._first_answer(job)
             run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, seconds)
             async with run.call as answer:

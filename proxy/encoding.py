@@ -14,7 +14,7 @@ from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
 from proxy.plan import Holds, Planner, reader
-from proxy.retry import rule
+from proxy.retry import fetching, rule
 from proxy.tasks import race, together
 
 Handles = dict[int, Handle]
@@ -144,7 +144,8 @@ class Encoding:
             body = dialect.encode(job, items)
             if told := self._legs.speaker(share.reader).expects(items, secrets.randbits(63)):
                 body = {**body, **told}
-            reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode)
+            with fetching(items if dialect.vague else ()):
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode)
         except Refused as error:
             error.param = dialect.blame(items, error.param)
             raise

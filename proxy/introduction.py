@@ -20,6 +20,7 @@ from proxy.upstream import Upstream
 log = logging.getLogger(__name__)
 
 _VLLM_BOOTSTRAP_PORT = 8998
+_KEYED = (401, 403)  # clients bring the key of such an engine; the proxy has none
 
 
 class Unfit(Exception):
@@ -99,6 +100,9 @@ class Introduction:
             async with post as answer:
                 await answer.read()
         except EngineFailed as error:
+            if error.status in _KEYED:
+                log.info("%s asks for a key, and serves without a warm-up request", instance.netloc)
+                return
             raise Unfit(f"its warm-up request failed: {error}") from None
 
 

@@ -156,7 +156,7 @@ class Courier:
         try:
             async with asyncio.timeout(self._options.wait_timeout):
                 nbytes = await self._bring(wanted)
-        except (EngineError, TransferError, OSError, ValueError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - the thread's edge: this order has failed, the thread goes on
             reason = str(error) or f"nothing came within {self._options.wait_timeout:g} s"
             log.warning("no embedding %s: %s", key, reason)
             self._reports.put(lambda arrivals: arrivals.failed(key))
@@ -171,7 +171,7 @@ class Courier:
         assert self._receiver is not None
         entry = wanted.entry
         if self._shared is not None and "where" not in entry:
-            entry = await self._awaited(self._shared, wanted.key)
+            entry = await self._awaited(self._shared, wanted)
         item = _Item(wanted.key, wanted.tokens)
         held = await self._receiver.receive([item], {wanted.key: entry})
         try:
@@ -182,8 +182,9 @@ class Courier:
             held.release()
 
     @staticmethod
-    async def _awaited(shared: Shelf, key: str) -> Mapping[str, Any]:
-        """The entry of a file that is in the shared folder, or will be."""
-        while not await asyncio.to_thread(shared.path(key).exists):  # noqa: ASYNC110 - other machines write there
+    async def _awaited(shared: Shelf, wanted: Wanted) -> Mapping[str, Any]:
+        """The entry of a file that is in the shared folder, or will be; who can encode instead does not wait for it."""
+        path = shared.path(wanted.key)
+        while not wanted.encodable and not await asyncio.to_thread(path.exists):  # noqa: ASYNC110 - others write it
             await asyncio.sleep(POLL)
-        return await asyncio.to_thread(described, shared, key)
+        return await asyncio.to_thread(described, shared, wanted.key)

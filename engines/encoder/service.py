@@ -142,6 +142,11 @@ class Encoder:
         hold = named and not self._transfer.durable
         self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if hold else 0.0)
 
+    def read(self, entry: Entry) -> bytes:
+        """The rows of an entry that the caller has pinned, as a copy: nobody need fetch them on its account."""
+        self.cache.not_named(entry)
+        return bytes(self._arena.buffer[entry.offset : entry.offset + entry.nbytes])
+
     async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
         if (entry := self.cache.find(key)) is not None:
             self.metrics.cache("hit")

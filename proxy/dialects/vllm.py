@@ -112,10 +112,11 @@ class Vllm(Dialect):
         return self._fetching(job, handles) if job.items else job.body
 
     def warm_up(self, role: Role, model: str) -> Call | None:
-        """The first text takes seconds longer than others. An encoder's first item is left to whoever brings it."""
+        """A text: the first takes seconds longer than others. An encoder answers it with nothing."""
+        named = {"model": model} if model else {}
         if role is Role.ENCODE:
-            return None
-        return Api.COMPLETIONS, {"model": model, "prompt": "hello", "max_tokens": 1, "temperature": 0}
+            return Api.CHAT, {**named, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+        return Api.COMPLETIONS, {**named, "prompt": "hello", "max_tokens": 1, "temperature": 0}
 
     # ---- media, or what stands for them
 

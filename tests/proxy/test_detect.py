@@ -70,7 +70,7 @@ async def test_each_family_is_known_by_its_own_words(
     [
         {},
         {"/info": {"engine": "another"}, "/v1/models": {"data": [{"id": "m", "owned_by": "me"}]}},
-        {"/info": [], "/v1/models": [], "/version": {"version": "9"}, "/server_info": {"up": True}},
+        {"/info": [], "/v1/models": [], "/version": {"version": "9", "os": "x"}, "/server_info": {"up": True}},
         {"/v1/models": {"data": "vllm"}},
         {"/v1/models": {"data": [None, {"owned_by": "vllm"}]}},
     ],

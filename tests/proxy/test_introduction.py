@@ -118,6 +118,19 @@ async def test_an_engine_started_anew_is_believed_anew() -> None:
         assert instance.facts["bootstrap_port"] == port
 
 
+async def test_an_engine_that_asks_for_a_key_is_known_and_serves_who_brings_it() -> None:
+    class Keyed(Combined):
+        async def _models(self, request: web.Request) -> web.Response:
+            return web.json_response({"error": "Unauthorized"}, status=401)
+
+    async with deployment("1b", "auto", World().engines()) as d, Keyed(World()) as engine:
+        engine.fail(Fault(Kind.STATUS, status=401, error="Unauthorized"))
+        instance = await join(d, engine, BOTH)
+        assert (instance.dialect, instance.state) == ("vllm", State.READY)
+        assert instance.facts["known_by"] == "GET /version says 0.32.0"
+        d.proxy.fleet.remove(engine.url)
+
+
 async def test_a_warm_up_that_fails_is_told_and_tried_again() -> None:
     async with deployment("1b", "auto", World().engines()) as d, Combined(World()) as engine:
         engine.fail(Fault(Kind.STATUS, status=500, error="no kernels"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
+from proxy.breaker import Circuit
 from proxy.core import State
 from tests.fakes.deployment import deployment
 from tests.fakes.faults import Fault, Kind
@@ -149,7 +150,7 @@ async def test_who_takes_the_place_of_the_one_that_embeddings_were_pushed_to_get
         for _ in range(3):
             assert whole(await d.post(chat(part(A)))) == TEXT
         well = (d.prefills or d.combined)[1]
-        assert {whence for call in well.seen for _, whence in call} == {"fetched", "encoded"}
+        assert "encoded" in {whence for call in well.seen for _, whence in call}
 
 
 async def test_an_engine_that_is_ill_is_asked_twice_at_the_most() -> None:
@@ -226,6 +227,17 @@ async def test_a_bad_image_is_the_clients_400(stream: bool) -> None:
         answer = await d.post(chat(bad, stream=stream))
         assert (answer.status, answer.error["stage"], answer.error["attempts"]) == (400, "encode", 1)
         assert not served(d.prefills[0])
+
+
+@pytest.mark.parametrize("topology", ["2e1b", "2b", "2p1d"])
+async def test_urls_that_lead_nowhere_keep_no_engine_from_others(topology: str) -> None:
+    async with fleet(topology, breaker_failures=2) as d:
+        lost = {"type": "image_url", "image_url": {"url": "http://nowhere/i.png"}}
+        for _ in range(6):
+            answer = await d.post(chat(lost))
+            assert (answer.status, answer.error["message"]) == (500, "Cannot connect to host nowhere")
+        assert {d.proxy.health.circuit(instance) for instance in d.proxy.fleet} == {Circuit.CLOSED}
+        assert whole(await d.post(chat())) == TEXT
 
 
 @pytest.mark.parametrize("form", ["string", "no type"])
@@ -367,15 +379,28 @@ async def test_one_that_fails_later_changes_nothing() -> None:
             assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
+async def test_one_that_never_says_that_it_is_done_is_not_waited_for() -> None:
+    async with fleet("1p1d", World(kv="mooncake")) as d:
+        prefill = d.prefills[0]
+        original = prefill.work
+
+        async def work(call: Any) -> Any:
+            await original(call)
+            await asyncio.Event().wait()
+
+        prefill.work = work
+        assert whole(await d.post(chat())) == TEXT
+        await prefill.until(lambda: prefill.aborted == 1)
+
+
 # ---- before they serve
 
 
 async def test_an_engine_serves_after_one_real_request() -> None:
     async with fleet("1e1p1d") as d:
-        for engine in (*d.prefills, *d.decodes):
+        for engine in d.engines:
             assert [call.id for call in engine.calls] == ["warm-up"]
             assert engine.calls[0].body["model"] == "tiny"
-        assert not d.encoders[0].calls
         shown = {i["url"]: i for i in (await d.get("/instances")).json["instances"]}
         for engine in d.engines:
             facts = shown[engine.url]["facts"]

@@ -120,6 +120,17 @@ def test_a_file_that_never_comes_and_one_that_does_not_fit_are_lost(
     ]
 
 
+def test_who_can_encode_takes_a_file_that_is_there_and_waits_for_none(tmp_path: Path) -> None:
+    with courier(tmp_path, "p", receives=True, wait_timeout=3600) as receiver:
+        consumer, promised = Consumer(receiver), Wanted(CAT, 4, {"metadata": {}}, encodable=True)
+        soon(lambda: consumer.ready(promised))
+        assert CAT not in consumer.arrivals
+        consumer.arrivals.finished("r")
+        Shelf(tmp_path / "shared").put(CAT, embedding())
+        soon(lambda: consumer.ready(promised))
+        assert CAT in consumer.arrivals
+
+
 def test_a_handle_that_leads_nowhere_is_lost_at_once(tmp_path: Path) -> None:
     with courier(tmp_path, "p", receives=True, transfer="zmq") as receiver:
         consumer = Consumer(receiver)

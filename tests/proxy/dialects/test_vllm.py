@@ -318,11 +318,12 @@ def test_nothing_replaces_metadata_where_engines_take_no_media() -> None:
 # ---- before it serves
 
 
-def test_language_engines_warm_up_with_a_text_and_encoders_do_not() -> None:
-    for role in (Role.PREFILL, Role.DECODE, Role.PREFILL | Role.DECODE):
-        call = vllm().warm_up(role, "m")
-        assert call is not None
-        path, body = call
-        assert path == "/v1/completions" and body["model"] == "m" and body["max_tokens"] == 1
-        assert "kv_transfer_params" not in body
-    assert vllm().warm_up(Role.ENCODE, "m") is None
+@pytest.mark.parametrize("role", [Role.ENCODE, Role.PREFILL, Role.DECODE, Role.PREFILL | Role.DECODE])
+def test_every_engine_warms_up_with_a_text(role: Role) -> None:
+    call = vllm().warm_up(role, "m")
+    assert call is not None
+    path, body = call
+    assert path == ("/v1/chat/completions" if role is Role.ENCODE else "/v1/completions")
+    assert body["model"] == "m" and body["max_tokens"] == 1 and "kv_transfer_params" not in body
+    unnamed = vllm().warm_up(role, "")
+    assert unnamed is not None and "model" not in unnamed[1], "the engine has one, and knows it"
