@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
 
-.PHONY: help install demo smoke test lint format clean
+.PHONY: help install demo smoke test conformance-vllm lint format clean
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv with everything that requirements.lock names
 $(VENV)/.installed: requirements.lock pyproject.toml deploy/install.sh
@@ -21,6 +21,10 @@ smoke: install ## the same without staying up; fails unless the answer equals th
 test: install ## run the tests (TESTS=path for some of them)
 	@$(BIN)/python -m pytest $(TESTS)
 
+conformance-vllm: install ## drive real vLLM engines, in an environment of their own, and print what passed
+	@tests/conformance/vllm/install.sh .conformance/vllm
+	@$(BIN)/python -m tests.conformance.vllm
+
 lint: install ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -32,4 +36,4 @@ format: install ## rewrite the code as ruff would
 	@$(BIN)/ruff format
 
 clean: ## remove .venv and everything else that make made
-	@rm -rf $(VENV) .checkpoints build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .checkpoints .conformance build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

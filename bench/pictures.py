@@ -29,6 +29,14 @@ def image_file(width: int = 96, height: int = 64, seed: int = 0, format: str = "
     return out.getvalue()
 
 
+def noise_file(nbytes: int, dice: random.Random) -> bytes:
+    """A PNG of about `nbytes`, for proxies that decode what they pass on: noise, which does not get smaller."""
+    side = max(1, round((nbytes / 3) ** 0.5))
+    out = io.BytesIO()
+    Image.frombytes("RGB", (side, side), dice.randbytes(3 * side * side)).save(out, "PNG", compress_level=0)
+    return out.getvalue()
+
+
 def data_url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 

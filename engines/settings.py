@@ -142,6 +142,10 @@ class EncoderSettings(EngineSettings):
     max_items: Count = Field(256, description="items in one request")
     encode_timeout: Seconds = Field(120.0, description="seconds from request to embeddings")
 
+    sglang: bool = Field(
+        False, description="speak SGLang's encoder protocol too, for its language-only servers (zmq_to_scheduler)"
+    )
+
     media_workers: Count = Field(2, description="threads that decode and preprocess images")
     max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest encoded image")
     max_media_pixels: Count = Field(64_000_000, description="pixels of the largest image, checked before it is decoded")

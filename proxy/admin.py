@@ -60,7 +60,7 @@ class Admin:
         asked = await _body(request, Registration)
         try:
             role, endpoint = Role.named(asked.role), Endpoint.parse(asked.url, self._dialect)
-            instance = self._fleet.join(endpoint.url, role, endpoint.dialect)
+            instance = self._fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
         except KeyError:
             roles = "encode, prefill, decode, prefill_decode"
             raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
@@ -89,6 +89,14 @@ class Admin:
         self._fleet.apply(instance, Event.DRAIN, "drained by an admin")
         return json_response({"draining": instance.state is State.DRAINING, "instance": self._shown(instance)})
 
+    def authorized(self, request: Request) -> dict[str, str]:
+        """The headers that engines get of an admin's call: credentials, if they are not the admin key. Raises
+        Unauthorized."""
+        self._authorize(request)
+        given = request.headers.get("authorization")
+        ours = self._key is not None and "x-api-key" not in request.headers
+        return {} if given is None or ours else {"authorization": given}
+
     def _shown(self, instance: Instance) -> dict[str, Any]:
         ledger = self._balancer.ledger
         return {
@@ -99,6 +107,7 @@ class Admin:
             "reason": instance.reason,
             "circuit": self._health.circuit(instance),
             "model": instance.model,
+            "facts": instance.facts,
             "leases": ledger.leases(url=instance.url),
             "load": ledger.load(instance.url),
         }

@@ -8,8 +8,7 @@ import math
 import random
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +16,7 @@ import orjson
 from prometheus_client import Counter
 
 from proxy import openai
+from proxy.access import AccessLog
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
+_LINES = re.compile(r"[\r\n]+")
+_APIS = {str(api): api for api in Api}
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"})
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
@@ -53,6 +55,7 @@ class OpenAI:
         upstream: Upstream,
         metrics: Metrics,
         identity: Callable[[Mapping[str, str]], Identity],
+        access: AccessLog,
     ) -> None:
         self._fleet = fleet
         self._balancer = balancer
@@ -60,6 +63,7 @@ class OpenAI:
         self._upstream = upstream
         self._metrics = metrics
         self._identity = identity
+        self._access = access
         self._active: set[str] = set()  # engine-facing ids in flight
         self._received, self._sent = (metrics.bytes.labels(way) for way in ("from_clients", "to_clients"))
         self._counters: dict[tuple[str, str], Counter] = {}  # of metrics.requests: finding a child costs as much as it
@@ -77,29 +81,39 @@ class OpenAI:
     # ---- generation
 
     async def generate(self, request: Request) -> Response | None:
-        sink = ClientSink(request, {"x-request-id": request_id.get()})
-        with self._claimed(request_id.get()) as engine_id, self._metrics.in_flight.track_inprogress():
+        wanted = request_id.get()
+        # An id that no other request in flight goes by: engines and callbacks tell requests apart by it.
+        engine_id = wanted if wanted not in self._active else f"{wanted}-{secrets.token_hex(4)}"
+        self._active.add(engine_id)
+        self._metrics.in_flight.inc()
+        try:
             job = await self._job(request, engine_id)
-            run = self._dispatcher.begin(job, sink)
-            try:
-                await self._dispatcher.run(run)
-                self._ended(run, "200")
-            except ProxyError as error:
-                self._ended(run, str(error.status), error)
-                error.settle()
-                if not sink.started:
-                    return _failed(error, run.headers())
-                sink.write(error.event())
-                sink.end()
-            except asyncio.CancelledError:
-                self._ended(run, _CLIENT_GONE)
-                raise
+            return await self._serve(job, ClientSink(request, wanted))
+        finally:
+            self._metrics.in_flight.dec()
+            self._active.discard(engine_id)
+
+    async def _serve(self, job: Job, sink: ClientSink) -> Response | None:
+        run = self._dispatcher.begin(job, sink)
+        try:
+            await self._dispatcher.run(run)
+            self._ended(run, "200")
+        except ProxyError as error:
+            self._ended(run, str(error.status), error)
+            error.settle()
+            if not sink.started:
+                return _failed(error, run.headers())
+            sink.write(error.event())
+            sink.end()
+        except asyncio.CancelledError:
+            self._ended(run, _CLIENT_GONE)
+            raise
         return None
 
     async def _job(self, request: Request, engine_id: str) -> Job:
         raw = await request.read()
         self._received.inc(len(raw))
-        api, headers = Api(request.path), _end_to_end(request.headers)
+        api, headers = _APIS[request.path], _end_to_end(request.headers)
         arguments = (raw, api, engine_id, self._identity(request.headers), headers)
         try:
             job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
@@ -110,28 +124,16 @@ class OpenAI:
             self._metrics.items.labels(item.modality).inc()
         return job
 
-    @contextmanager
-    def _claimed(self, wanted: str) -> Iterator[str]:
-        """An id that no other request in flight goes by: engines and callbacks tell requests apart by it."""
-        engine_id = wanted if wanted not in self._active else f"{wanted}-{secrets.token_hex(4)}"
-        self._active.add(engine_id)
-        try:
-            yield engine_id
-        finally:
-            self._active.discard(engine_id)
-
     def _ended(self, run: Run, status: str, error: ProxyError | None = None) -> None:
         path = run.plan.path.label if run.plan is not None else "none"
         seconds = self._dispatcher.elapsed(run)
         self._count(path, status)
         self._metrics.observe("e2e", seconds)
         self._sent.inc(run.sink.sent)
-        timings = " ".join(f"{name}={s * 1000:.0f}ms" for name, s in run.timings.items())
-        log.info(
-            "%s %s %s e2e=%.0fms %s route=%r%s",
-            *(run.job.id, run.job.api, status, seconds * 1000, timings, str(run.plan or "")),
-            f" error={error.stage}: {error}" if error else "",
-        )
+        timings = " ".join([f"{name}={s * 1000:.0f}ms" for name, s in run.timings.items()])
+        told = "" if error is None else f" error={error.stage}: {_LINES.sub(' ', error.message)}"
+        what = f"{run.job.id} {run.job.api} {status}"
+        self._access.write(f"{what} e2e={seconds * 1000:.0f}ms {timings} route={run.route!r}{told}")
 
     def _count(self, path: str, status: str) -> None:
         counter = self._counters.get((path, status))

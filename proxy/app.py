@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 import uvloop
 
 from proxy import api, callbacks, tally
+from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission, Limits
 from proxy.balancer import POLICIES
@@ -23,22 +24,29 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.crew import Crew, Seat
-from proxy.dialects import DIALECTS
+from proxy.dialects import FEEDS, INLINE, Speakers
+from proxy.dialects.base import Options
 from proxy.dispatch import Dispatcher, Rules
+from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
+from proxy.enrolment import Enrolment
+from proxy.families import Families
 from proxy.gate import Gate
 from proxy.health import Health, Probing
 from proxy.hedge import Hedge
 from proxy.http.router import Router, post
 from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
+from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
+from proxy.profiling import Profiling
 from proxy.settings import ProxySettings
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
+from proxy.virtual_encoder import VirtualEncoder
 from proxy.workers import Supervisor, reserve
 
 log = logging.getLogger(__name__)
@@ -63,19 +71,29 @@ class Proxy:
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
         self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
         probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
-        self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, probing)
+        self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
+        self.families = Families(INLINE, FEEDS)
+        patience = Patience(settings.probe_timeout, settings.warm_up_timeout)
+        introduction = Introduction(self.upstream, self.speakers, self.families, patience)
+        self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, introduction, probing)
+        self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
         self.gate = Gate(Admission(_limits(settings)), self.metrics)
+        self.virtual: VirtualEncoder | None = None
+        self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
 
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
-        dialects = {name: dialect(settings.order) for name, dialect in DIALECTS.items()}
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
-        legs = Legs(dialects, self.upstream, self.metrics, time.monotonic, suspicion)
-        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding)
+        legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
+        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding, self.families)
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
-        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules)
+        if settings.virtual_encoder_port is not None:
+            calls = EncoderCalls(legs, self.upstream)
+            self.virtual = VirtualEncoder(self.fleet, planner, legs, calls, settings.max_attempts)
+        over = None if self.virtual is None else self.virtual.over
+        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules, over)
 
     @property
     def url(self) -> str:
@@ -84,15 +102,18 @@ class Proxy:
 
     def server(self) -> Server:
         settings = self.settings
-        openai = api.OpenAI(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity)
+        openai = api.OpenAI(
+            *(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity, self.access)
+        )
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
-        routes = [*openai.routes(), *admin.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
+        profiling = Profiling(self.fleet, self.upstream, admin.authorized)
+        routes = [*openai.routes(), *admin.routes(), *profiling.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
-        async with self.upstream, self.metaserver.listening(), together() as group:
+        async with self.upstream, self.metaserver.listening(), self._encoding(), together() as group:
             server = self.server()
             try:
                 shared = self._seat is not None
@@ -104,11 +125,31 @@ class Proxy:
             finally:
                 self.gate.close()
                 await server.stop(await self._last_callbacks(self.settings.grace_timeout))
+                self.access.flush()
+
+    @asynccontextmanager
+    async def _encoding(self) -> AsyncIterator[None]:
+        """Within, language servers find the virtual encoder, if there is one: longer than clients find the proxy."""
+        settings = self.settings
+        if self.virtual is None:
+            yield
+            return
+        limits = HttpLimits(body_bytes=settings.max_body_bytes)
+        server = Server(api.edge(Router(self.virtual.routes())), api.refused, limits)
+        self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
+        lists = settings.lists()
+        try:
+            enrolment = Enrolment(lists, settings.virtual_encoder_url)
+            async with self.virtual.running(), enrolment.kept(settings.host, self.virtual_port):
+                yield
+        finally:
+            await server.stop(0.0)
 
     async def _last_callbacks(self, grace: float) -> float:
         """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`
         seconds; new requests get 503 meanwhile. Returns what is left of it."""
-        if self.settings.order is not Order.DECODE_FIRST or Role.PREFILL not in self.fleet.census():
+        known = [i for i in self.fleet if i.role is Role.PREFILL and i.dialect != "auto"]
+        if not any(self.speakers(instance).order is Order.DECODE_FIRST for instance in known):
             return grace
         began = time.monotonic()
         while self.gate.admission.requests and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
@@ -160,7 +201,7 @@ def _limits(settings: ProxySettings) -> Limits:
 
 def _filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
     for role, endpoint in settings.fleet():
-        fleet.join(endpoint.url, role, endpoint.dialect)
+        fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
         log.info("%s %s (%s)", role.label, endpoint.url, endpoint.dialect)
     return fleet
 

@@ -66,6 +66,7 @@ class Breakers:
     def __init__(self, thresholds: Thresholds) -> None:
         self._thresholds = thresholds
         self._records: dict[str, _Record] = {}
+        self._restricted: set[str] = set()  # to which not every leg may go, or might not a moment ago
 
     def __repr__(self) -> str:
         return f"<Breakers {self._records}>"
@@ -76,10 +77,17 @@ class Breakers:
         record = self._records.setdefault(url, _Record())
         if record.open_until is not None and record.trial is None:
             record.trial = permit
+            self._restricted.add(url)
         return permit
 
     def allows(self, url: str, now: float) -> bool:
         return self.wait(url, now) == 0.0
+
+    def all_allowed(self, now: float) -> bool:
+        """Whether a leg may begin anywhere."""
+        if self._restricted:
+            self._restricted = {url for url in self._restricted if not self.allows(url, now)}
+        return not self._restricted
 
     def wait(self, url: str, now: float) -> float:
         """Seconds until a leg may begin there, at the least; 0 if it may now."""
@@ -116,11 +124,12 @@ class Breakers:
         elif blame is Blame.AVOID:
             if retry_after is not None:
                 record.avoid_until = max(record.avoid_until, now + min(retry_after, _LONGEST_AVOIDANCE_S))
+                self._restricted.add(permit.url)
         elif blame in (Blame.FAILURE, Blame.DEAD):
-            return self._failed(record, is_trial, now)
+            return self._failed(permit.url, record, is_trial, now)
         return False
 
-    def _failed(self, record: _Record, is_trial: bool, now: float) -> bool:
+    def _failed(self, url: str, record: _Record, is_trial: bool, now: float) -> bool:
         record.failures += 1
         if record.open_until is not None and not is_trial:
             return False  # begun before it opened
@@ -128,4 +137,5 @@ class Breakers:
             return False
         record.open_until = now + self._thresholds.delay * min(2**record.trips, _LONGEST)
         record.trips += 1
+        self._restricted.add(url)
         return True

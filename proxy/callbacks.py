@@ -1,6 +1,7 @@
 """The metaserver: a decode engine asks here for the prefill of a request that it has made room for (push).
 
-The request's own task runs the prefill, so that a client's disconnect ends it; the callback only waits for that.
+The request's own task runs the prefill, so that a client's disconnect ends it; the callback only waits for that. An
+engine makes several sequences of a request with several prompts or choices, and calls for each of them.
 
 With several workers on one address, any of them may get the call: the URL says whose it is, and the others pass it on.
 """
@@ -17,46 +18,70 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from proxy.core import Instance
-from proxy.errors import BadRequest, Conflict, NotFound, ProxyError
+from proxy.core import Instance, Stage
+from proxy.errors import BadRequest, Conflict, NotFound, ProxyError, StageTimeout
 from proxy.http.message import JSON, Response
 from proxy.http.server import Request
+from proxy.places import NO_PLACES, Places, Taken
 from proxy.siblings import Siblings
 
 ROUTE = "/v1/metaserver"
-_ENGINE_ID = re.compile(r"chatcmpl-(?P<chat>.+)|cmpl-(?P<text>.+)-0")
+# Of the n-th choice and the m-th prompt: 1_chatcmpl-<id>, cmpl-<id>-0, 1_cmpl-<id>-0. Whoever fails to take off the
+# engine's own end has eight more digits.
+_ENGINE_ID = re.compile(r"(?:(?P<choice>\d+)_)?(?:chatcmpl-(?P<chat>.+)|cmpl-(?P<text>.+)-(?P<prompt>\d+))")
+_ENGINES_END = re.compile(r"-[0-9a-f]{8}$")
 _WILDCARDS = ("", "0.0.0.0", "::")
 
 
-class Waiting:
-    """A request that waits for its decode engine's call."""
+class PrefillCall:
+    """A decode engine's call for the prefill of one sequence; it waits for the end of that."""
 
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._asked: asyncio.Future[Mapping[str, Any]] = loop.create_future()
-        self._ended: asyncio.Future[ProxyError | None] = loop.create_future()
-
-    @property
-    def asked(self) -> bool:
-        return self._asked.done()
-
-    async def descriptor(self) -> Mapping[str, Any]:
-        """What the decode engine sent."""
-        return await self._asked
+    def __init__(self, descriptor: Mapping[str, Any], alone: bool) -> None:
+        self.descriptor = descriptor
+        self.alone = alone  # the request's answer has one sequence
+        self._ended: asyncio.Future[ProxyError | None] = asyncio.get_running_loop().create_future()
 
     def finish(self, error: ProxyError | None) -> None:
         """The prefill ended, well or not; later calls change nothing."""
         if not self._ended.done():
             self._ended.set_result(error)
 
-    async def prefill(self, descriptor: Mapping[str, Any]) -> None:
-        """Have the prefill run and wait for its end. Raises its error, or Conflict if it was asked for before."""
-        if self._asked.done():
-            raise Conflict("this request's prefill has been asked for already")
-        self._asked.set_result(descriptor)
+    async def over(self) -> None:
+        """Wait for the end. Raises the prefill's error."""
         error = await asyncio.shield(self._ended)
         if error is not None:
             raise error
+
+
+class Waiting:
+    """A request that waits for its decode engine's calls: one for each sequence of its answer."""
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+        self._calls: dict[Any, PrefillCall] = {}
+        self._unanswered: asyncio.Queue[PrefillCall] = asyncio.Queue()
+
+    def expects(self, choice: str | None, prompt: str | None) -> bool:
+        """Whether the sequence of these numbers, as engines write them, can be one of this request."""
+        return self._sequences > 1 or (choice is None and prompt in (None, "0"))
+
+    async def call(self) -> PrefillCall:
+        """The next call."""
+        return await self._unanswered.get()
+
+    def finish(self, error: ProxyError) -> None:
+        """The request ended."""
+        for call in self._calls.values():
+            call.finish(error)
+
+    async def prefill(self, descriptor: Mapping[str, Any]) -> None:
+        """Have the prefill run and wait for its end. Raises its error, or Conflict if it was asked for before."""
+        sequence = descriptor.get("request_id")
+        if sequence in self._calls or len(self._calls) == self._sequences:
+            raise Conflict("this request's prefill has been asked for already")
+        call = self._calls[sequence] = PrefillCall(descriptor, self._sequences == 1)
+        self._unanswered.put_nowait(call)
+        await call.over()
 
 
 class Metaserver:
@@ -68,17 +93,31 @@ class Metaserver:
         self._siblings = siblings
         self._waiting: dict[str, Waiting] = {}
         self._reached_at: dict[str, str] = {}
+        self._places: dict[str, Places] = {}  # by the decode engine's URL
         self.port = 0  # known once the server is bound
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    async def places(self, instance: Instance, limit: int | None, count: int, patience: float) -> Taken:
+        """Wait until `instance` has room for `count` more calls of its at most `limit`, of which this worker has its
+        share. Raises StageTimeout after `patience` seconds."""
+        if limit is None:
+            return NO_PLACES
+        workers = 1 if self._siblings is None else 1 + len(self._siblings.others)
+        places = self._places.setdefault(instance.url, Places(max(1, limit // workers)))
+        try:
+            async with asyncio.timeout(patience):
+                return await places.take(count)
+        except TimeoutError:
+            raise StageTimeout(f"too many wait for {instance.netloc} to be prefilled", stage=Stage.DECODE) from None
+
     @contextmanager
-    def expect(self, request_id: str) -> Iterator[Waiting]:
-        """Within, a callback for `request_id` finds its request; afterwards it gets 404, and a running one an error."""
+    def expect(self, request_id: str, sequences: int = 1) -> Iterator[Waiting]:
+        """Within, callbacks for `request_id` find its request; afterwards they get 404, and running ones an error."""
         if request_id in self._waiting:
             raise Conflict(f"a request with the id {request_id!r} is in flight")
-        waiting = self._waiting[request_id] = Waiting()
+        waiting = self._waiting[request_id] = Waiting(sequences)
         try:
             yield waiting
         finally:
@@ -95,12 +134,13 @@ class Metaserver:
                 yield
 
     def find(self, engine_id: Any) -> Waiting:
-        """The request behind an engine's own id for it, `chatcmpl-<id>` or `cmpl-<id>-0`. Raises NotFound."""
-        match = _ENGINE_ID.fullmatch(engine_id) if isinstance(engine_id, str) else None
-        waiting = self._waiting.get(match["chat"] or match["text"]) if match else None
-        if waiting is None:
-            raise NotFound(f"no request {engine_id!r} waits for a prefill here", param="request_id")
-        return waiting
+        """The request behind an engine's own id for one of its sequences. Raises NotFound."""
+        for name in (engine_id, _ENGINES_END.sub("", engine_id)) if isinstance(engine_id, str) else ():
+            match = _ENGINE_ID.fullmatch(name)
+            waiting = self._waiting.get(match["chat"] or match["text"]) if match else None
+            if match and waiting is not None and waiting.expects(match["choice"], match["prompt"]):
+                return waiting
+        raise NotFound(f"no request {engine_id!r} waits for a prefill here", param="request_id")
 
     async def url_for(self, instance: Instance) -> str:
         """The metaserver's URL as this instance can reach it; it leads to this worker, whoever gets the call."""
@@ -113,7 +153,7 @@ class Metaserver:
         if self._host not in _WILDCARDS:
             return _url(self._host, self.port)
         if instance.url not in self._reached_at:
-            self._reached_at[instance.url] = _url(await _local_address(instance.url), self.port)
+            self._reached_at[instance.url] = _url(await local_address(instance.url), self.port)
         return self._reached_at[instance.url]
 
     async def handle(self, request: Request) -> Response:
@@ -170,7 +210,7 @@ def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}{ROUTE}"
 
 
-async def _local_address(url: str) -> str:
+async def local_address(url: str) -> str:
     """The address of this machine that packets to `url` leave from: what listens on 0.0.0.0 is reached there."""
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()

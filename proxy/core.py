@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, Flag, StrEnum, auto
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ class Role(Flag):
     ENCODE = auto()
     PREFILL = auto()
     DECODE = auto()
+
+    __hash__ = object.__hash__  # each is one object; enum's own is a call into Python at every look into a dict
 
     @property
     def label(self) -> str:
@@ -59,6 +61,7 @@ class Order(Enum):
     """How a dialect's prefill and decode are sent."""
 
     SEQUENTIAL = auto()  # P answers with the handoff, then D is called with it (pull)
+    TOGETHER = auto()  # both are called at once with a rendezvous of ours; the failure of either ends the other
     DECODE_FIRST = auto()  # D is called, calls the metaserver with its descriptor, then P is called with that (push)
 
 
@@ -76,11 +79,15 @@ class Path(Enum):
     E_PD = ("E-PD", (Role.ENCODE, BOTH))
     P_D = ("P-D", (Role.PREFILL, Role.DECODE))
     PD = ("PD", (BOTH,))
-    EPD = ("EPD", (BOTH,))  # media encoded inline, by an engine that has an encoder of its own
+    EP_D = ("EP-D", (Role.PREFILL, Role.DECODE))  # media encoded inline, by an engine that has an encoder of its own
+    EPD = ("EPD", (BOTH,))  # the same
 
     def __init__(self, label: str, roles: tuple[Role, ...]) -> None:
         self.label = label
         self.roles = roles
+        self.encodes = Role.ENCODE in roles
+        self.generation = tuple(role for role in roles if role is not Role.ENCODE)
+        self.combined = BOTH in roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,11 @@ class Item:
         return f"messages[{self.message}].content[{self.part}]"
 
 
+def field_lines(headers: Mapping[str, str]) -> str:
+    """Headers as lines of a head."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One parsed request. `body` is as the client sent it, except for what `openai.parse` refuses or replaces."""
@@ -117,6 +129,11 @@ class Job:
     fields: str = ""  # the same as lines of a head
     nbytes: int = 0  # of the request's body
     raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
+
+    def with_headers(self, headers: Mapping[str, str]) -> Job:
+        """The same job, sent with more headers."""
+        merged = {**self.headers, **headers}
+        return replace(self, headers=merged, fields=field_lines(merged))
 
     @property
     def prompt_tokens(self) -> int:
@@ -134,6 +151,7 @@ class Instance:
     state: State = State.JOINING
     reason: str = "not probed yet"  # why it is in this state, for people
     model: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON; what its URL or the probe says beside: see `Dialect`
     failures: int = 0  # probes failed in a row
 
     @property

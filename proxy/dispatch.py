@@ -1,8 +1,8 @@
 """Runs a request: when each leg is sent, what cancels what, where it goes on after a failure, what the client gets.
 
-Chooses no path and no instance (`plan`), and does not judge failures (`retry`). Both orders of prefill and decode are
-coded once, here. Every leg runs inside the request's own task, so that one cancellation (the client left, a deadline,
-shutdown) ends all of them, and all that was held is returned on the way out.
+Chooses no path and no instance (`plan`), and does not judge failures (`retry`). The three orders of prefill and decode
+are coded once, here. Every leg runs inside the request's own task, so that one cancellation (the client left, a
+deadline, shutdown) ends all of them, and all that was held is returned on the way out.
 
     admitted ▸ plan ▸ encode ▸ prefill and decode ──▶ client
                          ▲          │ failed before the first byte: elsewhere, under a new id
@@ -13,27 +13,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from proxy import relay, wishes
-from proxy.callbacks import Metaserver, Waiting
+from proxy.callbacks import Metaserver, PrefillCall
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
 from proxy.encoding import Encoding, Handles
-from proxy.errors import DeadlineExceeded, NoInstance, ProxyError
+from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
-from proxy.plan import NOBODY, Holds, Planner
+from proxy.plan import NOBODY, Holds, Planner, reader
 from proxy.relay import Sink
-from proxy.resume import Tape, TapedSink, eligible
-from proxy.retry import STAGES, Cause, cause, culprit, rule
+from proxy.resume import Tape, TapedSink
+from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
 from proxy.sse import DONE
 from proxy.tasks import together
 from proxy.upstream import Post
 
 log = logging.getLogger(__name__)
 
+_PREFILL_LAG_S = 1.0  # a prefill engine may answer after decode has
 _RETRY_AFTER_S = 1.0  # where every engine is busy and none says for how long
 
 
@@ -44,6 +47,10 @@ class Rules:
     max_attempts: int = 3
     resume: bool = False
     request_timeout: float | None = None
+
+
+Over = Callable[[Plan, Job, Sink, Callable[[Sink], Coroutine[Any, Any, None]]], Awaitable[None]]
+"""Runs the generation of an attempt into its sink, or one before it, and may end it before or after its own end."""
 
 
 @dataclass(slots=True)
@@ -58,9 +65,12 @@ class Run:
     tried: set[str] = field(default_factory=set)  # URLs whose legs of this request failed
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     call: Post | None = None  # the leg that answers
+    _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
-    tape: Tape | None = None  # of a stream that could be continued
+    tape: Tape | None = None  # of an answer that could be continued
+    prefilling: int = 0  # prefills that the decode engine waits for now
+    gains: int = 0  # attempts that another goes on from, because their engine gave up
     out: Sink | None = None  # where the present attempt's answer goes
 
     @property
@@ -68,11 +78,18 @@ class Run:
         """Whether the present attempt has answered something."""
         return self.out is not None and self.out.started
 
+    @property
+    def route(self) -> str:
+        """The route receipt of `plan`."""
+        if self._told is None or self._told[0] is not self.plan:
+            self._told = self.plan, str(self.plan or "")
+        return self._told[1]
+
     def headers(self) -> dict[str, str]:
         """The route receipt and the durations known by now."""
-        found = {} if self.plan is None else {"x-triptych-route": str(self.plan)}
+        found = {} if self.plan is None else {"x-triptych-route": self.route}
         if self.timings:
-            found["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in self.timings.items())
+            found["Server-Timing"] = ", ".join([f"{name};dur={s * 1000:.1f}" for name, s in self.timings.items()])
         return found
 
 
@@ -80,8 +97,16 @@ class Dispatcher:
     """One for the whole proxy; all that belongs to one request is in its Run."""
 
     def __init__(
-        self, planner: Planner, legs: Legs, encoding: Encoding, metaserver: Metaserver, gate: Gate, rules: Rules
+        self,
+        planner: Planner,
+        legs: Legs,
+        encoding: Encoding,
+        metaserver: Metaserver,
+        gate: Gate,
+        rules: Rules,
+        over: Over | None = None,
     ) -> None:
+        self._over = over
         self._planner = planner
         self._legs = legs
         self._metaserver = metaserver
@@ -104,8 +129,6 @@ class Dispatcher:
 
         Once `run.sink.started` is true, an error can only be told as the stream's last event.
         """
-        if self._rules.resume and eligible(run.job):
-            run.tape = Tape()
         seconds = wishes.seconds(run.job) or self._rules.request_timeout
         if seconds is None:
             await self._admitted(run)
@@ -137,6 +160,7 @@ class Dispatcher:
 
     async def _serve(self, run: Run, holds: Holds) -> None:
         plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
+        run.tape = self._tape(run.job, plan)
         handles: Handles | None = None
         while True:
             run.attempts += 1
@@ -145,7 +169,10 @@ class Dispatcher:
                 if handles is None:
                     plan, handles = await self._encode(run, plan, job, holds)
                 run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
-                await self._generate(run, plan, job, handles)
+                if self._over is None:
+                    await self._generate(run, plan, job, handles)
+                else:
+                    await self._over(plan, job, run.out, partial(self._into, run, plan, job, handles))
                 return
             except ProxyError as error:
                 error.attempts = max(error.attempts, run.attempts)
@@ -154,18 +181,36 @@ class Dispatcher:
                 if run.sink.started and self._closed(run):
                     return
                 role = culprit(error, plan.path)
-                plan = run.plan = self._mend(run, plan, role, error, holds)
+                doubt = self._doubt(run, plan, role, error, handles)
+                before, plan = plan, self._mend(run, plan, role, error, doubt, holds)
+                run.plan = plan
                 error.settle()
-                handles = None if role is Role.ENCODE else handles
+                handles = None if role is Role.ENCODE else self._kept(before, plan, role, handles)
             log.info("%s goes on elsewhere: %s", job.id, plan)
 
-    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, holds: Holds) -> Plan:
+    def _doubt(self, run: Run, plan: Plan, role: Role, error: ProxyError, handles: Handles) -> bool:
+        """Whether the same engine may do better with what it got from others made anew: the media, the KV."""
+        if run.attempts > 1 or cause(error) is not Cause.SERVER_ERROR or role is Role.ENCODE:
+            return False
+        dialect = self._legs.dialect(plan.leg(role))
+        return dialect.vague and ((bool(handles) and dialect.media_instead) or role is Role.DECODE)
+
+    def _kept(self, before: Plan, plan: Plan, role: Role, handles: Handles) -> Handles:
+        """The handles for another attempt, after `role` of the plan `before` failed: they may have been the reason, or
+        lead to an engine that has no part any more."""
+        same = role is Role.DECODE and reader(before) is reader(plan)
+        return handles if same or not self._legs.speaker(reader(plan)).media_instead else {}
+
+    def _mend(self, run: Run, plan: Plan, role: Role, error: ProxyError, doubt: bool, holds: Holds) -> Plan:
         """The plan for another attempt after `error` of an instance with `role`. Raises `error` if there is none."""
         verdict, now = rule(error), self._clock()
-        may_go_on = not run.sink.started or (run.tape is not None and run.tape.usable)
+        goes_on = run.tape is not None and run.tape.usable(error)
+        if run.tape is not None and goes_on and isinstance(error, GaveUp):
+            run.gains += run.tape.gained
         drawn = None
-        if verdict.elsewhere and may_go_on and run.attempts < self._rules.max_attempts:
-            drawn = self._redrawn(run, plan, role, error, now, holds)
+        may_go_on = goes_on or not run.sink.started
+        if verdict.elsewhere and may_go_on and run.attempts - run.gains < self._rules.max_attempts:
+            drawn = self._redrawn(run, plan, role, verdict.again or doubt, now, holds)
         if drawn is None:
             if cause(error) is Cause.BUSY and error.retry_after is None:
                 error.retry_after = _RETRY_AFTER_S
@@ -173,14 +218,21 @@ class Dispatcher:
         if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
             run.handoff = None
         self._metrics.retries.labels(STAGES[role]).inc()
-        if run.tape is not None and run.sink.started:
-            run.tape.cut()
-            self._metrics.resumes.inc()
+        if run.tape is not None:
+            run.tape.cut(goes_on)
+            self._metrics.resumes.inc(goes_on)
         return drawn
 
-    def _redrawn(
-        self, run: Run, plan: Plan, role: Role, error: ProxyError, now: float, holds: Holds
-    ) -> Plan | None:
+    def _tape(self, job: Job, plan: Plan) -> Tape | None:
+        """None where the answer may pass unread."""
+        leg = plan.leg(BOTH if plan.path.combined else Role.DECODE)
+        dialect = self._legs.dialect(leg)
+        if not self._rules.resume and (dialect.given_up is None or leg.role is not Role.DECODE):
+            return None
+        tape = Tape(job, dialect, self._rules.resume)
+        return tape if tape.needed else None
+
+    def _redrawn(self, run: Run, plan: Plan, role: Role, again: bool, now: float, holds: Holds) -> Plan | None:
         if role is Role.ENCODE:
             if not plan.encodes:
                 return None
@@ -191,7 +243,7 @@ class Dispatcher:
         else:
             run.tried.add(plan.leg(role).instance.url)
         drawn = self._planner.redraw(plan, run.job, now, run.tried, holds)
-        if drawn is None and rule(error).again:
+        if drawn is None and again:
             drawn = self._planner.redraw(plan, run.job, now, NOBODY, holds)
         return drawn
 
@@ -208,7 +260,7 @@ class Dispatcher:
         if not plan.encodes:
             return plan, {}
         began = self._clock()
-        found = await self._encoding.run(plan, job, self._planner.can_inline(began))
+        found = await self._encoding.run(plan, job, self._planner.can_inline(plan, began))
         self._timed(run, "encode", began)
         if found.failure is not None:
             log.warning("%s is encoded inline: %s", job.id, found.failure)
@@ -218,16 +270,24 @@ class Dispatcher:
             plan = run.plan = inline
         return plan, found.handles
 
+    async def _into(self, run: Run, plan: Plan, job: Job, handles: Handles, sink: Sink) -> None:
+        run.out = sink
+        await self._generate(run, plan, job, handles)
+
     async def _generate(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
-        if BOTH in plan.path.roles:
+        if plan.path.combined:
             leg = plan.leg(BOTH)
             await self._answer(run, leg, self._legs.dialect(leg).whole(job, handles), job)
-        elif self._legs.dialect(plan.leg(Role.DECODE)).order is Order.SEQUENTIAL:
-            await self._sequential(run, plan, job, handles)
         else:
-            await self._decode_first(run, plan, job, handles)
+            order = self._legs.dialect(plan.leg(Role.PREFILL)).order
+            if order is Order.SEQUENTIAL:
+                await self._sequential(run, plan, job, handles)
+            elif order is Order.TOGETHER:
+                await self._together(run, plan, job, handles)
+            else:
+                await self._decode_first(run, plan, job, handles)
 
-    # ---- the two orders of prefill and decode
+    # ---- the three orders of prefill and decode
 
     async def _sequential(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
@@ -237,45 +297,94 @@ class Dispatcher:
                 run.handoff = self._legs.dialect(prefill).read_prefill(reply)
         await self._answer(run, decode, self._legs.dialect(decode).decode(job, handles, run.handoff, ""), job)
 
-    async def _decode_first(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
+    async def _together(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
-        url = await self._metaserver.url_for(decode.instance)
-        body = self._legs.dialect(decode).decode(job, handles, None, url)
-        with self._metaserver.expect(job.id) as waiting:
+        handoff = self._legs.dialect(prefill).rendezvous(job, secrets.randbits(63))
+        body = self._legs.dialect(decode).decode(job, handles, handoff, "")
+        try:
             async with together() as group:
-                task = group.create_task(self._prefill_on_call(run, waiting, prefill, job, handles))
-                await self._answer(run, decode, body, job)
-                if not waiting.asked:
-                    task.cancel()  # the decode engine had no need of it
+                task = group.create_task(self._prefill_beside(run, prefill, job, handles, handoff))
+                await self._answer(run, decode, body, job, patient=True)
+                await asyncio.wait([task], timeout=_PREFILL_LAG_S)
+                task.cancel()  # the client has its answer
+        except BaseException:
+            await self._abort(job, prefill, decode)
+            raise
 
-    async def _prefill_on_call(self, run: Run, waiting: Waiting, leg: Leg, job: Job, handles: Handles) -> None:
-        descriptor = await waiting.descriptor()
-        self._patience(run, None)  # the prefill has its own
+    async def _prefill_beside(self, run: Run, leg: Leg, job: Job, handles: Handles, handoff: Mapping[str, Any]) -> None:
         try:
             with self._legs.judged(leg):
-                await self._prefill(run, leg, job, handles, descriptor)
+                await self._prefill(run, leg, job, handles, handoff)
         except ProxyError as error:
-            waiting.finish(error)
             if not run.begun:
                 raise
             log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
-        waiting.finish(None)
         if not run.begun:
             run.decode_began = self._clock()
         self._patience(run, self._first_answer(job))
+
+    async def _abort(self, job: Job, prefill: Leg, decode: Leg) -> None:
+        async with together() as group:
+            for leg, stage in ((prefill, Stage.PREFILL), (decode, Stage.DECODE)):
+                group.create_task(self._legs.abort(leg, stage, job))
+
+    async def _decode_first(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
+        prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
+        dialect = self._legs.dialect(decode)
+        url = await self._metaserver.url_for(decode.instance)
+        body, count = dialect.decode(job, handles, None, url), dialect.prefills(job)
+        places = await self._metaserver.places(decode.instance, dialect.remote_prefills, count, self._timeouts.prefill)
+        with places, self._metaserver.expect(job.id, count) as waiting:
+
+            async def attend(group: asyncio.TaskGroup) -> None:
+                while True:
+                    call = await waiting.call()
+                    group.create_task(self._prefill_on_call(run, call, prefill, job, handles)).add_done_callback(
+                        lambda _: places.leave()
+                    )
+
+            async with together() as group:
+                attending = group.create_task(attend(group))
+                await self._answer(run, decode, body, job)
+                attending.cancel()  # the decode engine has no need of more
+
+    async def _prefill_on_call(self, run: Run, call: PrefillCall, leg: Leg, job: Job, handles: Handles) -> None:
+        self._patience(run, None)  # the prefill has a deadline of its own
+        run.prefilling += 1
+        try:
+            with self._legs.judged(leg):
+                await self._prefill(run, leg, job, handles, call.descriptor)
+        except ProxyError as error:
+            call.finish(error)
+            if not (run.begun and call.alone):
+                raise  # the decode engine may wait for it for ever: it is hung up on
+            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
+        finally:
+            run.prefilling -= 1
+        call.finish(None)
+        if not run.begun:
+            run.decode_began = self._clock()
+        if not run.prefilling:
+            self._patience(run, self._first_answer(job))
 
     async def _prefill(
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None
     ) -> Body:
         began = self._clock()
-        body = self._legs.dialect(leg).prefill(job, handles, descriptor)
-        reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
+        dialect = self._legs.dialect(leg)
+        body = dialect.prefill(job, handles, descriptor)
+        if headers := dialect.headers(descriptor):
+            job = job.with_headers(headers)
+        with fetching(job.items if dialect.vague else ()):
+            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
         self._timed(run, "prefill", began)
         return reply
 
     # ---- the leg whose answer is the client's
 
-    async def _answer(self, run: Run, leg: Leg, body: Body, job: Job) -> None:
+    async def _answer(self, run: Run, leg: Leg, body: Body, job: Job, patient: bool = False) -> None:
+        """`patient`: until `_patience` says how long the first byte may take."""
+
         def head() -> Mapping[str, str]:
             if not run.sink.started:
                 self._timed(run, "ttft", run.began)
@@ -283,8 +392,9 @@ class Dispatcher:
 
         assert run.out is not None
         run.decode_began = self._clock()
-        with self._legs.judged(leg):
-            run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, self._first_answer(job))
+        with self._legs.judged(leg), fetching(job.items if self._legs.dialect(leg).vague else ()):
+            seconds = None if patient else self._first_answer(job)
+            run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, seconds)
             async with run.call as answer:
                 if job.stream:
                     await relay.stream(answer, run.out, head, Stage.DECODE, self._timeouts.stream_idle)

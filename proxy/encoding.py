@@ -5,15 +5,16 @@ Handles that are there are kept whatever happens to other items. Prefill and dec
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import secrets
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from proxy.core import Handle, Item, Job, Leg, Plan, Stage
+from proxy.core import Handle, Instance, Item, Job, Leg, Plan, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
-from proxy.plan import Holds, Planner
-from proxy.retry import rule
+from proxy.plan import Holds, Planner, reader
+from proxy.retry import fetching, rule
 from proxy.tasks import race, together
 
 Handles = dict[int, Handle]
@@ -32,14 +33,14 @@ class Share:
     """Items on their way to one encoder: the `number`th attempt for them, after those at `tried`."""
 
     leg: Leg
+    reader: Instance  # of the embeddings
     tried: Collection[str] = frozenset()
     number: int = 1
 
     @property
-    def name(self) -> str:
-        """The request id's end: unique among the calls of one request."""
-        first = str(self.leg.items[0].index)
-        return first if self.number == 1 else f"{first}-{self.number}"
+    def tail(self) -> str:
+        """The request id's end, behind the first item's index: unique among the calls of one request."""
+        return "" if self.number == 1 else f"-{self.number}"
 
 
 class Encoding:
@@ -57,10 +58,10 @@ class Encoding:
 
         A client's mistake is raised either way, and the first error cancels everything else.
         """
-        found = Encoded()
+        found, whom = Encoded(), reader(plan)
         async with together() as group:
             for leg in plan.encodes:
-                group.create_task(self._share(Share(leg), job, found, spare))
+                group.create_task(self._share(Share(leg, whom), job, found, spare))
         by_identity = {
             item.identity: found.handles[item.index]
             for leg in plan.encodes
@@ -85,53 +86,67 @@ class Encoding:
     async def _alone(self, item: Item, share: Share, job: Job, error: ProxyError, found: Encoded, spare: bool) -> None:
         tried = {*share.tried, share.leg.instance.url}
         with Holds() as holds:
-            leg = self._another((item,), tried, holds) if share.number < self._attempts else None
+            leg = self._another(share, (item,), holds) if share.number < self._attempts else None
             if leg is not None:
                 self._metrics.retries.labels(Stage.ENCODE).inc()
-                await self._share(Share(leg, tried, share.number + 1), job, found, spare)
+                await self._share(Share(leg, share.reader, tried, share.number + 1), job, found, spare)
             elif spare:
                 found.failure = error
             else:
                 raise error
 
-    def _another(self, items: tuple[Item, ...], tried: Collection[str], holds: Holds) -> Leg | None:
-        return self._planner.encoder(items, self._legs.clock(), tried, holds)
+    def _another(self, share: Share, items: tuple[Item, ...], holds: Holds) -> Leg | None:
+        """For some of a share's items, where none of them has been."""
+        tried = {*share.tried, share.leg.instance.url}
+        return self._planner.encoder(items, self._legs.clock(), tried, share.reader.dialect, holds)
 
     async def _hedged(self, share: Share, job: Job) -> Handles:
         """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""
         delay = self._hedge.delay()
         with Holds() as holds:
             if delay is None:
-                return await self._attempt(share.leg, share.name, job)
-
-            def second() -> Leg | None:
-                return self._another(share.leg.items, {*share.tried, share.leg.instance.url}, holds)
+                return await self._attempt(share, share.leg, "", job)
 
             async def beside(leg: Leg) -> Handles:
                 self._metrics.hedges.inc()
-                return await self._attempt(leg, f"{share.name}-h", job)
+                return await self._attempt(share, leg, "-h", job)
 
             return await race(
-                self._attempt(share.leg, share.name, job),
-                lambda: None if (leg := second()) is None else beside(leg),
+                self._attempt(share, share.leg, "", job),
+                lambda: None if (leg := self._another(share, share.leg.items, holds)) is None else beside(leg),
                 delay,
                 ProxyError,
             )
 
-    async def _attempt(self, leg: Leg, name: str, job: Job) -> Handles:
-        dialect = self._legs.dialect(leg)
+    async def _attempt(self, share: Share, leg: Leg, beside: str, job: Job) -> Handles:
         began = self._legs.clock()
         try:
             with self._legs.judged(leg):
-                body = dialect.encode(job, leg.items)
-                seconds = self._legs.timeouts.encode
-                reply = await self._legs.call(leg, Stage.ENCODE, body, job, f"{job.id}:{name}", seconds)
-                found = dialect.read_encode(leg.items, reply)
-        except Refused as error:
-            error.param = dialect.blame(leg.items, error.param)
-            raise
+                found = await self._calls(share, leg, beside, job)
         finally:
             if leg.hold is not None:
                 leg.hold.close()
         self._hedge.observe(self._legs.clock() - began)
         return found
+
+    async def _calls(self, share: Share, leg: Leg, beside: str, job: Job) -> Handles:
+        """All items of a leg: one call, or several at once where the family wants that."""
+        first, *others = self._legs.dialect(leg).batches(leg.items)
+        if not others:
+            return await self._call(share, leg, first, beside, job)
+        async with together() as group:
+            tasks = [group.create_task(self._call(share, leg, batch, beside, job)) for batch in (first, *others)]
+        return {index: handle for task in tasks for index, handle in task.result().items()}
+
+    async def _call(self, share: Share, leg: Leg, items: Sequence[Item], beside: str, job: Job) -> Handles:
+        dialect, name = self._legs.dialect(leg), f"{job.id}:{items[0].index}{share.tail}{beside}"
+        try:
+            body = dialect.encode(job, items)
+            if told := self._legs.speaker(share.reader).expects(items, secrets.randbits(63)):
+                body = {**body, **told}
+            with fetching(items if dialect.vague else ()):
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode)
+        except Refused as error:
+            error.param = dialect.blame(items, error.param)
+            raise
+        return dialect.read_encode(items, reply)

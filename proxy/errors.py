@@ -15,6 +15,7 @@ ProxyError                    500  the tree's root; a class carries status, type
 │  ├─ Unreachable             502  no connection
 │  ├─ Broken                  502  reset, truncated, or not the promised format
 │  ├─ StageTimeout            504  the stage's deadline passed
+│  ├─ GaveUp                  503  it ended an answer before its end, in good order
 │  └─ Refused                 the engine's own status and message, kept
 └─ ShuttingDown               503
 """
@@ -175,6 +176,12 @@ class StageTimeout(EngineFailed):
     status = 504
     type = "timeout_error"
     code = "stage_timeout"
+
+
+class GaveUp(EngineFailed):
+    status = 503
+    type = "service_unavailable"
+    code = "given_up"
 
 
 class Refused(EngineFailed):

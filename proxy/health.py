@@ -1,31 +1,24 @@
-"""The probe clock: who is alive, and what it says it is. Takes no part in requests, and judges no failed leg."""
+"""The probe clock: who is alive and may serve. Takes no part in requests, and judges no failed leg."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import orjson
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Circuit
 from proxy.core import Instance, State
-from proxy.dialects import ENGINES
 from proxy.errors import EngineFailed, Unreachable
+from proxy.introduction import Introduction, Unfit
+from proxy.tasks import together
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
 _AWAITED_INTERVAL_S = 0.25  # an engine that starts, or starts again, is asked more often: requests wait for it
-
-
-class Unfit(Exception):
-    """The engine answers but cannot be used in its list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +30,21 @@ class Probing:
 
 class Health:
     def __init__(
-        self, fleet: Fleet, balancer: Balancer, breakers: Breakers, upstream: Upstream, probing: Probing
+        self,
+        fleet: Fleet,
+        balancer: Balancer,
+        breakers: Breakers,
+        upstream: Upstream,
+        introduce: Introduction,
+        probing: Probing,
     ) -> None:
         self._fleet = fleet
         self._breakers = breakers
         self._balancer = balancer
         self._upstream = upstream
+        self._introduce = introduce
         self._probing = probing
+        self._running: dict[str, asyncio.Task[None]] = {}  # probes by URL
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -65,24 +66,44 @@ class Health:
         return self._breakers.circuit(instance.url, time.monotonic())
 
     async def run(self) -> None:
-        """Probe for ever."""
-        while True:
-            self._wake.clear()
-            await self.tick()
-            awaited = any(instance.state in (State.JOINING, State.DOWN) for instance in self._fleet)
-            pause = min(_AWAITED_INTERVAL_S, self._probing.interval) if awaited else self._probing.interval
-            try:
-                async with asyncio.timeout(pause):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+        """Probe for ever. An engine that takes long to be ready keeps no other waiting."""
+        async with together() as group:
+            while True:
+                self._wake.clear()
+                self._start(group)
+                await self._wait(self._probing.timeout)
+                self._tidy()
+                awaited = any(instance.state in (State.JOINING, State.DOWN) for instance in self._fleet)
+                pause = min(_AWAITED_INTERVAL_S, self._probing.interval) if awaited else self._probing.interval
+                try:
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
 
     async def tick(self) -> None:
-        """One probe of every instance, all at once; then the drained ones that are idle leave."""
-        async with asyncio.TaskGroup() as group:
-            for instance in self._fleet:
-                group.create_task(self._probe(instance))
+        """One probe of every instance, all at once, and what follows from it."""
+        await self._wait(None)
+        async with together() as group:
+            self._start(group)
+        self._tidy()
+
+    def _start(self, group: asyncio.TaskGroup) -> None:
+        """A probe of every instance that is in none."""
         for instance in self._fleet:
+            if instance.url not in self._running:
+                task = self._running[instance.url] = group.create_task(self._probe(instance))
+                task.add_done_callback(lambda _, url=instance.url: self._running.pop(url))  # type: ignore[misc]
+
+    async def _wait(self, seconds: float | None) -> None:
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=seconds)
+
+    def _tidy(self) -> None:
+        """Those leave that are drained and idle; those are DOWN that can never serve among the others."""
+        for instance in self._fleet:
+            if instance.state is State.READY and (reason := self._introduce.stray(instance, self._fleet)):
+                self._apply(instance, Event.FAILED, reason)
             if instance.state is State.DRAINING and not self._balancer.ledger.leases(url=instance.url):
                 self._apply(instance, Event.IDLE, "drained")
                 self._balancer.forget(instance)
@@ -94,7 +115,7 @@ class Health:
             if status != 200:
                 raise Unfit(f"GET /health answers {status}")
             if instance.state is not State.READY:
-                await self._introduce(instance)
+                await self._introduce(instance, self._fleet)
         except Unreachable as error:
             instance.failures = self._probing.failures  # nobody listens: asking again would tell nothing new
             self._failed(instance, str(error))
@@ -115,21 +136,6 @@ class Health:
         elif instance.failures >= self._probing.failures or self.circuit(instance) is not Circuit.CLOSED:
             self._apply(instance, Event.FAILED, reason)  # once is enough where legs have failed as well
 
-    async def _introduce(self, instance: Instance) -> None:
-        """Ask an engine what it is before it may serve. Raises Unfit, EngineFailed."""
-        status, answer = await self._upstream.get(instance, "/info", self._probing.timeout)
-        info = _info(answer) if status == 200 else {}
-        found = ENGINES.get(str(info.get("engine")))
-        if instance.dialect == "auto":
-            if found is None:
-                known = ", ".join(sorted(ENGINES))
-                raise Unfit(f"GET /info names no engine that is known here ({known}): give its dialect in the URL")
-            instance.dialect = found
-        role = info.get("role")
-        if found is not None and role != instance.role.label:
-            raise Unfit(f"it is started with the role {role!r}, but listed as {instance.role.label!r}")
-        instance.model = str(info.get("model") or instance.model)
-
     def _apply(self, instance: Instance, event: Event, reason: str) -> None:
         if instance.state is State.GONE:
             return  # removed while it was probed
@@ -137,11 +143,3 @@ class Health:
         if self._fleet.apply(instance, event, reason):
             level = logging.WARNING if instance.state is State.DOWN else logging.INFO
             log.log(level, "%s %s: %s → %s (%s)", instance.role.label, instance.netloc, before, instance.state, reason)
-
-
-def _info(answer: bytes) -> Mapping[str, Any]:
-    try:
-        parsed = orjson.loads(answer)
-    except orjson.JSONDecodeError:
-        return {}
-    return parsed if isinstance(parsed, dict) else {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import TracebackType
 
 import orjson
 
@@ -18,6 +19,7 @@ from proxy.retry import STAGES, cause
 from proxy.upstream import Post, Upstream
 
 _ENCODE_ROUTE = "/v1/chat/completions"
+_ABORT_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Legs:
 
     def __init__(
         self,
-        dialects: Mapping[str, Dialect],
+        dialects: Callable[[Instance], Dialect],
         upstream: Upstream,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -48,9 +50,13 @@ class Legs:
         self.timeouts = upstream.timeouts
 
     def dialect(self, leg: Leg) -> Dialect:
-        return self._dialects[leg.instance.dialect]
+        return self.speaker(leg.instance)
 
-    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float) -> Post:
+    def speaker(self, instance: Instance) -> Dialect:
+        """The dialect that `instance` is spoken to in."""
+        return self._dialects(instance)
+
+    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float | None) -> Post:
         """The call with `body`, see Upstream.post. Raises EngineFailed."""
         data = openai.encoded(body, job)
         self._sent.inc(size(data))
@@ -72,25 +78,25 @@ class Legs:
             raise within_200(parsed, stage=stage)
         return parsed
 
-    @contextmanager
-    def judged(self, leg: Leg) -> Iterator[None]:
+    async def abort(self, leg: Leg, stage: Stage, job: Job) -> None:
+        """Have the engine end what `job` asked of it, where hanging up does not. Its answer changes nothing."""
+        call = self.dialect(leg).abort(job.id)
+        if call is None:
+            return
+        path, body = call
+        data = orjson.dumps(body)
+        with suppress(ProxyError):
+            async with self._upstream.post(leg.instance, stage, path, data, job.fields, _ABORT_TIMEOUT_S) as answer:
+                await answer.read()
+
+    def judged(self, leg: Leg) -> Judged:
         """Within, the leg runs: its instance is praised or blamed for the end. Cancellation is neither.
 
         A BadReply becomes Broken here.
         """
-        try:
-            yield
-        except BadReply as error:
-            broken = Broken(f"{error} ({leg.instance.netloc})", stage=STAGES[leg.role])
-            self._failed(leg, broken)
-            raise broken from None
-        except ProxyError as error:
-            self._failed(leg, error)
-            raise
-        if leg.hold is not None:
-            leg.hold.succeeded()
+        return Judged(self, leg)
 
-    def _failed(self, leg: Leg, error: ProxyError) -> None:
+    def failed(self, leg: Leg, error: ProxyError) -> None:
         self.metrics.failures.labels(error.stage, str(error.code)).inc()
         if error.stage is not STAGES[leg.role]:
             return  # it tells of another engine's failure
@@ -100,3 +106,30 @@ class Legs:
         if leg.hold is not None and leg.hold.failed(error, self.clock()):
             self.metrics.openings.labels(leg.instance.role.label, leg.instance.netloc).inc()
             self._suspicion.opened(leg.instance)
+
+
+class Judged:
+    """See Legs.judged."""
+
+    __slots__ = ("_leg", "_legs")
+
+    def __init__(self, legs: Legs, leg: Leg) -> None:
+        self._legs = legs
+        self._leg = leg
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        leg = self._leg
+        if error is None:
+            if leg.hold is not None:
+                leg.hold.succeeded()
+        elif isinstance(error, BadReply):
+            broken = Broken(f"{error} ({leg.instance.netloc})", stage=STAGES[leg.role])
+            self._legs.failed(leg, broken)
+            raise broken from None
+        elif isinstance(error, ProxyError):
+            self._legs.failed(leg, error)

@@ -11,7 +11,7 @@ from math import ceil
 # A prediction for balancing needs only one of them.
 PIXELS_PER_TOKEN_SIDE = 28
 MIN_TOKENS, MAX_TOKENS = 4, 16384
-UNKNOWN_IMAGE_TOKENS = 1024  # an image behind a URL, or in a format that is not read here: about 900 x 900
+UNKNOWN_TOKENS = 1024  # media behind a URL, or an image in a format that is not read here: about 900 x 900
 BYTES_PER_VIDEO_TOKEN = 512
 BYTES_PER_AUDIO_TOKEN = 640
 
@@ -37,15 +37,13 @@ def image_size(head: bytes | memoryview) -> tuple[int, int] | None:
     return None
 
 
-def tokens(modality: str, data: bytes | memoryview | None) -> int:
-    """Predicted tokens of an item; `data` is None when its bytes are elsewhere."""
-    if data is None:
-        return UNKNOWN_IMAGE_TOKENS
+def tokens(modality: str, head: bytes | memoryview, nbytes: int) -> int:
+    """Predicted tokens of an item of `nbytes` that begins with `head`."""
     if modality == "image":
-        size = image_size(data)
-        return UNKNOWN_IMAGE_TOKENS if size is None else image_tokens(*size)
+        size = image_size(head)
+        return UNKNOWN_TOKENS if size is None else image_tokens(*size)
     per_token = BYTES_PER_VIDEO_TOKEN if modality == "video" else BYTES_PER_AUDIO_TOKEN
-    return max(MIN_TOKENS, min(MAX_TOKENS, len(data) // per_token))
+    return max(MIN_TOKENS, min(MAX_TOKENS, nbytes // per_token))
 
 
 def image_tokens(width: int, height: int) -> int:

@@ -13,9 +13,9 @@ import orjson
 from blake3 import blake3
 
 from proxy import media, splice
-from proxy.core import Api, Body, Item, Job
+from proxy.core import Api, Body, Item, Job, field_lines
 from proxy.errors import BadRequest, ForbiddenField
-from proxy.splice import Cut, Found, Pieces
+from proxy.splice import Cut, Media, Pieces
 
 # Part kinds with their modality; a part without `type` is known by the key it has, as vLLM does.
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -59,7 +59,7 @@ def parse(
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
-        fields="".join([f"{name}: {value}\r\n" for name, value in headers.items()]) if headers else "",
+        fields=field_lines(headers or {}),
         nbytes=len(raw),
         raw=raw,
     )
@@ -70,7 +70,7 @@ def encoded(body: Body, job: Job) -> bytes | bytearray | Pieces:
     return job.raw if body is job.body and job.raw else splice.dumps(body)
 
 
-def _load(raw: bytes | bytearray) -> tuple[dict[str, Any], list[Found]]:
+def _load(raw: bytes | bytearray) -> tuple[dict[str, Any], list[memoryview]]:
     try:
         body, cuts = splice.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -112,7 +112,7 @@ def _kind(part: Mapping[str, Any]) -> str | None:
 class _Reading:
     """Items out of one parsed body. Strings that were cut out of it become `splice.Cut`s in their place."""
 
-    def __init__(self, identity: Identity, cuts: list[Found]) -> None:
+    def __init__(self, identity: Identity, cuts: list[memoryview]) -> None:
         self._identity = identity
         self._cuts = cuts
         self._used: set[int] = set()
@@ -148,29 +148,31 @@ class _Reading:
     def _item(self, index: int, m: int, p: int, part: dict[str, Any], kind: str) -> Item:
         modality = _MEDIA[kind]
         url = _url(part.get(kind), kind, f"messages[{m}].content[{p}]")
-        data = self._media(part, kind, url)
+        found = self._media(part, kind, url)
         content = {"type": kind, **part}
         if self._identity.trust_client and isinstance(part.get("uuid"), str):
             mm_hash: str | None = part["uuid"]
         else:
-            mm_hash = None if data is None else _hash(data, self._salt)
+            mm_hash = None if found is None else found.mm_hash
             content.pop("uuid", None)
             if mm_hash is not None:
                 content["uuid"] = mm_hash
-        return Item(index, m, p, modality, content, mm_hash, mm_hash or url, media.tokens(modality, data))
+        tokens = media.UNKNOWN_TOKENS if found is None else media.tokens(modality, found.head, found.nbytes)
+        return Item(index, m, p, modality, content, mm_hash, mm_hash or url, tokens)
 
-    def _media(self, part: dict[str, Any], kind: str, url: str) -> bytes | None:
-        """The media's bytes, or None if they are not here."""
+    def _media(self, part: dict[str, Any], kind: str, url: str) -> Media | None:
+        """What the media are, or None if they are not here."""
         if not self._cuts or (hit := splice.find(url, self._cuts)) is None:
-            return _decoded(url, kind)
+            return _digest(url, kind, self._salt)
         number, prefix = hit
         if number in self._used or (kind != "input_audio" and not _names_base64(prefix)):
             return None
-        self._used.add(number)
-        found = self._cuts[number]
-        cut, value = Cut(prefix, found.text), part[kind]
-        part[kind] = {**value, _field(kind): cut} if isinstance(value, dict) else cut
-        return found.media
+        found = splice.digest(self._cuts[number], self._salt)
+        if found is not None:
+            self._used.add(number)
+            cut, value = Cut(prefix, self._cuts[number]), part[kind]
+            part[kind] = {**value, _field(kind): cut} if isinstance(value, dict) else cut
+        return found
 
 
 def _refuse_embeds(part: Mapping[str, Any], param: str) -> None:
@@ -193,25 +195,21 @@ def _field(kind: str) -> str:
     return "data" if kind == "input_audio" else "url"
 
 
-def _decoded(url: str, kind: str) -> bytes | None:
-    """The media's bytes, or None if they are not here.
+def _digest(url: str, kind: str, salt: bytes) -> Media | None:
+    """What the media are, or None if they are not here.
 
     Only strict base64 is hashed here: where a decoder could read the same text in two ways, the encoder's own reading
     must decide the hash, or one image could be cached under another's name.
     """
     if kind == "input_audio":
-        return splice.decode(url)
+        return splice.digest(url, salt)
     head, comma, payload = url.partition(",")
-    return splice.decode(payload) if comma and _names_base64(head + comma) else None
+    return splice.digest(payload, salt) if comma and _names_base64(head + comma) else None
 
 
 def _names_base64(prefix: str) -> bool:
     """Whether `prefix` is a data URL up to its comma, and base64 follows."""
     return prefix[:5].lower() == "data:" and prefix.find(",") == len(prefix) - 1 and prefix.lower().endswith(";base64,")
-
-
-def _hash(data: bytes, salt: bytes) -> str:
-    return (blake3(data, key=salt) if salt else blake3(data)).hexdigest()
 
 
 def _salt(body: Body, identity: Identity) -> bytes:

@@ -10,6 +10,7 @@ import orjson
 
 from proxy.core import Stage
 from proxy.errors import Broken, ProxyError, within_200
+from proxy.http.client import Shortcut
 from proxy.http.server import Request
 from proxy.sse import DONE, Event, EventTooLong, Splitter
 from proxy.upstream import Answer
@@ -17,13 +18,13 @@ from proxy.upstream import Answer
 Head = Callable[[], Mapping[str, str]]
 """Called once, when success is proven: the headers that are known by then."""
 
-_LONGEST_SHORTCUT = 4096  # bytes of a chunk
+_LONGEST_CHUNK = 4096  # bytes; a longer one's frame is read
 
 
 class Sink(Protocol):
     """Where an answer goes. `started` turns true with the status line; from then on there is no other answer.
 
-    Nothing here waits: bytes leave at once or are held, and a caller who sees `paused` brings no more until it is over.
+    Nothing here waits: bytes leave at once or are held, and who was told to pause brings no more until resumed.
     A client that leaves cancels the request's task; what is written after that goes nowhere.
     """
 
@@ -42,27 +43,23 @@ class Sink(Protocol):
     def chunk_writer(self) -> Callable[[bytes], None] | None:
         """Takes whole HTTP chunks as an engine wrote them; None if this answer is not sent in chunks, or is changed."""
 
-    @property
-    def paused(self) -> bool:
-        """The client is slower than what was written."""
-
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        """Call once when `paused` has become false."""
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        """Call `pause` when the client is slower than what was written, and `resume` once it has caught up."""
 
 
 class ClientSink:
     """A sink on a client's request."""
 
-    __slots__ = ("_headers", "_request", "sent", "started")
+    __slots__ = ("_id", "_request", "sent", "started")
 
-    def __init__(self, request: Request, headers: Mapping[str, str]) -> None:
+    def __init__(self, request: Request, request_id: str) -> None:
         self._request = request
-        self._headers = headers
+        self._id = request_id
         self.started = False
         self.sent = 0
 
     def begin(self, content_type: str, headers: Mapping[str, str], length: int | None, data: bytes) -> None:
-        named = {"content-type": content_type, **self._headers, **headers}
+        named = {"content-type": content_type, "x-request-id": self._id, **headers}
         if length is None:
             named["cache-control"] = "no-cache"
         self.started = True
@@ -79,12 +76,8 @@ class ClientSink:
     def chunk_writer(self) -> Callable[[bytes], None] | None:
         return self._request.chunk_writer()
 
-    @property
-    def paused(self) -> bool:
-        return self._request.paused
-
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        self._request.on_writable(callback)
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        self._request.throttle(pause, resume)
 
 
 async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
@@ -111,7 +104,8 @@ async def stream(answer: Answer, sink: Sink, head: Head, stage: Stage, idle_time
         raise Broken(f"the {stage} engine answered a stream with {content_type or 'no content type'}", stage=stage)
     flow = _Flow(answer, sink, head, StreamCheck(stage), idle_timeout)
     try:
-        answer.pipe(flow.feed, flow.broken, flow.shortcut)
+        sink.throttle(answer.pause, answer.resume)
+        answer.pipe(flow.feed, flow.broken)
         await flow.over()
     finally:
         flow.stop()
@@ -131,25 +125,7 @@ class _Flow:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopped = False
         self._error: Exception | None = None
-        self._write_chunk: Callable[[bytes], None] | None = None
-
-    def shortcut(self, data: bytes) -> bool:
-        """Pass one chunk of whole, harmless events on as the engine framed it: what nearly every token is."""
-        write = self._write_chunk
-        length = len(data)
-        if (
-            write is None
-            or length > _LONGEST_SHORTCUT
-            or not data.startswith(_CHUNK_HEADS[length])
-            or not data.endswith(b"\n\n\r\n")
-            or not self._check.passes(data)
-        ):
-            return False
-        write(data)
-        self._sink.sent += length
-        if self._sink.paused:
-            self._hold()
-        return True
+        self._shortcut: Shortcut | None = None
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the engine; empty at the end."""
@@ -162,8 +138,7 @@ class _Flow:
                 sink.write(ready)
             else:
                 self._begin(ready)
-            if sink.paused:
-                self._hold()
+        self._answer.shortcut(self._shortcut if check.clean else None)
         if check.done or check.error is not None:
             self._finish(check.error)
 
@@ -189,12 +164,45 @@ class _Flow:
     def _begin(self, ready: bytes) -> None:
         self._answer.patience(self._idle_timeout, each=True)
         self._sink.begin(self._answer.header("content-type"), self._head(), None, ready)
-        self._write_chunk = self._sink.chunk_writer()
+        self._shortcut = self._shortcut_to(self._sink)
 
-    def _hold(self) -> None:
-        """Take no more from the engine until the client has caught up."""
-        self._answer.pause()
-        self._sink.on_writable(self._answer.resume)
+    @staticmethod
+    def _shortcut_to(sink: Sink) -> Shortcut | None:
+        """Passes whole, harmless events on in the chunks that the engine made: what nearly every token is.
+
+        For where an event begins. An event in two chunks may be anything, and is not for this.
+        """
+        write = sink.chunk_writer()
+        if write is None:
+            return None
+
+        def shortcut(data: bytes) -> bool:
+            if not data.endswith(b"\n\n\r\n") or b'"error"' in data or b"[DONE]" in data or not _is_chunks(data):
+                return False
+            write(data)
+            sink.sent += len(data)
+            return True
+
+        return shortcut
+
+
+def _is_chunks(data: bytes) -> bool:
+    """Whether `data` is one or more whole chunks, each of whole events, framed as HTTP writes them."""
+    if len(data) <= _LONGEST_CHUNK and data.startswith(_CHUNK_HEADS[len(data)]):
+        return True
+    at = 0
+    while at < len(data):
+        begin = data.find(b"\r\n", at, at + 8) + 2
+        if begin < 2 or not (digits := data[at : begin - 2]).isalnum():
+            return False
+        try:
+            end = begin + int(digits, 16)
+        except ValueError:
+            return False
+        if digits != b"%x" % (end - begin) or data[end - 2 : end + 2] != b"\n\n\r\n":
+            return False
+        at = end + 2
+    return at == len(data)
 
 
 def _chunk_head(length: int) -> bytes:
@@ -206,7 +214,7 @@ def _chunk_head(length: int) -> bytes:
     return b"\0"
 
 
-_CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_SHORTCUT + 1)))
+_CHUNK_HEADS = tuple(map(_chunk_head, range(_LONGEST_CHUNK + 1)))
 
 
 class StreamCheck:
@@ -221,7 +229,7 @@ class StreamCheck:
 
     def feed(self, chunk: bytes) -> bytes:
         """The bytes that may go to the client now. An empty chunk is the end of the stream."""
-        if chunk.endswith(b"\n\n") and self.passes(chunk):
+        if chunk.endswith(b"\n\n") and b'"error"' not in chunk and b"[DONE]" not in chunk and self.clean:
             return chunk
         ready: list[bytes] = []
         try:
@@ -238,16 +246,10 @@ class StreamCheck:
             self.error = Broken(f"the {self._stage} engine's stream: {error}", stage=self._stage)
         return b"".join(ready)
 
-    def passes(self, data: bytes) -> bool:
-        """Whether nothing in `data`, which ends an event, needs a look. Knows no more than `feed`, but faster."""
-        return (
-            self._held is None
-            and not self._splitter.rest
-            and b'"error"' not in data
-            and b"[DONE]" not in data
-            and not self.done
-            and self.error is None
-        )
+    @property
+    def clean(self) -> bool:
+        """Success is proven, an event has just ended, and others may follow."""
+        return self._held is None and not self._splitter.rest and not self.done and self.error is None
 
     def _take(self, event: Event, ready: list[bytes]) -> None:
         if b"[DONE]" in event.raw and event.data == DONE:

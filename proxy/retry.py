@@ -5,12 +5,12 @@ Nothing is retried here, and no clock is read. Once a client has seen a byte, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from proxy.core import BOTH, Path, Role, Stage
-from proxy.errors import EngineFailed, ProxyError, Refused, StageTimeout, Unreachable
+from proxy.core import BOTH, Item, Path, Role, Stage
+from proxy.errors import EngineFailed, GaveUp, ProxyError, Refused, StageTimeout, Unreachable
 
 
 class Cause(StrEnum):
@@ -21,7 +21,8 @@ class Cause(StrEnum):
     BROKEN = "broken"  # reset, truncated, no HTTP, a web page with status 200, no JSON
     SERVER_ERROR = "server_error"  # 5xx, or an error told within a 200
     BUSY = "busy"  # 429, or 503 that says when to come again
-    LOST = "lost"  # the engine is well, but what an earlier stage made for it is gone
+    MEDIA = "media"  # 5xx of an engine that had to fetch media, and does not tell its own faults from their URL's
+    LOST = "lost"  # the engine is well, but what was made for this request is gone
     CLIENT = "client"  # any other 4xx: the client's mistake, which no instance can mend
     OURS = "ours"  # no engine was called
 
@@ -50,6 +51,7 @@ RULES: Mapping[Cause, Rule] = {
     Cause.BROKEN: Rule(elsewhere=True, again=False, blame=Blame.FAILURE),
     Cause.SERVER_ERROR: Rule(elsewhere=True, again=False, blame=Blame.FAILURE),
     Cause.BUSY: Rule(elsewhere=True, again=False, blame=Blame.AVOID),
+    Cause.MEDIA: Rule(elsewhere=True, again=False, blame=Blame.NONE),
     Cause.LOST: Rule(elsewhere=True, again=True, blame=Blame.NONE),
     Cause.CLIENT: Rule(elsewhere=False, again=False, blame=Blame.NONE),
     Cause.OURS: Rule(elsewhere=False, again=False, blame=Blame.NONE),
@@ -57,6 +59,7 @@ RULES: Mapping[Cause, Rule] = {
 
 # Codes of our engines: an embedding or the KV of a prompt is gone. Making it again helps; after a timeout, elsewhere.
 _LOST = frozenset({"embedding_gone", "embedding_invalid", "kv_gone", "peer_failed", "peer_unreachable"})
+_MEDIA = "media_or_engine"
 _ROLES = {Stage.ENCODE: Role.ENCODE, Stage.PREFILL: Role.PREFILL, Stage.DECODE: Role.DECODE}
 STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, BOTH: Stage.DECODE}
 """The stage that a leg of each role is."""
@@ -68,6 +71,8 @@ def cause(error: ProxyError) -> Cause:
         return Cause.CONNECT
     if isinstance(error, StageTimeout):
         return Cause.TIMEOUT
+    if isinstance(error, GaveUp):
+        return Cause.LOST
     if isinstance(error, Refused):
         return _refused(error)
     return Cause.BROKEN if isinstance(error, EngineFailed) else Cause.OURS
@@ -78,7 +83,26 @@ def _refused(error: Refused) -> Cause:
         return Cause.BUSY
     if error.code in _LOST:
         return Cause.LOST
+    if error.code == _MEDIA:
+        return Cause.MEDIA
     return Cause.SERVER_ERROR if error.status >= 500 else Cause.CLIENT
+
+
+class fetching:
+    """Within, an engine is called that may have to fetch `items`, and answers 5xx if it cannot: a client's wrong URL
+    must not keep engines from others."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = items
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Refused) and error.status >= 500 and any(item.mm_hash is None for item in self._items):
+            error.code = _MEDIA
 
 
 def rule(error: ProxyError) -> Rule:

@@ -6,11 +6,11 @@ Precedence: flags, then TRIPTYCH_… in the environment, then the file of --conf
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
@@ -27,37 +27,56 @@ from pydantic_settings import (
 from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.dialects import DIALECTS
+from proxy.dialects.base import Media
+from proxy.dialects.sglang import Sglang
 from proxy.hedge import Hedge
 
 _NOTHING = frozenset({"", "disable", "none"})
-_ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL}
+_ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL, "together": Order.TOGETHER}
+_PORTS = ("bootstrap_port", "ec_port")  # facts that a URL may tell
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """An engine's base URL, without a trailing slash, and the dialect it is spoken to in."""
+    """An engine's base URL, without a trailing slash, the dialect it is spoken to in, and facts that nobody can ask."""
 
     url: str
     dialect: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str, default: str) -> Endpoint:
-        """From `http://host:port` or `dialect+http://host:port`. Raises ValueError saying what is wrong."""
+        """From `http://host:port` or `dialect+http://host:port`, perhaps with `?bootstrap_port=8998`.
+
+        Raises ValueError saying what is wrong.
+        """
         text = text.strip().rstrip("/")
         named, plus, rest = text.partition("+")
         dialect, url = (named, rest) if plus and "://" not in named else (default, text)
         if dialect != "auto" and dialect not in DIALECTS:
             raise ValueError(f"{text}: no dialect {dialect!r} (known: auto, {', '.join(DIALECTS)})")
         parts = urlsplit(url)
+        facts = _facts(text, parts.query)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{text}: an engine's URL looks like http://host:port")
-        if parts.query or parts.fragment or parts.path.strip("/") == "v1":
+        if parts.fragment or parts.path.strip("/") == "v1":
             raise ValueError(f"{text}: give the base URL only, like http://{parts.netloc}")
         try:
             parts.port  # noqa: B018 - reading it checks the range
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
-        return cls(url, dialect)
+        return cls(url.partition("?")[0].rstrip("/"), dialect, facts)
+
+
+def _facts(text: str, query: str) -> dict[str, Any]:
+    try:
+        given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+        ports = {name: int(given.pop(name)) for name in _PORTS if name in given}
+    except ValueError:
+        given, ports = {query: ""}, {}
+    if given or any(not 0 < port < 1 << 16 for port in ports.values()):
+        raise ValueError(f"{text}: a URL may say ?{'=PORT or ?'.join(_PORTS)}=PORT and nothing else")
+    return ports
 
 
 class ProxySettings(BaseSettings):
@@ -85,13 +104,32 @@ class ProxySettings(BaseSettings):
     decode_servers_urls: str = Field("", description="decode engines, or combined ones without a prefill list")
     host: str = Field("0.0.0.0", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one, named by the READY line")
-    dialect: Literal["auto", "native"] = Field("auto", description="of URLs without one; auto asks each engine")
+    dialect: str = Field("auto", description=f"of URLs without one: {', '.join(DIALECTS)}; auto asks each engine")
     policy: str = Field(
         "least_loaded",
         description="round_robin or least_loaded, for all roles or as encode=round_robin,decode=least_loaded",
     )
-    kv_handoff: Literal["push", "pull"] = Field(
-        "push", description="push: decode reserves and prefill writes layer by layer; pull: decode reads from prefill"
+    kv_handoff: Literal["auto", "push", "pull", "together"] = Field(
+        "auto",
+        description="push: decode reserves and prefill writes layer by layer; pull: decode reads from prefill; "
+        "together: both are called at once; auto: as the engine family does by default",
+    )
+    media_to_prefill: Media = Field(
+        Media.AUTO,
+        description="of vLLM engines, media that encoders have encoded; auto: where the engine would not survive that "
+        "an embedding is gone; never: embeddings are never deleted, or the engine takes no media",
+    )
+    virtual_encoder_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port for SGLang's language servers, which find all encoders behind it as one; never for clients",
+    )
+    virtual_encoder_url: str | None = Field(
+        None, description="where language servers reach that port; default: the address that leads to them"
+    )
+    encoder_register_urls: str = Field(
+        "", description="language servers to register it at, as URL,URL with their --encoder-bootstrap-port"
     )
     metaserver_url: str | None = Field(
         None, description="where decode engines reach this proxy (push); default: the address that leads to them"
@@ -108,6 +146,9 @@ class ProxySettings(BaseSettings):
     )
     probe_interval: PositiveFloat = Field(2.0, description="seconds between two probes of an engine")
     probe_timeout: PositiveFloat = Field(2.0, description="seconds for a probe's answer")
+    warm_up_timeout: PositiveFloat = Field(
+        120.0, description="seconds for the one real request that an engine of another family answers before it serves"
+    )
     probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
     inline_encoding: bool = Field(
@@ -170,6 +211,10 @@ class ProxySettings(BaseSettings):
         if twice is not None:
             raise ValueError(f"{twice} is listed twice: an engine has one role")
         self.policies()
+        if self.lists() and self.virtual_encoder_port is None:
+            raise ValueError("--encoder-register-urls: what is to be registered listens on --virtual-encoder-port")
+        if self.workers > 1 and self.virtual_encoder_port is not None:
+            raise ValueError("--virtual-encoder-port: a request's calls must meet in one process, so with --workers 1")
         try:
             Hedge(self.hedge_after)
         except ValueError as error:
@@ -186,6 +231,10 @@ class ProxySettings(BaseSettings):
         )
         return [(role, Endpoint.parse(url, self.dialect)) for role, text in lists for url in _urls(text)]
 
+    def lists(self) -> list[str]:
+        """The bootstrap servers that get to know the virtual encoder. Raises ValueError."""
+        return [Endpoint.parse(url, Sglang.name).url for url in _urls(self.encoder_register_urls)]
+
     def policies(self) -> dict[Role, str]:
         """The policy's name for each role. Raises ValueError."""
         chosen = dict.fromkeys(ROLES, "least_loaded")
@@ -199,8 +248,9 @@ class ProxySettings(BaseSettings):
         return chosen
 
     @property
-    def order(self) -> Order:
-        return _ORDERS[self.kv_handoff]
+    def order(self) -> Order | None:
+        """None: each engine family's own."""
+        return _ORDERS.get(self.kv_handoff)
 
 
 def _urls(text: str) -> list[str]:

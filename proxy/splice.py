@@ -5,8 +5,8 @@ where JSON is written. They are never copied, and never part of what orjson sees
     skeleton  {"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,~0f3a…~0~"}}]}]}
                                                              └ a mark that nobody can have sent ┘
 
-Base64 holds neither quote nor escape, so a cut ends at the next quote. Whatever is unusual (an escape in it, text that
-is no strict base64, a cut that is not an item's media) is left to a plain parse of everything.
+Base64 holds neither quote nor escape, so a cut ends at the next quote. Whatever is unusual (text that is no strict
+base64, a cut that is not an item's media) is left to a plain parse of everything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import orjson
+from blake3 import blake3
 
 try:  # 40 times as fast; binascii is for where it has no wheel
     from pybase64 import b64decode as _fast
@@ -30,7 +31,8 @@ Pieces: TypeAlias = list[Buffer]
 LARGE = 64 << 10  # bytes; a smaller body is parsed as fast as it is searched
 _SHORTEST = 4 << 10  # of a string worth a cut
 _MOST = 512  # cuts
-_PREFIXES = (b";base64,", b'"data"')
+_PIECE = 96 << 10  # bytes of base64 decoded at once
+_URL, _DATA = b";base64,", b'"data"'
 _SPACE = b" \t\r\n"
 _NONCE = secrets.token_hex(16)
 _MARK = f"~{_NONCE}~"
@@ -48,11 +50,30 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What was cut out while reading, and the media that it decodes to, which nobody should keep."""
+class Media:
+    """What is known of media without keeping them."""
 
-    text: memoryview
-    media: bytes
+    mm_hash: str  # BLAKE3 of their bytes
+    head: bytes  # of the media: all if they are small
+    nbytes: int
+
+
+def digest(text: str | Buffer, key: bytes) -> Media | None:
+    """The media behind strict base64, or None if it is none. `key`: 32 bytes for BLAKE3, or empty.
+
+    In pieces that stay in the CPU's cache: neither is the text copied nor are the media ever whole.
+    """
+    hasher = blake3(key=key) if key else blake3()
+    head, nbytes = b"", 0
+    for start in range(0, len(text), _PIECE):
+        data = decode(text[start : start + _PIECE])
+        ended = start + _PIECE >= len(text)
+        if data is None or (not ended and len(data) != _PIECE // 4 * 3):  # padding in the middle
+            return None
+        hasher.update(data)
+        head = head or data
+        nbytes += len(data)
+    return Media(hasher.hexdigest(), head, nbytes)
 
 
 def decode(text: str | Buffer) -> bytes | None:
@@ -66,13 +87,13 @@ def decode(text: str | Buffer) -> bytes | None:
         return None
 
 
-def loads(raw: bytes | bytearray) -> tuple[Any, list[Found]]:
+def loads(raw: bytes | bytearray) -> tuple[Any, list[memoryview]]:
     """The value in `raw`, and what was cut out of it; `find` tells what a string lost. Raises orjson.JSONDecodeError.
 
-    Without cuts the value is what orjson makes of `raw`. With cuts the caller must find each exactly once, or
-    parse `raw` again by orjson alone: a mark must not stay in a string.
+    Without cuts the value is what orjson makes of `raw`. With cuts the caller must find each exactly once and be strict
+    base64, or parse `raw` again by orjson alone: only then was nothing cut but a string's end.
     """
-    cuts: list[Found] = []
+    cuts: list[memoryview] = []
     if len(raw) >= LARGE:
         skeleton = _skeleton(raw, cuts)
         if cuts and skeleton.count(_MARK.encode()) == len(cuts):
@@ -83,37 +104,48 @@ def loads(raw: bytes | bytearray) -> tuple[Any, list[Found]]:
     return orjson.loads(raw), []
 
 
-def _skeleton(raw: bytes | bytearray, cuts: list[Found]) -> bytes:
+def _skeleton(raw: bytes | bytearray, cuts: list[memoryview]) -> bytes:
     view = memoryview(raw)
     kept: list[Buffer] = []
     at = 0
     for begin, end in _spans(raw):
-        if raw.find(b"\\", begin, end) >= 0 or (media := decode(view[begin:end])) is None:
-            continue
         kept += (view[at:begin], f"{_MARK}{len(cuts)}~".encode())
-        cuts.append(Found(view[begin:end], media))
+        cuts.append(view[begin:end])
         at = end
     return b"".join([*kept, view[at:]])
 
 
-def _spans(raw: bytes | bytearray) -> Iterator[tuple[int, int]]:
-    """(begin, end) of what may be big base64, in order: from behind a prefix to the next quote."""
-    at = found = 0
-    nexts = [raw.find(prefix) for prefix in _PREFIXES]
-    while found < _MOST and (start := min((n for n in nexts if n >= 0), default=-1)) >= 0:
-        which = nexts.index(start)
-        begin = start + len(_PREFIXES[which])
-        if which == 1:
-            begin = _value(raw, begin)
-        end = raw.find(b'"', begin)
-        if end < 0:
-            return
-        at = begin
+def _spans(raw: bytes | bytearray) -> list[tuple[int, int]]:
+    """(begin, end) of what may be big base64, in order: from behind a prefix to the next quote.
+
+    First of data URLs; then of the values of "data", between those, so that no megabytes are searched twice.
+    """
+    found: list[tuple[int, int]] = []
+    at = 0
+    for url in _urls(raw):
+        found += (*_data(raw, at, url[0]), url)
+        at = url[1]
+    return [*found, *_data(raw, at, len(raw))][:_MOST]
+
+
+def _urls(raw: bytes | bytearray) -> Iterator[tuple[int, int]]:
+    at = 0
+    while (start := raw.find(_URL, at)) >= 0:
+        at = start + len(_URL)
+        end = raw.find(b'"', at)
+        if end - at >= _SHORTEST:
+            yield at, end
+            at = end
+
+
+def _data(raw: bytes | bytearray, at: int, stop: int) -> Iterator[tuple[int, int]]:
+    while (start := raw.find(_DATA, at, stop)) >= 0:
+        at = start + len(_DATA)
+        begin = _value(raw, at)
+        end = raw.find(b'"', begin, stop)
         if end - begin >= _SHORTEST:
             yield begin, end
-            found += 1
             at = end
-        nexts = [raw.find(p, at) if 0 <= n < at or n == start else n for n, p in zip(nexts, _PREFIXES, strict=True)]
 
 
 def _value(raw: bytes | bytearray, at: int) -> int:
@@ -131,7 +163,7 @@ def _skip(raw: bytes | bytearray, at: int) -> int:
     return at
 
 
-def find(text: str, cuts: list[Found]) -> tuple[int, str] | None:
+def find(text: str, cuts: list[memoryview]) -> tuple[int, str] | None:
     """The number of the cut that `text` ends with, and what stands before it; None if it is a whole string."""
     prefix, mark, number = text.partition(_MARK)
     return (int(number[:-1]), prefix) if mark else None

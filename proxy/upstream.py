@@ -100,7 +100,13 @@ class Upstream:
         await self._client.close()
 
     def post(
-        self, instance: Instance, stage: Stage, path: str, body: Buffer | list[Buffer], fields: str, seconds: float
+        self,
+        instance: Instance,
+        stage: Stage,
+        path: str,
+        body: Buffer | list[Buffer],
+        fields: str,
+        seconds: float | None,
     ) -> Post:
         """A call with `body`, whole or in pieces, that may take `seconds`; `fields` are whole lines of its head.
 

@@ -9,14 +9,15 @@ import sys
 
 import uvloop
 
-from bench.scripted.engine import ROLES, Engine, Pace
+from bench.scripted.engine import FAMILIES, ROLES, Engine, Pace
 
 
 async def run(arguments: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with Engine(arguments.role, Pace(arguments.delay, arguments.interval), port=arguments.port) as engine:
+    pace = Pace(arguments.delay, arguments.interval)
+    async with Engine(arguments.role, pace, port=arguments.port, family=arguments.family) as engine:
         print(f"READY {engine.url}", flush=True)
         await stop.wait()
 
@@ -24,6 +25,7 @@ async def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scripted", description=__doc__)
     parser.add_argument("--role", choices=ROLES, required=True)
+    parser.add_argument("--family", choices=FAMILIES, default="native")
     parser.add_argument("--port", type=int, default=0, help="0: any free one, named by the READY line")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before an answer begins")
     parser.add_argument("--interval", type=float, default=0.0, help="seconds between two tokens of a stream")

@@ -126,22 +126,29 @@ async def running(name: str, fleet: Fleet, options: Options) -> AsyncIterator[Ca
     with TemporaryDirectory(prefix="bench-") as folder:
         port = free_port()
         command = command_of(name, fleet, options, port, Path(folder))
-        log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                preexec_fn=die_with_parent,
-                start_new_session=True,
-            )
-        candidate = Candidate(name, f"http://127.0.0.1:{port}", process, log)
-        try:
-            await candidate.ready()
+        async with launched(name, command, port, Path(folder)) as candidate:
             yield candidate
-        finally:
-            await candidate.stop()
+
+
+@asynccontextmanager
+async def launched(name: str, command: Sequence[str], port: int, folder: Path) -> AsyncIterator[Candidate]:
+    """`command`, which is to serve on `port`, with its output in `folder`. Raises NotStarted."""
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent,
+            start_new_session=True,
+        )
+    candidate = Candidate(name, f"http://127.0.0.1:{port}", process, log)
+    try:
+        await candidate.ready()
+        yield candidate
+    finally:
+        await candidate.stop()
 
 
 def found(name: str, options: Options) -> str | None:

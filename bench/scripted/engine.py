@@ -1,6 +1,6 @@
 """A scripted engine of any role: says the tokens that its request asks for, at a fixed pace, and fails when told to.
 
-It speaks what our engines speak (push and pull), and what vLLM's and SGLang's engines say to their routers. An engine
+It speaks what our engines speak (push and pull), and what engines of other families say to their proxies. An engine
 runs in this process, or in one of its own (`python -m bench.scripted`), where `GET /scripted` tells its counters and
 `POST /scripted` sets its pace.
 """
@@ -22,6 +22,7 @@ from bench.scripted.faults import Fault
 from bench.scripted.server import Connection, Request
 
 ROLES = ("encode", "prefill", "decode", "both")
+FAMILIES = ("native", "vllm", "ascend", "sglang")
 _ASK_TIMEOUT_S = 30.0
 _ROOM_TIMEOUT_S = 1.0  # for the prefill of a room; SGLang's own default is minutes
 
@@ -41,6 +42,7 @@ class Counters:
     left: int = 0  # callers that left before the end of theirs
     failed: int = 0  # calls answered by a fault
     resident: int = 0  # connections open now
+    received: int = 0  # bytes of the bodies of generation calls
 
 
 class Rooms:
@@ -64,8 +66,17 @@ class Rooms:
 class Engine:
     """`async with` starts and stops it. `fault` fails every generation call until it is None again."""
 
-    def __init__(self, role: str, pace: Pace | None = None, *, port: int = 0, rooms: Rooms | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        pace: Pace | None = None,
+        *,
+        port: int = 0,
+        rooms: Rooms | None = None,
+        family: str = "native",
+    ) -> None:
         self.role = role
+        self.family = family
         self.port = port
         self.pace = pace or Pace()
         self.counters = Counters()
@@ -117,7 +128,7 @@ class Engine:
             self._script(request, connection)
         elif request.method == "POST":
             self._generate(request, connection)
-        elif request.path == "/info":
+        elif request.path == "/info" and self.family == "native":
             info = {"engine": "triptych", "version": "0", "role": self.role, "model": answers.MODEL}
             connection.respond(200, info)
         elif request.path == "/v1/models":
@@ -184,6 +195,7 @@ class Call:
         self._body = answers.parse(request.body)
         engine.counters.calls += 1
         engine.counters.running += 1
+        engine.counters.received += len(request.body)
 
     def left(self) -> None:
         """The caller went away."""
@@ -261,7 +273,8 @@ class Call:
 
     def _whole(self) -> dict[str, Any]:
         if self._engine.role == "encode":
-            return answers.whole(self._id, "", 0) | {"ec_transfer_params": self._entries()}
+            answer = answers.whole(self._id, "", 0)
+            return answer if self._engine.family == "ascend" else answer | {"ec_transfer_params": self._entries()}
         answer = answers.whole(self._id, answers.text(self._tag, self._tokens), self._tokens)
         params = self._body.get("kv_transfer_params")
         if self._engine.role == "prefill" and isinstance(params, dict) and params.get("do_remote_decode"):
@@ -284,20 +297,21 @@ class Call:
     def _entries(self) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         for index, part in enumerate(parts(self._body)):
-            entry = entries.setdefault(
-                str(part.get("uuid")),
-                {
-                    "modality": "image",
-                    "item_indices": [],
-                    "metadata": {"image_grid_thw": [1, 56, 72]},
-                    "num_tokens": 1008,
-                    "dtype": "bfloat16",
-                    "shape": [1008, 4096],
-                    "where": {"host": "127.0.0.1", "port": self._engine.port, "key": self._id},
-                },
-            )
-            entry["item_indices"].append(index)
+            fresh = {"item_indices": [], "metadata": {"image_grid_thw": [1, 56, 72]}} | self._whereabouts()
+            entries.setdefault(str(part.get("uuid")), fresh)["item_indices"].append(index)
         return entries
+
+    def _whereabouts(self) -> dict[str, Any]:
+        """What only our own encoders tell of an embedding."""
+        if self._engine.family != "native":
+            return {}
+        return {
+            "modality": "image",
+            "num_tokens": 1008,
+            "dtype": "bfloat16",
+            "shape": [1008, 4096],
+            "where": {"host": "127.0.0.1", "port": self._engine.port, "key": self._id},
+        }
 
     def _respond(self, status: int, body: object) -> None:
         self._engine.counters.running -= 1

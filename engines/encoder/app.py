@@ -19,6 +19,7 @@ from engines.encoder.metrics import Metrics
 from engines.encoder.model import VisionModel
 from engines.encoder.request import MediaItem, answer, parse
 from engines.encoder.service import Encoder
+from engines.encoder.sglang import SglangProtocol
 from engines.errors import DeadlineExceeded, EngineError, SetupError
 from engines.http import check_model, json_response, read_json, request_id
 from engines.settings import EncoderSettings
@@ -39,9 +40,16 @@ class EncoderApp:
         self._encoder = encoder
         self._transfer = transfer
         self._weights = weights
+        self._sglang = SglangProtocol(encoder, self._encode, settings.encode_timeout) if settings.sglang else None
 
     def routes(self) -> Iterable[web.RouteDef]:
         yield web.post("/v1/chat/completions", self.chat)
+        if self._sglang is not None:
+            yield from self._sglang.routes()
+
+    async def close(self) -> None:
+        if self._sglang is not None:
+            await self._sglang.close()
 
     def info(self) -> Mapping[str, Any]:
         address = self._transfer.address
@@ -124,7 +132,9 @@ async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
             raise SetupError(f"--transfer {settings.transfer}: {error}") from None
         encoder = Encoder(settings, model, reader, transfer, arena, Metrics(CollectorRegistry()))
         await stack.enter_async_context(encoder.running())
-        yield EncoderApp(settings, encoder, transfer, model.report)
+        app = EncoderApp(settings, encoder, transfer, model.report)
+        stack.push_async_callback(app.close)
+        yield app
 
 
 def _create(settings: EncoderSettings) -> Transfer:

@@ -124,6 +124,11 @@ class EmbeddingCache:
             entry.unread += 1
             entry.held_until = max(entry.held_until, held_until)
 
+    def not_named(self, entry: Entry) -> None:
+        """Nobody will come for it, as it was brought where it is wanted: its hold ends unless an answer named it."""
+        if not entry.unread:
+            entry.held_until = 0.0
+
     def was_read(self, entry: Entry) -> None:
         """A reader got all of it; the last one that an answer promised it to ends the hold."""
         entry.unread = max(0, entry.unread - 1)

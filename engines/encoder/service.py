@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +53,14 @@ class Model(Protocol):
     def dtype_name(self) -> str: ...
     def nbytes(self, tokens: int) -> int: ...
     def encode(self, batch: Any, outputs: Any) -> None: ...
+
+
+@contextmanager
+def publishing() -> Iterator[None]:
+    try:
+        yield
+    except (TransferError, OSError) as error:
+        raise EngineError(f"cannot publish the embedding: {error}", code="publish_failed", retryable=True) from error
 
 
 class Encoder:
@@ -134,9 +142,16 @@ class Encoder:
         hold = named and not self._transfer.durable
         self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if hold else 0.0)
 
+    def read(self, entry: Entry) -> bytes:
+        """The rows of an entry that the caller has pinned, as a copy: nobody need fetch them on its account."""
+        self.cache.not_named(entry)
+        return bytes(self._arena.buffer[entry.offset : entry.offset + entry.nbytes])
+
     async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
         if (entry := self.cache.find(key)) is not None:
             self.metrics.cache("hit")
+            with publishing():
+                await self._transfer.restore(key)
             return entry
         joined = key in self._flights
         if not joined and len(self._flights) >= self.settings.max_queue_items:
@@ -178,7 +193,7 @@ class Encoder:
         await self._thread.encode(prepared, output, flight.commit)
         computed = time.monotonic()
         self.metrics.stage("forward", computed - started)
-        try:
+        with publishing():
             where = await self._transfer.publish(
                 entry.key,
                 self._arena,
@@ -189,10 +204,6 @@ class Encoder:
                 on_free=lambda: self._on_free(entry),
                 on_read=lambda: self.cache.was_read(entry),
             )
-        except (TransferError, OSError) as error:
-            raise EngineError(
-                f"cannot publish the embedding: {error}", code="publish_failed", retryable=True
-            ) from error
         self.metrics.stage("publish", time.monotonic() - computed)
         return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, where)
 

@@ -12,17 +12,25 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from engines.errors import BadRequest, Overloaded
 from engines.language.failures import lost_embedding
-from engines.language.sequence import Item
 from engines.ranges import Ranges
 from engines.transfer.base import Arena, Ticket, Transfer, TransferError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Expected(Protocol):
+    """An item of a prompt, as far as its embedding goes."""
+
+    @property
+    def mm_hash(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Handle:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def read(cls, item: Item, entries: Mapping[str, Any], width: int) -> Handle:
+    def read(cls, item: Expected, entries: Mapping[str, Any], width: int) -> Handle:
         """Raises BadRequest when the entry is missing, misshapen or of another model."""
         param = f"ec_transfer_params.{item.mm_hash}"
         entry = entries.get(item.mm_hash)
@@ -67,7 +75,7 @@ class Embeddings:
     def hold(self, ticket: Ticket) -> None:
         self._tickets.append(ticket)
 
-    def of(self, items: Iterable[Item]) -> list[torch.Tensor]:
+    def of(self, items: Iterable[Expected]) -> list[torch.Tensor]:
         return [self.tensors[item.mm_hash] for item in items]
 
     def release(self) -> None:
@@ -89,7 +97,7 @@ class EmbeddingReceiver:
         self._turn = asyncio.Lock()  # first come, first served: only its holder waits for room
         self._freed = asyncio.Event()
 
-    async def receive(self, items: Iterable[Item], entries: Mapping[str, Any]) -> Embeddings:
+    async def receive(self, items: Iterable[Expected], entries: Mapping[str, Any]) -> Embeddings:
         """Fetch the embedding of every distinct item, all at the same time.
 
         Raises BadRequest (an entry is wrong, or can never fit), Overloaded (no room within the timeout), and the error

@@ -202,6 +202,12 @@ class Transfer(Protocol):
         Raises ValueError if `key` is published already.
         """
 
+    async def restore(self, key: str) -> None:
+        """Write again what was published under `key` if somebody else removed it, which only a shared folder allows.
+
+        Unknown keys are ignored. Raises TransferError when it cannot be written.
+        """
+
     def withdraw(self, key: str) -> None:
         """No new fetches; unknown keys are ignored. `on_free()` fires once, when no transfer can read the spans."""
 

@@ -26,13 +26,18 @@ def address_of(buffer: memoryview) -> int:
     return ctypes.addressof((ctypes.c_char * buffer.nbytes).from_buffer(buffer))
 
 
+def move(moves: Moves) -> None:
+    """Copy between absolute addresses of this process."""
+    sources, targets, lengths = moves.T.tolist()
+    # the loop runs in C: 1000 calls take 0.4 ms less than from a `for`
+    deque(map(ctypes.memmove, targets, sources, lengths), maxlen=0)
+
+
 def copy(source: int, target: int, moves: Moves, halt: Halt) -> None:
     """Copy moves from the mapping at `source` to the one at `target`; raises what `halt.check` raises."""
     for rows in _looks(moves):
         halt.check()
-        targets, sources = (rows[:, 1] + target).tolist(), (rows[:, 0] + source).tolist()
-        # the loop runs in C: 1000 calls take 0.4 ms less than from a `for`
-        deque(map(ctypes.memmove, targets, sources, rows[:, 2].tolist()), maxlen=0)
+        move(rows + np.array([source, target, 0]))
 
 
 def _looks(moves: Moves) -> Iterator[Moves]:

@@ -128,6 +128,9 @@ class Endpoint:
         where = Where(self.name, Peer.of(self.address), key, publication.secret, nbytes)
         return cast(dict[str, Any], msgspec.to_builtins(where))
 
+    async def restore(self, key: str) -> None:
+        pass  # what we publish is in our own memory
+
     def withdraw(self, key: str) -> None:
         self._sending.withdraw(key)
 

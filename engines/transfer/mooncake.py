@@ -35,10 +35,11 @@ from engines.transfer.base import (
     TransferCancelled,
     TransportUnavailable,
 )
+from engines.transfer.copying import move
 from engines.transfer.endpoint import Endpoint
 from engines.transfer.mooncake_channel import Lease, MooncakeArena, MooncakeChannel, Return, Scatter
 from engines.transfer.plane import Ask
-from engines.transfer.spans import Moves, Region, Table, table, total
+from engines.transfer.spans import Region, Table, total, unpack
 from engines.transfer.staging import Slots, packed
 
 logger = logging.getLogger(__name__)
@@ -201,14 +202,14 @@ class MooncakePlane:
         return {}
 
     async def _scatter(self, opened: OpenTicket, scatter: Scatter) -> None:
-        spans = table(scatter.spans, opened.arena.nbytes)
+        spans = unpack(scatter.spans, opened.arena.nbytes)
         if not self.landing.holds(scatter.ticket, scatter.offset) or total(spans) > self.landing.size:
             raise LayoutMismatch("the slot does not belong to this ticket")
         if not opened.region.holds(spans):
             raise LayoutMismatch("the scattered bytes go outside the ticket's spans")
         sources = packed(spans[:, 1], self.landing.address + scatter.offset)
         moves = np.stack((sources, opened.arena.address + spans[:, 0], spans[:, 1]), axis=1)
-        await asyncio.to_thread(_copy, moves)
+        await asyncio.to_thread(move, moves)
 
     # -- sender
 
@@ -240,12 +241,6 @@ class MooncakePlane:
 def _destroy(engines: list[Any], session: Session) -> None:
     engines.clear()
     session.dead = True
-
-
-def _copy(moves: Moves) -> None:
-    """Between absolute addresses of this process; releases the GIL for each piece."""
-    for source, target, length in moves.tolist():
-        ctypes.memmove(target, source, length)
 
 
 def create(*, host: str, advertise: str, timeout: float, rdma: bool, storage_path: Path | str | None) -> Endpoint:

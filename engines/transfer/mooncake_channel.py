@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ctypes
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -19,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.transfer.base import Address, Arena, LayoutMismatch, PeerFailed, TransferError
+from engines.transfer.copying import move
 from engines.transfer.messages import Hex, Size
 from engines.transfer.plane import Halt, Unsettled
-from engines.transfer.spans import Moves, as_list
-from engines.transfer.staging import batches, one_run, worth_staging
+from engines.transfer.spans import Moves, pack
+from engines.transfer.staging import batches, one_run, packed, worth_staging
 
 if TYPE_CHECKING:
     from engines.transfer.mooncake import MooncakePlane
@@ -31,6 +31,8 @@ POLL = 20e-6
 IN_FLIGHT = 512
 """Descriptors under way at a time; beyond about 2,000 to one peer the library fails them all."""
 PIECE = 64 << 20
+GATHERED = 1 << 20
+"""A slot is filled and sent in pieces of this size, so that the first byte leaves early and the caches hold a piece."""
 LANES = 2
 """Slots per write: one is gathered while the other travels."""
 ASK_TIMEOUT = 5.0
@@ -67,11 +69,11 @@ class Lease(msgspec.Struct, frozen=True, tag="lease", forbid_unknown_fields=True
 
 
 class Scatter(msgspec.Struct, frozen=True, tag="scatter", forbid_unknown_fields=True):
-    """Sender to receiver: the slot at `offset` holds the bytes of these spans; copy them there."""
+    """Sender to receiver: the slot at `offset` holds the bytes of these spans (of `spans.pack`); copy them there."""
 
     ticket: Hex
     offset: Size
-    spans: list[tuple[Size, Size]]
+    spans: bytes
 
 
 class Return(msgspec.Struct, frozen=True, tag="return", forbid_unknown_fields=True):
@@ -134,7 +136,7 @@ class MooncakeChannel:
         plane = self._plane
         assert plane.ask is not None
         assert plane.loop is not None
-        body = msgspec.to_builtins(question)
+        body = msgspec.to_builtins(question, builtin_types=(bytes,))
         return asyncio.run_coroutine_threadsafe(plane.ask(self._peer, body, ASK_TIMEOUT), plane.loop)
 
     def _direct(self, target: Target, moves: Moves, halt: Halt) -> None:
@@ -167,10 +169,16 @@ class MooncakeChannel:
 
 @dataclass(slots=True)
 class Lane:
-    """One slot here and one there; `scatter` is the receiver emptying its slot."""
+    """One slot here and one there.
+
+    `writes` are under way between them, `spans` say where the receiver shall copy what they bring, `scatter` is its
+    doing so.
+    """
 
     ours: int
     theirs: int
+    writes: list[int] = field(default_factory=list)
+    spans: bytes = b""
     scatter: concurrent.futures.Future[dict[str, Any]] | None = None
 
     def free(self) -> None:
@@ -184,53 +192,51 @@ class Lane:
 
 
 class Staged:
-    """Gather, write, scatter, with the next gather while this write travels."""
+    """Gather, write, scatter: each slot's bytes are gathered while those of the slot before travel."""
 
     def __init__(self, channel: MooncakeChannel, target: Target, lanes: list[Lane], staging: int) -> None:
         self._channel, self._target, self._lanes, self._staging = channel, target, lanes, staging
 
-    def run(self, pieces: Iterator[Moves], halt: Halt) -> None:
-        running: list[int] = []
-        travelling: tuple[Lane, Moves] | None = None
+    def run(self, slots: list[Moves], halt: Halt) -> None:
+        lanes = self._lanes
         try:
-            for lane, batch in zip(itertools.cycle(self._lanes), pieces, strict=False):
+            for index, moves in enumerate(slots):
                 halt.check()
-                if travelling is not None and travelling[0] is lane:  # there is only one
-                    self._land(running, travelling)
-                    travelling = None
+                lane, before = lanes[index % len(lanes)], lanes[(index - 1) % len(lanes)]
+                self._land(lane)
                 lane.free()
-                source = self._gather(lane, batch)
-                if travelling is not None:
-                    self._land(running, travelling)
-                to, length = self._goal(lane, batch), int(batch[:, 2].sum())
-                running.append(self._channel.submit(self._target, source, to, length))
-                travelling = lane, batch
-            if travelling is not None:
-                self._land(running, travelling)
+                self._send(lane, moves, before)
+            for lane in lanes:
+                self._land(lane)
         finally:
-            self._channel.settle(self._target, running)
-            for lane in self._lanes:
+            self._channel.settle(self._target, [handle for lane in lanes for handle in lane.writes])
+            for lane in lanes:
                 lane.free()
 
-    def _gather(self, lane: Lane, batch: Moves) -> int:
-        """Where the batch's bytes lie in one piece."""
-        if one_run(batch[:, 0], batch[:, 2]):
-            return int(batch[0, 0])
-        at = start = self._staging + lane.ours
-        for source, _, length in batch.tolist():
-            ctypes.memmove(at, source, length)
-            at += length
-        return start
+    def _send(self, lane: Lane, moves: Moves, before: Lane) -> None:
+        """Submit what one slot holds; the lane before lands when the first piece is queued behind it."""
+        apart = not one_run(moves[:, 1], moves[:, 2])
+        to = self._target.landing + lane.theirs if apart else int(moves[0, 1])
+        for source, length in self._gathered(lane, moves):
+            lane.writes.append(self._channel.submit(self._target, source, to, length))
+            to += length
+            self._land(before)
+        if apart:
+            lane.spans = pack(moves[:, 1:] - np.array([self._target.base, 0]))
 
-    def _goal(self, lane: Lane, batch: Moves) -> int:
-        if one_run(batch[:, 1], batch[:, 2]):
-            return int(batch[0, 1])
-        return self._target.landing + lane.theirs
+    def _gathered(self, lane: Lane, moves: Moves) -> Iterator[tuple[int, int]]:
+        """(address, length) of their bytes in order, copied together one piece after the other unless they lie so."""
+        if one_run(moves[:, 0], moves[:, 2]):
+            yield int(moves[0, 0]), int(moves[:, 2].sum())
+            return
+        together = packed(moves[:, 2], self._staging + lane.ours)
+        for piece in batches(np.stack((moves[:, 0], together, moves[:, 2]), axis=1), GATHERED):
+            move(piece)
+            yield int(piece[0, 1]), int(piece[:, 2].sum())
 
-    def _land(self, running: list[int], travelling: tuple[Lane, Moves]) -> None:
-        """The write has ended; have the receiver scatter it, unless it went to its place at once."""
-        lane, batch = travelling
-        self._channel.settle(self._target, running)
-        if not one_run(batch[:, 1], batch[:, 2]):
-            spans = batch[:, 1:] - np.array([self._target.base, 0], dtype=np.int64)
-            lane.scatter = self._channel.ask(Scatter(self._target.ticket, lane.theirs, as_list(spans)))
+    def _land(self, lane: Lane) -> None:
+        """Its writes have ended; have the receiver scatter them, unless they went to their place at once."""
+        self._channel.settle(self._target, lane.writes)
+        if lane.spans:
+            spans, lane.spans = lane.spans, b""
+            lane.scatter = self._channel.ask(Scatter(self._target.ticket, lane.theirs, spans))

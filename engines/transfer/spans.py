@@ -29,15 +29,37 @@ def table(spans: Spans, limit: int, what: str = "arena") -> Table:
         flat = np.fromiter(chain.from_iterable(spans), dtype=np.int64, count=2 * len(spans))
     except (ValueError, OverflowError) as error:
         raise LayoutMismatch(f"spans must be (offset, length) pairs of 64-bit integers: {error}") from None
-    pairs = flat.reshape(-1, 2)
-    offsets, lengths = pairs[:, 0], pairs[:, 1]
-    # offset > limit - length, not offset + length > limit: the sum of two hostile numbers wraps around
-    if len(pairs) and (offsets.min() < 0 or lengths.min() < 0 or bool((offsets > limit - lengths).any())):
-        raise LayoutMismatch(f"a span lies outside the {what} of {limit} bytes")
-    pairs = pairs[lengths > 0]
-    if len(pairs) < 2:
+    return _checked(flat.reshape(-1, 2), limit, what)
+
+
+def pack(spans: Table) -> bytes:
+    """For a message: 16 bytes each, where 1000 tuples take 0.7 ms to be sent and read."""
+    return spans.astype("<i8").tobytes()
+
+
+def unpack(data: bytes, limit: int) -> Table:
+    """What `pack` made, or anything else: checked and merged like a `table`."""
+    if len(data) % 16:
+        raise LayoutMismatch(f"{len(data)} bytes are not (offset, length) pairs of 64-bit integers")
+    return _checked(np.frombuffer(data, dtype="<i8").reshape(-1, 2), limit, "arena")
+
+
+def _checked(pairs: Table, limit: int, what: str) -> Table:
+    if not len(pairs):
         return pairs
-    starts = np.flatnonzero(np.r_[True, pairs[1:, 0] != pairs[:-1, 0] + pairs[:-1, 1]])
+    offsets, lengths = pairs[:, 0], pairs[:, 1]
+    shortest = lengths.min()
+    # offset > limit - length, not offset + length > limit: the sum of two hostile numbers wraps around
+    if offsets.min() < 0 or shortest < 0 or bool((offsets > limit - lengths).any()):
+        raise LayoutMismatch(f"a span lies outside the {what} of {limit} bytes")
+    return _merged(pairs if shortest else pairs[lengths > 0])
+
+
+def _merged(pairs: Table) -> Table:
+    apart = pairs[1:, 0] != pairs[:-1, 0] + pairs[:-1, 1]
+    if apart.all():
+        return pairs
+    starts = np.flatnonzero(np.r_[True, apart])
     return np.stack((pairs[starts, 0], np.add.reduceat(pairs[:, 1], starts)), axis=1)
 
 
@@ -66,6 +88,12 @@ def _locate(spans: Table, ends: npt.NDArray[np.int64], logical: npt.NDArray[np.i
     index = np.searchsorted(ends, logical, side="right")
     found: npt.NDArray[np.int64] = spans[index, 0] + logical - (ends[index] - spans[index, 1])
     return found
+
+
+def disjoint(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> bool:
+    """No byte lies in two of the spans."""
+    order = np.argsort(offsets)
+    return bool((offsets[order][1:] >= (offsets + lengths)[order][:-1]).all())
 
 
 class Region:

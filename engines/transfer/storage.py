@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -62,6 +63,16 @@ class Entry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A publication and what its file says."""
+
+    publication: Publication
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class HeapArena(msgspec.Struct, frozen=True, eq=False):
     name: str
     nbytes: int
@@ -101,20 +112,39 @@ def load(path: Path, buffer: memoryview, spans: Table, stopped: Callable[[], boo
         raise TransferError(f"cannot read {path}: {error}") from None
 
 
-def _seek_tensor(file: BinaryIO, nbytes: int, path: Path) -> None:
-    """Leave `file` at the first byte of the tensor."""
+def describe(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The tensor's dtype, as torch calls it, and shape. Raises GoneError, LayoutMismatch, TransferError."""
+    try:
+        with path.open("rb") as file:
+            entry = _entry(file, path)
+    except FileNotFoundError:
+        raise GoneError(f"{path} does not exist (any more)") from None
+    except OSError as error:
+        raise TransferError(f"cannot read {path}: {error}") from None
+    name = next((name for name, code in DTYPES.items() if code == entry.dtype), None)
+    if name is None:
+        raise LayoutMismatch(f"{path} holds {entry.dtype}, which is no embedding's dtype")
+    return name, tuple(entry.shape)
+
+
+def _entry(file: BinaryIO, path: Path) -> Entry:
+    """What the header says of the tensor; leaves `file` at the first byte after it."""
     length = int.from_bytes(file.read(8), "little")
     try:
         if length > MAX_HEADER:
             raise LayoutMismatch(f"{path} is no embedding: its header has {length} bytes")
-        header = msgspec.json.decode(file.read(length))
-        entry = msgspec.convert(header[TENSOR], Entry)
+        return msgspec.convert(msgspec.json.decode(file.read(length))[TENSOR], Entry)
     except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError) as error:
         raise LayoutMismatch(f"{path} has no tensor {TENSOR!r}: {error}") from None
+
+
+def _seek_tensor(file: BinaryIO, nbytes: int, path: Path) -> None:
+    """Leave `file` at the first byte of the tensor."""
+    entry = _entry(file, path)
     begin, end = entry.data_offsets
     if begin < 0 or end - begin != nbytes or math.prod(entry.shape) * WIDTHS.get(entry.dtype, 0) != nbytes:
         raise LayoutMismatch(f"{path} holds {entry.dtype}{entry.shape}, not {nbytes} bytes")
-    file.seek(8 + length + begin)
+    file.seek(begin, os.SEEK_CUR)
 
 
 class StorageTicket:
@@ -189,7 +219,7 @@ class Storage:
         self.address: Address = here(host, 0)
         self._path = path
         self._tickets: dict[str, StorageTicket] = {}
-        self._published: dict[str, Publication] = {}
+        self._published: dict[str, Stored] = {}
 
     def allocate(self, name: str, nbytes: int) -> Arena:
         return HeapArena(name, nbytes, np.zeros(nbytes, dtype=np.uint8).data)
@@ -229,31 +259,43 @@ class Storage:
         path = self._file(key)
         if key in self._published:
             raise ValueError(f"{key!r} is published already: withdraw it first")
-        publication = Publication(key, arena, checked, on_free, once=False, readers=1)
+        publication = Publication(key, arena, checked, on_free, once=False)
         if ttl is not None:
             publication.expiry = asyncio.get_running_loop().call_later(ttl, self.withdraw, key)
-        self._published[key] = publication
-        # owned by us: the thread reads the arena to its end even if the caller is cancelled
-        saving = self.tasks.spawn(self._save(publication, path, dtype, shape))
+        self._published[key] = stored = Stored(publication, path, dtype, tuple(shape))
         try:
-            await asyncio.shield(saving)
+            await self._save(stored)
         except (asyncio.CancelledError, TransferError):
             self.withdraw(key)
             raise
         return {"transport": self.name, "key": key, "nbytes": total(checked)}
 
-    async def _save(self, publication: Publication, path: Path, dtype: str, shape: Sequence[int]) -> None:
+    async def restore(self, key: str) -> None:
+        stored = self._published.get(key)
+        if stored is not None and not await asyncio.to_thread(stored.path.exists):
+            logger.info("%s was removed: writing it again", stored.path)
+            await self._save(stored)
+
+    async def _save(self, stored: Stored) -> None:
+        stored.publication.readers += 1
+        # owned by us: the thread reads the arena to its end even if the caller is cancelled
+        await asyncio.shield(self.tasks.spawn(self._write(stored)))
+
+    async def _write(self, stored: Stored) -> None:
+        publication = stored.publication
         try:
-            await asyncio.to_thread(save, path, publication.arena.buffer, publication.spans, dtype, shape)
+            await asyncio.to_thread(
+                save, stored.path, publication.arena.buffer, publication.spans, stored.dtype, stored.shape
+            )
         except OSError as error:
-            raise TransferError(f"cannot write {path}: {error}") from None
+            raise TransferError(f"cannot write {stored.path}: {error}") from None
         finally:
             publication.read()
 
     def withdraw(self, key: str) -> None:
-        publication = self._published.pop(key, None)
-        if publication is not None:
-            publication.end()
+        stored = self._published.pop(key, None)
+        if stored is not None:
+            stored.publication.end()
 
     def reserve(self, arena: Arena, spans: Spans, *, timeout: float, on_free: Callable[[], None]) -> StorageTicket:
         ticket = StorageTicket(self, arena, spans, timeout, on_free)

@@ -66,6 +66,7 @@ class Board:
         self._lock = lock
         self._cells = memoryview(buffer)[: size(workers)].cast("q")
         self._width = 1 + 3 * workers
+        self._mine = workers + 1 + worker  # this worker's load of row 0
         self._unpack = Struct(f"{self._width}q").unpack
         self._known: dict[str, _Row] = {}
 
@@ -121,13 +122,14 @@ class Board:
 
     def _read(self, row: bytes) -> Standing:
         cells = self._unpack(row)
-        if self.workers == 1:
-            return Standing(cells[1], cells[3])
         return Standing(sum(cells[1 : 1 + self.workers]), max(cells[-self.workers :]))
 
     def seen(self, key: str) -> Standing:
         """The standing of `key`, which is no news afterwards."""
         row = self._row(key)
+        if self.workers == 1:
+            _, load, _, used = row.cells
+            return Standing(load, used)
         row.told = row.cells.tobytes()
         return self._read(row.told)
 
@@ -148,22 +150,25 @@ class Board:
 
     def turn(self) -> int:
         """Takes the next turn."""
-        turn = self._cells[self._worker] = 1 + max(self._cells[: self.workers].tolist())
+        cells = self._cells
+        turn = cells[self._worker] = 1 + (cells[0] if self.workers == 1 else max(cells[: self.workers].tolist()))
         return turn
 
     def use(self, row: int, turn: int) -> None:
-        self._cells[self._start(row) + 1 + 2 * self.workers + self._worker] = turn
+        self._cells[self._mine + row * self._width + 2 * self.workers] = turn
 
-    def hold(self, row: int, load: int, leases: int) -> None:
-        """What this worker holds of a row, in all."""
-        start = self._start(row) + 1 + self._worker
-        self._cells[start] = load
-        self._cells[start + self.workers] = leases
+    def add(self, row: int, load: int, leases: int) -> None:
+        """To what this worker holds of a row."""
+        cells, at = self._cells, self._mine + row * self._width
+        cells[at] += load
+        cells[at + self.workers] += leases
 
-    def held(self, row: int) -> tuple[int, int]:
-        """Load and leases that this worker holds of a row."""
-        start = self._start(row) + 1 + self._worker
-        return self._cells[start], self._cells[start + self.workers]
+    def held(self) -> dict[int, tuple[int, int]]:
+        """Load and leases that this worker holds, of each row of which it holds any."""
+        loads = self._cells[self._mine :: self._width].tolist()
+        leases = self._cells[self._mine + self.workers :: self._width].tolist()
+        held = zip(loads, leases, strict=True)
+        return {row: found for row, found in enumerate(held) if any(found)}
 
     # ---- for whoever has seen a worker die
 

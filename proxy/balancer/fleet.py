@@ -7,8 +7,9 @@ any but GONE ──DRAIN──▶ DRAINING ──IDLE──▶ GONE        JOIN 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from typing import Any
 
 from proxy.core import Instance, Role, State
 
@@ -59,6 +60,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
+        self.version = 0  # another number each time an instance comes, goes or changes its state
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._instances.values()))
@@ -69,11 +71,12 @@ class Fleet:
     def get(self, url: str) -> Instance | None:
         return self._instances.get(url)
 
-    def join(self, url: str, role: Role, dialect: str) -> Instance:
+    def join(self, url: str, role: Role, dialect: str, facts: Mapping[str, Any] | None = None) -> Instance:
         """Add an instance, or bring one back that was draining. Raises ValueError if it is known with another role."""
         known = self._instances.get(url)
         if known is None:
-            known = self._instances[url] = Instance(url, role, dialect)
+            known = self._instances[url] = Instance(url, role, dialect, facts=facts or {})
+            self.version += 1
         elif known.role != role:
             raise ValueError(f"{url} is already known as {known.role.label}")
         else:
@@ -97,10 +100,15 @@ class Fleet:
         if state is None:
             raise IllegalTransition(f"{event} means nothing to {instance.url}, which is {instance.state}")
         changed = state is not instance.state
+        self.version += changed
         instance.state, instance.reason = state, reason
         if state is State.GONE:
             self._instances.pop(instance.url, None)
         return changed
+
+    def refresh(self) -> bool:
+        """Take over what other workers changed; True if they did."""
+        return False
 
     def ready(self, role: Role) -> list[Instance]:
         """Those that may be given a leg of exactly this role."""

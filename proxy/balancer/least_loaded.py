@@ -27,6 +27,8 @@ class LeastLoaded:
         return f"<LeastLoaded {sorted(self._current.values())}>"
 
     def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
+        if len(candidates) == 1:
+            return next(iter(candidates))
         wanted = set(candidates)
         for key in wanted - self._current.keys():
             self._put((*standing(key), key))

@@ -11,6 +11,8 @@ from types import TracebackType
 from proxy.balancer.board import Board, Standing, alone
 from proxy.core import ROLES, Instance, Role
 
+_TOTALS = {role: role.value for role in ROLES}  # the board's row of each role's own totals
+
 Listener = Callable[[Role, str, Standing], None]
 
 
@@ -49,7 +51,6 @@ class Ledger:
         self._listener = listener
         self._board = board or alone()
         self._open: set[Lease] = set()
-        self._held: dict[int, list[int]] = {}  # row → load and leases of this process
 
     def __repr__(self) -> str:
         return f"<Ledger {len(self._open)} leases, {self._loads()}>"
@@ -62,9 +63,10 @@ class Ledger:
         """Charge `tokens` (> 0) to `instance` until the lease is closed; counts as a use of it."""
         if tokens <= 0:
             raise ValueError(f"a lease of {tokens} tokens cannot be told from none")
-        lease = Lease(self, instance, role, tokens, self._board.row(instance.url))
+        row = self._board.row(instance.url)
+        lease = Lease(self, instance, role, tokens, row)
         self._open.add(lease)
-        self._board.use(lease.row, self._board.turn())
+        self._board.use(row, self._board.turn())
         self._move(lease, tokens, 1)
         return lease
 
@@ -74,14 +76,10 @@ class Ledger:
             self._move(lease, -lease.tokens, -1)
 
     def _move(self, lease: Lease, tokens: int, leases: int) -> None:
-        for row in (lease.row, lease.role.value):
-            held = self._held.setdefault(row, [0, 0])
-            held[0] += tokens
-            held[1] += leases
-            self._board.hold(row, *held)
-            if not held[1]:
-                del self._held[row]
-        self._listener(lease.role, lease.instance.url, self._board.seen(lease.instance.url))
+        board, role, url = self._board, lease.role, lease.instance.url
+        board.add(lease.row, tokens, leases)
+        board.add(_TOTALS[role], tokens, leases)
+        self._listener(role, url, board.seen(url))
 
     def standing(self, url: str) -> Standing:
         """Load and last use of this instance, whoever charged it."""
@@ -99,15 +97,13 @@ class Ledger:
 
     def check(self) -> None:
         """Raises AssertionError unless what is charged is exactly the sum of this process's open leases."""
-        sums: dict[int, list[int]] = {}
+        sums: dict[int, tuple[int, int]] = {}
         for lease in self._open:
             for row in (lease.row, lease.role.value):
-                held = sums.setdefault(row, [0, 0])
-                held[0] += lease.tokens
-                held[1] += 1
-        if sums != self._held or any(self._board.held(row) != tuple(held) for row, held in sums.items()):
-            raise AssertionError(f"{self!r}: the loads {self._held} are not the sums of the open leases {sums}")
+                load, leases = sums.get(row, (0, 0))
+                sums[row] = load + lease.tokens, leases + 1
+        if sums != self._board.held():
+            raise AssertionError(f"{self!r}: {self._board.held()} is not the sums of the open leases, {sums}")
 
     def _loads(self) -> dict[str, int]:
-        urls = {lease.row: lease.instance.url for lease in self._open}
-        return {urls[row]: load for row, (load, _) in self._held.items() if row in urls}
+        return {lease.instance.url: self.load(lease.instance.url) for lease in self._open}

@@ -15,9 +15,10 @@ one worker is so for the next request of all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 import orjson
@@ -41,11 +42,12 @@ class Facts:
     state: str
     reason: str
     model: str
+    facts: Mapping[str, Any]
 
     @classmethod
     def of(cls, instance: Instance) -> Facts:
         reason = instance.reason[:_REASON_LIMIT]
-        return cls(instance.role.value, instance.dialect, instance.state, reason, instance.model)
+        return cls(instance.role.value, instance.dialect, instance.state, reason, instance.model, instance.facts)
 
 
 class Roster(Fleet):
@@ -89,9 +91,9 @@ class Roster(Fleet):
 
     # ---- changing
 
-    def join(self, url: str, role: Role, dialect: str) -> Instance:
+    def join(self, url: str, role: Role, dialect: str, facts: Mapping[str, Any] | None = None) -> Instance:
         with self._change():
-            return super().join(url, role, dialect)
+            return super().join(url, role, dialect, facts)
 
     def remove(self, url: str) -> Instance | None:
         with self._change():
@@ -126,7 +128,6 @@ class Roster(Fleet):
     # ---- the memory
 
     def refresh(self) -> bool:
-        """Take over what other workers wrote; True if they did."""
         if self._changing or self._version[0] == self._seen:
             return False
         while True:
@@ -134,6 +135,7 @@ class Roster(Fleet):
             if (listed := self._read(version)) is not None and version == self._version[0]:
                 break
         self._seen = version
+        self.version += 1
         for url in self._facts.keys() - listed.keys():
             self._leave(url)
         for url, facts in listed.items():
@@ -153,7 +155,7 @@ class Roster(Fleet):
         facts = {url: Facts.of(instance) for url, instance in self._instances.items()}
         if facts == self._facts:
             return
-        text = orjson.dumps({url: [f.role, f.dialect, f.state, f.reason, f.model] for url, f in facts.items()})
+        text = orjson.dumps({url: [getattr(f, name) for name in Facts.__slots__] for url, f in facts.items()})
         if len(text) > _HALF - _HEAD:
             self._undo(facts.keys() - self._facts.keys())
             raise ValueError(f"{len(facts)} instances are more than one proxy holds")
@@ -180,6 +182,8 @@ class Roster(Fleet):
                 self._told(instance, before)
         if seen is None or facts.model != seen.model:
             instance.model = facts.model
+        if seen is None or facts.facts != seen.facts:
+            instance.facts = facts.facts
 
     def _leave(self, url: str) -> None:
         instance = self._instances.pop(url, None)
@@ -190,3 +194,4 @@ class Roster(Fleet):
     def _undo(self, urls: Set[str]) -> None:
         for url in urls:
             self._instances.pop(url)
+        self.version += 1

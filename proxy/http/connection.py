@@ -127,9 +127,11 @@ class Request:
         """The client does not take its answer as fast as it comes."""
         return self._connection.paused
 
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        """Call once when `paused` has become false."""
-        self._connection.on_writable = callback
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        """While this request is answered, call `pause` when `paused` becomes true and `resume` when it is over."""
+        self._connection.throttle = pause, resume
+        if self.paused:
+            pause()
 
     def begin(self, status: int, headers: Mapping[str, str], length: int | None = None, data: bytes = b"") -> None:
         """The head of an answer of `length` bytes, or of one that `end` ends; and the first of its body."""
@@ -169,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
         self._ended = False  # the answer is whole
         self.paused = False
         self._unsent = 0  # bytes, when the client began to be waited for
-        self.on_writable: Callable[[], None] | None = None
+        self.throttle: tuple[Callable[[], None], Callable[[], None]] | None = None
         self.deadline = _NEVER
 
     def __repr__(self) -> str:
@@ -191,7 +193,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self.deadline = _NEVER
-        self.on_writable = None
+        self.throttle = None
         if self._task is not None:
             self._task.cancel()
         else:
@@ -390,6 +392,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _handled(self) -> None:
         """The next request, or the end of the connection."""
+        self.throttle = None
         request, self._request = self._request, None
         if self._transport is None or request is None:
             self._server.closed(self)
@@ -495,6 +498,8 @@ class Connection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         self.paused = True
         self._await_writes()
+        if self.throttle is not None:
+            self.throttle[0]()
 
     def _await_writes(self) -> None:
         if self._transport is not None:
@@ -505,9 +510,8 @@ class Connection(asyncio.BufferedProtocol):
         self.paused = False
         if self._phase is Phase.ANSWER:
             self.deadline = _NEVER
-        callback, self.on_writable = self.on_writable, None
-        if callback is not None:
-            callback()
+        if self.throttle is not None:
+            self.throttle[1]()
 
 
 _dated = (-1.0, "")

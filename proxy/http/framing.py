@@ -1,7 +1,7 @@
 """Where a request's head and body end, read strictly: what two readers could understand in two ways is refused.
 
-llhttp (in httptools) judges the head; chunks are read here, since llhttp does not tell where a chunked body ends and a
-pipelined request begins. No I/O.
+llhttp (in httptools) judges the head, unless it is written so plainly that there is nothing to judge; chunks are read
+here, since llhttp does not tell where a chunked body ends and a pipelined request begins. No I/O.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from proxy.http.message import Head, Headers, HttpError
 END = b"\r\n\r\n"
 MAX_HEADERS = 256
 _FIRST_LINE = re.compile(rb"[A-Z]{1,20} \S+ HTTP/1\.([01])\Z")
+_PLAIN = re.compile(rb"(GET|POST) (/[!-~]*) HTTP/1\.1((?:\r\n[A-Za-z0-9-]+: [!-~][ -~]*){1,64})\r\n\r\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?\Z")
 _TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\Z")
+_LONGEST_LENGTH = 15  # digits
 _LONGEST_LINE = 4096
 _LONGEST_TRAILERS = 16384
 
@@ -37,6 +39,37 @@ class _Fields:
 
 def parse_head(data: bytes) -> Head:
     """The head in `data`, which ends with its empty line. Raises HttpError."""
+    plain = _PLAIN.fullmatch(data)
+    if plain is not None and (head := _plain_head(plain)) is not None:
+        return head
+    return judged_head(data)
+
+
+def _plain_head(match: re.Match[bytes]) -> Head | None:
+    """What nearly all clients send: no field twice, no coding, a length in digits. None if it is not that after all."""
+    method, target, fields = match.groups()
+    lines = fields.decode("ascii").split("\r\n")
+    headers = Headers()
+    for line in lines[1:]:
+        name, _, value = line.partition(": ")
+        headers[name.lower()] = value.rstrip(" ")
+    length = headers.get("content-length", "0")
+    if (
+        len(headers) != len(lines) - 1
+        or not length.isdigit()
+        or len(length) > _LONGEST_LENGTH
+        or "host" not in headers
+        or "transfer-encoding" in headers
+        or "upgrade" in headers
+        or "expect" in headers
+    ):
+        return None
+    path, _, query = target.decode("ascii").partition("?")
+    return Head(method.decode("ascii"), path, query, headers, int(length), _keeps_alive(headers, old=False))
+
+
+def judged_head(data: bytes) -> Head:
+    """The same by llhttp. Raises HttpError."""
     first = data[: data.find(b"\r")]
     if not first.rpartition(b" ")[2].startswith(b"HTTP/1."):
         raise HttpError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "http_version")
@@ -104,7 +137,7 @@ def _length(headers: Headers, old: bool) -> int | None:
     coding = headers.get("transfer-encoding")
     if coding is None:
         length: str = headers.get("content-length", "0")
-        if len(length) > 15:
+        if len(length) > _LONGEST_LENGTH:
             raise HttpError(413, "the body is too large", "body_too_large")
         return int(length)  # llhttp lets nothing but digits through
     if old:

@@ -31,7 +31,7 @@ class Headers(dict[str, str]):
     """By lower-case name, and only so; the values of a repeated field are joined with commas (RFC 9110 5.3)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """A request's first line and fields. `length` is None for a chunked body."""
 

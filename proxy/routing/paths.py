@@ -6,11 +6,9 @@ from proxy.core import Path
 
 TEXT: tuple[Path, ...] = (Path.P_D, Path.PD)
 MEDIA: tuple[Path, ...] = (Path.E_P_D, Path.E_PD)
-INLINE: tuple[Path, ...] = (*MEDIA, Path.EPD)
+INLINE: tuple[Path, ...] = (Path.EP_D, Path.EPD)
 
 
-def candidates(has_media: bool, inline: bool = False) -> tuple[Path, ...]:
-    """`inline`: combined engines here can encode, where no encoder does."""
-    if not has_media:
-        return TEXT
-    return INLINE if inline else MEDIA
+def candidates(has_media: bool, inline: tuple[Path, ...] = ()) -> tuple[Path, ...]:
+    """`inline`: those of INLINE whose engines here can encode, where no encoder does."""
+    return (*MEDIA, *inline) if has_media else TEXT

@@ -23,13 +23,13 @@ class Route:
     reason: str
 
 
-def route(items: int, census: Census, param: str | None = None, inline: bool = False) -> Route:
-    """The best path that the READY instances can serve for a request with `items` media items, `inline` if they may.
+def route(items: int, census: Census, param: str | None = None, inline: tuple[Path, ...] = ()) -> Route:
+    """The best path that the READY instances can serve for a request with `items` media items, `inline` where they may.
 
     Raises BadRequest if this deployment can never encode (naming `param`), NoInstance if it cannot serve now.
     """
     options = paths.candidates(items > 0, inline)
-    if items and not census.get(Role.ENCODE) and not (inline and census.get(BOTH)):
+    if items and not census.get(Role.ENCODE) and not any(_possible(path, census) for path in inline):
         raise BadRequest(
             "this deployment has no encoder: send text only, or start the proxy with --encode-servers-urls",
             param=param,
@@ -43,8 +43,8 @@ def route(items: int, census: Census, param: str | None = None, inline: bool = F
 
 def _reason(path: Path, items: int, census: Census) -> str:
     what = "text only" if not items else f"{items} item" + "s" * (items > 1)
-    if path is Path.EPD:
-        return f"{what}, encoded inline because no encoder is ready"
+    if path in paths.INLINE:
+        return f"{what}, encoded inline because no encoder is {'ready' if census.get(Role.ENCODE) else 'listed'}"
     if Role.PREFILL in path.roles:
         return f"{what}, prefill and decode apart"
     if census.get(Role.PREFILL):
@@ -52,9 +52,13 @@ def _reason(path: Path, items: int, census: Census) -> str:
     return f"{what}, combined engines only"
 
 
+def _possible(path: Path, census: Census) -> bool:
+    return all(census.get(role) for role in path.roles)
+
+
 def _unavailable(options: tuple[Path, ...], census: Census) -> NoInstance:
     """Names the first role that keeps the most wanted possible path from being served, and its states."""
-    possible = [path for path in options if all(census.get(role) for role in path.roles)]
+    possible = [path for path in options if _possible(path, census)]
     wanted = possible[0] if possible else options[0]
     missing = next(role for role in wanted.roles if not census.get(role, {}).get(State.READY))
     states = ", ".join(f"{count} {state}" for state, count in census.get(missing, {}).items() if count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,10 @@ class Deployment:
         """Who is DOWN, by host and port."""
         return {instance.netloc for instance in self.proxy.fleet if instance.state is State.DOWN}
 
+    def states(self) -> list[str]:
+        """Each instance's state and why, in words."""
+        return [f"{instance.netloc} {instance.state}: {instance.reason}" for instance in self.proxy.fleet]
+
     def busy(self) -> list[str]:
         """What is not back to nothing, in words."""
         ledger = self.proxy.balancer.ledger
@@ -94,13 +98,15 @@ class Answer:
 
 
 @asynccontextmanager
-async def deployment(topology: str = "1e1p1d", handoff: str = "push", **settings: Any) -> AsyncIterator[Deployment]:
+async def deployment(
+    topology: str = "1e1p1d",
+    handoff: str = "push",
+    make: Mapping[str, Callable[[], Any]] = native.ENGINES,
+    **settings: Any,
+) -> AsyncIterator[Deployment]:
     """`topology` counts engines by letter: 2e1p1d, 1e1b (b: combined), 1b. All are READY on entry."""
     counts = {letter: int(number) for number, letter in zip(topology[::2], topology[1::2], strict=True)}
-    encoders = [Encoder() for _ in range(counts.get("e", 0))]
-    prefills = [Prefill() for _ in range(counts.get("p", 0))]
-    decodes = [Decode() for _ in range(counts.get("d", 0))]
-    combined = [Language() for _ in range(counts.get("b", 0))]
+    encoders, prefills, decodes, combined = ([make[kind]() for _ in range(counts.get(kind, 0))] for kind in "epdb")
     async with native.started([*encoders, *prefills, *decodes, *combined]):
         configured = ProxySettings(
             encode_servers_urls=_urls(encoders),
@@ -113,6 +119,7 @@ async def deployment(topology: str = "1e1p1d", handoff: str = "push", **settings
         async with proxy.serving(), aiohttp.ClientSession() as http:
             found = Deployment(proxy, http, encoders, prefills, decodes, combined)
             await proxy.health.tick()
+            assert all(instance.state is State.READY for instance in proxy.fleet), found.states()
             yield found
             await found.settle()
 

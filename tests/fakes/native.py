@@ -72,19 +72,20 @@ class Engine:
     async def start(self) -> None:
         """Listen; after a `stop`, on the same port again."""
         app = web.Application(client_max_size=1 << 28)
-        app.add_routes(
-            [
-                web.get("/health", self._health),
-                web.get("/info", self._info),
-                web.get("/v1/models", self._models),
-                web.post("/v1/chat/completions", self._generate),
-                web.post("/v1/completions", self._generate),
-            ]
-        )
+        app.add_routes(self.routes())
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
         self.port = self._runner.addresses[0][1]
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self._health),
+            web.get("/info", self._info),
+            web.get("/v1/models", self._models),
+            web.post("/v1/chat/completions", self._generate),
+            web.post("/v1/completions", self._generate),
+        ]
 
     async def stop(self) -> None:
         """Refuse connections from now on, and cut those that are open."""
@@ -324,6 +325,10 @@ class Decode(Language):
         async with aiohttp.ClientSession() as session, session.post(url, json=descriptor) as response:
             self.callbacks.append((response.status, await response.json()))
             return self.callbacks[-1]
+
+
+ENGINES: dict[str, type[Engine]] = {"e": Encoder, "p": Prefill, "d": Decode, "b": Language}
+"""By the letter of `deployment`'s topology."""
 
 
 def _cut(request: web.Request) -> None:

@@ -52,6 +52,14 @@ class Answer:
             raise self._broken
         return self._data
 
+    def shortcut(self, shortcut: object) -> None:
+        """There are no chunks."""
+
+    def pause(self) -> None:
+        """It is whole already."""
+
+    resume = pause
+
     def pipe(self, feed: Callable[[bytes], None], broken: Callable[[ProxyError], None], *_: object) -> None:
         feed(self._data)
         if self._broken is not None:

@@ -40,6 +40,7 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             "reason": "healthy",
             "circuit": "CLOSED",
             "model": "tiny",
+            "facts": {"version": "0", "known_by": "GET /info says triptych both"},
             "leases": 1,
             "load": 0,
         }
@@ -75,7 +76,7 @@ async def test_removing_lets_a_running_request_end() -> None:
         ("/instances", {"role": "decode", "url": "h:1"}, 400, "url"),
         ("/instances", {"role": "decode"}, 400, "url"),
         ("/instances", {"role": "decode", "url": "http://h:1", "more": 1}, 400, "more"),
-        ("/instances", {"role": "decode", "url": "vllm+http://h:1"}, 400, "url"),
+        ("/instances", {"role": "decode", "url": "magic+http://h:1"}, 400, "url"),
         ("/instances", b"{", 400, None),
         ("/instances/drain", {"url": "http://h:1"}, 404, "url"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import logging
 
 import openai
 import orjson
@@ -153,18 +152,20 @@ async def test_models_come_from_every_engine_that_can_tell() -> None:
 
 async def test_a_mistake_of_the_proxy_itself_is_a_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     async with deployment("1b") as d:
-        d.proxy.dispatcher._legs._dialects = {}
+        d.proxy.dispatcher._legs._dialects = lambda instance: {}[instance.dialect]
         answer = await d.post(chat())
         assert (answer.status, answer.error["code"]) == (500, "internal_error")
         assert "KeyError" in caplog.text
 
 
-async def test_one_line_per_request(caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_line_per_request(capsys: pytest.CaptureFixture[str]) -> None:
     async with deployment("1b") as d:
-        with caplog.at_level(logging.INFO, logger="proxy.api"):
-            await d.post(chat(), x_request_id="r1")
-        (line,) = [r.getMessage() for r in caplog.records if r.name == "proxy.api"]
-        assert line.startswith("r1 /v1/chat/completions 200 e2e=") and "PD; both=" in line
+        await d.post(chat(), x_request_id="r1")
+        d.combined[0].fail(Fault(Kind.STATUS, status=400, error="no\nthanks"))
+        await d.post(chat(), x_request_id="r2")
+    served, refused = capsys.readouterr().err.splitlines()
+    assert " INFO proxy.access r1 /v1/chat/completions 200 e2e=" in served and "PD; both=" in served
+    assert " r2 /v1/chat/completions 400 " in refused and refused.endswith("error=decode: no thanks")
 
 
 async def test_parsing_of_large_bodies_leaves_the_loop_free() -> None:

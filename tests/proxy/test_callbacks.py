@@ -10,7 +10,8 @@ import pytest
 
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Role
-from proxy.errors import Conflict, NotFound, ProxyError, Unreachable
+from proxy.errors import Conflict, NotFound, ProxyError, StageTimeout, Unreachable
+from proxy.places import NO_PLACES
 from proxy.siblings import Siblings
 from tests.fakes.deployment import deployment
 from tests.fakes.media import chat
@@ -18,7 +19,9 @@ from tests.fakes.media import chat
 D = Instance("http://127.0.0.1:9", Role.DECODE, "native")
 
 
-@pytest.mark.parametrize("engine_id", ["chatcmpl-a-b:1", "cmpl-a-b:1-0"])
+@pytest.mark.parametrize(
+    "engine_id", ["chatcmpl-a-b:1", "cmpl-a-b:1-0", "chatcmpl-a-b:1-0123abcd", "cmpl-a-b:1-0-0123abcd"]
+)
 async def test_a_request_is_found_by_the_engines_id(engine_id: str) -> None:
     metaserver = Metaserver("h")
     with metaserver.expect("a-b:1") as waiting:
@@ -28,30 +31,54 @@ async def test_a_request_is_found_by_the_engines_id(engine_id: str) -> None:
         metaserver.find(engine_id)
 
 
-@pytest.mark.parametrize("engine_id", [None, 3, "", "a", "cmpl-a-1", "cmpl-a", "chatcmpl-", "chatcmpl-b"])
+@pytest.mark.parametrize(
+    "engine_id", [None, 3, "", "a", "cmpl-a-1", "cmpl-a", "chatcmpl-", "chatcmpl-b", "1_chatcmpl-a", "0_cmpl-a-0"]
+)
 async def test_anything_else_is_not(engine_id: object) -> None:
     metaserver = Metaserver("h")
     with metaserver.expect("a"), pytest.raises(NotFound):
         metaserver.find(engine_id)
 
 
+@pytest.mark.parametrize("engine_id", ["0_chatcmpl-a", "1_chatcmpl-a", "cmpl-a-1", "1_cmpl-a-1", "1_cmpl-a-1-0123abcd"])
+async def test_a_request_of_several_sequences_is_found_by_each(engine_id: str) -> None:
+    metaserver = Metaserver("h")
+    with metaserver.expect("a", 4) as waiting:
+        assert metaserver.find(engine_id) is waiting
+
+
 async def test_the_callback_ends_with_the_prefill() -> None:
     with Metaserver("h").expect("a") as waiting:
         asking = asyncio.create_task(waiting.prefill({"x": 1}))
-        assert await waiting.descriptor() == {"x": 1}
-        assert waiting.asked
-        waiting.finish(None)
-        waiting.finish(ProxyError("too late to matter"))
+        call = await waiting.call()
+        assert (call.descriptor, call.alone) == ({"x": 1}, True)
+        call.finish(None)
+        call.finish(ProxyError("too late to matter"))
         await asking
         with pytest.raises(Conflict, match="asked for already"):
             await waiting.prefill({"x": 1})
 
 
+async def test_each_sequence_has_a_prefill_and_an_end_of_its_own() -> None:
+    with Metaserver("h").expect("a", 2) as waiting:
+        asking = [asyncio.create_task(waiting.prefill({"request_id": f"{n}_chatcmpl-a"})) for n in range(2)]
+        calls = [await waiting.call(), await waiting.call()]
+        assert [call.descriptor["request_id"] for call in calls] == ["0_chatcmpl-a", "1_chatcmpl-a"]
+        assert not any(call.alone for call in calls)
+        with pytest.raises(Conflict):
+            await waiting.prefill({"request_id": "2_chatcmpl-a"})
+        calls[1].finish(None)
+        await asking[1]
+        assert not asking[0].done()
+        calls[0].finish(Unreachable("no prefill"))
+        with pytest.raises(Unreachable):
+            await asking[0]
+
+
 async def test_the_callback_gets_the_prefills_error() -> None:
     with Metaserver("h").expect("a") as waiting:
         asking = asyncio.create_task(waiting.prefill({}))
-        await waiting.descriptor()
-        waiting.finish(Unreachable("no prefill"))
+        (await waiting.call()).finish(Unreachable("no prefill"))
         with pytest.raises(Unreachable, match="no prefill"):
             await asking
 
@@ -59,9 +86,20 @@ async def test_the_callback_gets_the_prefills_error() -> None:
 async def test_a_request_that_ends_first_lets_its_callback_go() -> None:
     with Metaserver("h").expect("a") as waiting:
         asking = asyncio.create_task(waiting.prefill({}))
-        await waiting.descriptor()
+        await waiting.call()
     with pytest.raises(ProxyError, match="ended before"):
         await asking
+
+
+async def test_an_engine_gets_no_more_calls_than_it_can_wait_for(tmp_path: Path) -> None:
+    metaserver = Metaserver("h", None, Siblings(tmp_path, 2, 0))
+    with await metaserver.places(D, 4, 1, 9.0), await metaserver.places(D, 4, 1, 9.0) as second:
+        with pytest.raises(StageTimeout, match="too many wait"):
+            await metaserver.places(D, 4, 1, 0.01)  # half of the four are this worker's
+        second.leave()
+        with await metaserver.places(D, 4, 1, 9.0):
+            pass
+    assert await metaserver.places(D, None, 99, 0.0) is NO_PLACES
 
 
 async def test_one_id_waits_once() -> None:
@@ -114,8 +152,9 @@ async def test_a_callback_reaches_who_waits_by_its_name_or_by_asking(named: str 
         if named in ("0", "1"):
             assert (await asking)[0] == 404, "the one that is named does not know it"
             return
-        assert (await waiting.descriptor())["x"] == 1
-        waiting.finish(Unreachable("no prefill"))
+        call = await waiting.call()
+        assert call.descriptor["x"] == 1
+        call.finish(Unreachable("no prefill"))
         status, answer = await asking
         assert (status, b"no prefill" in answer) == (502, True)
 

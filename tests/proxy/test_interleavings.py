@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -25,7 +25,9 @@ from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import BOTH, ROLES, Api, Instance, Order, Role, State
+from proxy.dialects.base import Dialect, Media, Options
 from proxy.dialects.native import Native
+from proxy.dialects.vllm import Vllm
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
 from proxy.errors import ProxyError
@@ -67,8 +69,8 @@ class Client:
     def chunk_writer(self) -> None:
         return None
 
-    def on_writable(self, callback: Callable[[], None]) -> None:
-        callback()
+    def throttle(self, pause: Callable[[], None], resume: Callable[[], None]) -> None:
+        """It takes everything at once."""
 
 
 @dataclass
@@ -92,10 +94,16 @@ class World:
         self.wire = Wire(self.metaserver)
         suspicion = Suspicion(dead=lambda instance, reason: self.down(instance), opened=lambda instance: None)
         upstream: Any = self.wire
-        legs = Legs({"native": Native(self.order)}, upstream, self.metrics, lambda: self.now, suspicion)
+        legs = Legs(self.dialect, upstream, self.metrics, lambda: self.now, suspicion)
         planner = Planner(self.fleet, self.balancer, self.breakers, inline=True)
         encoding = Encoding(legs, planner, Hedge(""), 3)
         self.dispatcher = Dispatcher(planner, legs, encoding, self.metaserver, self.gate, Rules(resume=True))
+
+    def dialect(self, instance: Instance) -> Dialect:
+        if self.order is not Order.TOGETHER:
+            return Native(self.order)
+        told = replace(instance, facts={"bootstrap": "http://p:8998", "engine_ids": {"0": "e"}})
+        return Vllm(Options(self.order, Media.NEVER), told)
 
     def up(self, instance: Instance) -> None:
         if instance.state is not State.READY:

@@ -48,9 +48,9 @@ def test_cut_and_foreign_bytes_give_a_size_or_none(kind: str, keep: int, tail: b
 
 
 def test_tokens_follow_the_size() -> None:
-    assert media.tokens("image", image(280, 56)) == 10 * 2
-    assert media.tokens("image", image(1, 1)) == media.MIN_TOKENS
+    assert media.tokens("image", image(280, 56), 99) == 10 * 2
+    assert media.tokens("image", image(1, 1), 99) == media.MIN_TOKENS
     assert media.image_tokens(100_000, 100_000) == media.MAX_TOKENS
-    assert media.tokens("image", b"????") == media.tokens("image", None) == media.UNKNOWN_IMAGE_TOKENS
-    assert media.tokens("video", bytes(512 * 100)) == 100
-    assert media.tokens("audio", bytes(640 * 9)) == 9
+    assert media.tokens("image", b"????", 4) == media.UNKNOWN_TOKENS
+    assert media.tokens("video", b"", 512 * 100) == 100
+    assert media.tokens("audio", b"", 640 * 9) == 9

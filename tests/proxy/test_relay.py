@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.core import Stage
-from proxy.relay import StreamCheck
+from proxy.relay import StreamCheck, _is_chunks
 
 
 def event(**delta: object) -> bytes:
@@ -102,3 +102,32 @@ def test_any_chunking_passes_the_same_bytes(cuts: list[int]) -> None:
     c = check()
     passed = b"".join(c.feed(stream[a:b]) for a, b in itertools.pairwise(bounds))
     assert passed == stream and c.done
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 200, 3000, 70_000])
+def test_whole_chunks_of_whole_events_are_known(length: int) -> None:
+    one = chunk(event(content="x" * length))
+    assert _is_chunks(one) and _is_chunks(one + chunk(HI) + one)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        chunk(HI)[:-1],
+        chunk(HI) + b"5\r\n",
+        chunk(HI) + b"0\r\n\r\n",
+        b"0" + chunk(HI),
+        chunk(HI).replace(b"\r\n", b";x\r\n", 1),
+        b"0x" + chunk(HI),
+        chunk(HI[:10]) + chunk(HI[10:]),
+        chunk(HI) + b"ffff\r\n" + HI + b"\r\n",
+        b"zz\r\n" + HI + b"\r\n",
+        HI,
+    ],
+)
+def test_anything_else_is_read(data: bytes) -> None:
+    assert not _is_chunks(data)

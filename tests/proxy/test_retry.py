@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.core import BOTH, Path, Role, Stage
+from proxy.core import BOTH, Item, Path, Role, Stage
 from proxy.errors import (
     BadRequest,
     Broken,
@@ -16,7 +16,7 @@ from proxy.errors import (
     Unreachable,
     within_200,
 )
-from proxy.retry import RULES, Blame, Cause, cause, culprit, rule
+from proxy.retry import RULES, Blame, Cause, cause, culprit, fetching, rule
 
 
 def refused(status: int, code: str = "", stage: str = "decode", retry_after: str | None = None) -> Refused:
@@ -49,6 +49,17 @@ ROWS = [
 @pytest.mark.parametrize(("error", "row"), ROWS, ids=lambda value: str(getattr(value, "code", value)))
 def test_every_failure_has_its_row(error: ProxyError, row: Cause) -> None:
     assert cause(error) is row
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "row"),
+    [(True, 500, Cause.MEDIA), (True, 400, Cause.CLIENT), (True, 429, Cause.BUSY), (False, 500, Cause.SERVER_ERROR)],
+)
+def test_who_had_to_fetch_media_is_not_blamed_for_their_url(url: bool, status: int, row: Cause) -> None:
+    item = Item(0, 0, 0, "image", {}, None if url else "hash", "http://media", 1)
+    with pytest.raises(Refused) as caught, fetching([item]):
+        raise refused(status)
+    assert cause(caught.value) is row
 
 
 def test_the_table_is_complete_and_blames_nobody_for_what_is_not_retried() -> None:

@@ -103,12 +103,14 @@ class Toy:
 
 
 @asynccontextmanager
-async def toy_encoder(*, tokens: int = 16, **changes: Any) -> AsyncIterator[Toy]:
-    """An encoder with room for `tokens` embeddings."""
+async def toy_encoder(
+    *, tokens: int = 16, transport: str = "memory", folder: Path | None = None, **changes: Any
+) -> AsyncIterator[Toy]:
+    """An encoder with room for `tokens` embeddings. `folder`: of the storage transport."""
     settings = EncoderSettings(
         model=Path("/models/toy"), port=0, **{"cache_bytes": tokens * TOKEN_BYTES, "handle_ttl": 60.0, **changes}
     )
-    transfer, peer = create("memory"), create("memory")
+    transfer, peer = (create(transport, storage_path=folder) for _ in range(2))
     arena = transfer.allocate("embeddings", int(settings.cache_bytes))
     target = peer.allocate("embeddings", int(settings.cache_bytes))
     model = ToyModel()

@@ -54,6 +54,18 @@ async def test_an_encoder_tells_each_item_once() -> None:
         assert {uuid: entry["item_indices"] for uuid, entry in entries.items()} == {"a": [0, 2], "b": [1]}
 
 
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("vllm", {"a": {"item_indices": [0], "metadata": {"image_grid_thw": [1, 56, 72]}}}), ("ascend", None)],
+)
+async def test_encoders_of_other_families_tell_less(family: str, told: object) -> None:
+    part = {"type": "image_url", "image_url": {"url": "x"}, "uuid": "a"}
+    async with Engine("encode", family=family) as engine:
+        answer = await post(engine, messages=[{"role": "user", "content": [part]}])
+        assert orjson.loads(answer.body).get("ec_transfer_params") == told
+        assert engine.counters.received > 100, "bytes are counted"
+
+
 async def test_prefill_refuses_an_item_without_embedding() -> None:
     content = [{"type": "image_embeds", "image_embeds": {}, "uuid": "a"}]
     async with Engine("prefill") as engine:

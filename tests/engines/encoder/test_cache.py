@@ -63,6 +63,16 @@ def test_pinned_and_held_entries_stay() -> None:
     assert cache.evict(now=10.0) is held
 
 
+def test_what_is_brought_is_not_held_unless_others_were_told_of_it() -> None:
+    cache = EmbeddingCache(2 * UNIT)
+    brought, named = put(cache, "a", held_until=10.0), put(cache, "b", held_until=10.0)
+    assert cache.pin(named)
+    cache.unpin(named, held_until=9.0)
+    for entry in (brought, named):
+        cache.not_named(entry)
+    assert brought.evictable(0.0) and not named.evictable(0.0)
+
+
 def test_a_hold_is_only_ever_extended() -> None:
     cache = EmbeddingCache(UNIT)
     entry = put(cache, "a", held_until=10.0)

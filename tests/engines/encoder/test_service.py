@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,23 @@ async def test_an_embedding_that_cannot_be_published_is_given_up(monkeypatch: py
         assert (caught.value.code, caught.value.retryable) == ("publish_failed", True)
         toy.check()
         assert await encoded(toy, 3, "cat")
+
+
+async def test_a_file_that_somebody_removed_is_written_again_without_encoding_again(tmp_path: Path) -> None:
+    async with toy_encoder(transport="storage", folder=tmp_path) as toy:
+        entry = await encoded(toy, 3, "cat")
+        file = tmp_path / entry.key / "encoder_cache.safetensors"
+        file.unlink()
+        assert await encoded(toy, 3, "cat") is entry
+        assert (await toy.fetch(entry.value.where, entry.nbytes)).equal(embedding(3, "cat"))
+        assert toy.model.items == 1
+        file.unlink()
+        file.parent.rmdir()
+        file.parent.touch()
+        with pytest.raises(EngineError, match="cannot write") as caught:
+            await toy.encoder.encode(item(3, "cat"))
+        assert (caught.value.code, caught.value.retryable) == ("publish_failed", True)
+        toy.check()
 
 
 async def test_closing_leaves_no_flight_behind() -> None:

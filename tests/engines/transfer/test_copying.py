@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from engines.transfer.base import TransferCancelled
-from engines.transfer.copying import PIECE, address_of, copy
+from engines.transfer.copying import PIECE, address_of, copy, move
 
 
 class Halt:
@@ -37,6 +37,15 @@ def test_copies_exactly_the_moves(moves):
         expected[to : to + length] = source[start : start + length]
     table = np.array(moves, dtype=np.int64).reshape(-1, 3)
     copy(address_of(source.data), address_of(target.data), table, Halt())
+    assert (target == expected).all()
+
+
+def test_moves_between_absolute_addresses():
+    source, target = memory(100, 1), memory(100, 2)
+    expected = target.copy()
+    expected[:10], expected[50:53] = source[90:], source[20:23]
+    at, to = source.ctypes.data, target.ctypes.data
+    move(np.array([[at + 90, to, 10], [at + 20, to + 50, 3]]))
     assert (target == expected).all()
 
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines.transfer import create
 from engines.transfer.base import LayoutMismatch, TransferCancelled, TransportUnavailable
+from engines.transfer.spans import pack
 from tests.engines.transfer.nodes import IDLE, MIB, nothing, open_push, reserve
 from tests.support.waiting import until
 
@@ -82,6 +84,10 @@ async def test_a_poisoned_session_is_never_written_again(pair):
     ticket.release()
 
 
+def packed(*spans):
+    return pack(np.array(spans))
+
+
 async def test_a_peer_scatters_only_its_own_slot_into_its_own_spans(pair):
     _, receiver = pair
     plane = receiver.transfer.plane
@@ -91,14 +97,14 @@ async def test_a_peer_scatters_only_its_own_slot_into_its_own_spans(pair):
     (first, *_) = (await plane.answer(mine | {"type": "lease", "count": 1}))["offsets"]
     plane.landing.array[first : first + 3] = (1, 2, 3)
     scatter = mine | {"type": "scatter", "offset": first}
-    assert await plane.answer(scatter | {"spans": [[100, 2], [199, 1]]}) == {}
+    assert await plane.answer(scatter | {"spans": packed([100, 2], [199, 1])}) == {}
     assert receiver.read(100, 2) + receiver.read(199, 1) == b"\x01\x02\x03"
-    for spans in ([[99, 1]], [[199, 2]], [[-1, 1]], [[100, 2**62]], "all"):
+    for spans in (packed([99, 1]), packed([199, 2]), packed([-1, 1]), packed([100, 2**62]), b"all", [[100, 1]]):
         with pytest.raises(LayoutMismatch):
             await plane.answer(scatter | {"spans": spans})
     for offset in (first + 1, first + plane.landing.size, 2**40):
         with pytest.raises(LayoutMismatch, match="slot"):
-            await plane.answer(scatter | {"offset": offset, "spans": [[100, 1]]})
+            await plane.answer(scatter | {"offset": offset, "spans": packed([100, 1])})
     for body in ({}, {"type": "lease"}, {"type": "format"}, mine | {"type": "lease", "count": 10**9}):
         with pytest.raises(LayoutMismatch, match="malformed"):
             await plane.answer(body)
@@ -106,5 +112,5 @@ async def test_a_peer_scatters_only_its_own_slot_into_its_own_spans(pair):
     ticket.release()
     assert plane.landing.leased == 0
     with pytest.raises(TransferCancelled):
-        await plane.answer(scatter | {"spans": []})
+        await plane.answer(scatter | {"spans": b""})
     assert receiver.transfer.audit() == IDLE

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from engines.transfer.base import LayoutMismatch
+from engines.transfer.mooncake import SLOTS
 from engines.transfer.mooncake_channel import Staged
 from tests.engines.transfer.nodes import KIB, MIB, nothing, open_push, pattern, reserve
 
@@ -62,6 +63,14 @@ async def test_many_small_blocks_are_staged(pair, staged, source, target):
 async def test_few_or_large_moves_go_directly(pair, staged, spans):
     await push(*pair, spans, spans)
     assert staged == []
+
+
+async def test_one_free_slot_is_enough(pair, staged):
+    sender, receiver = pair
+    receiver.transfer.plane.landing.lease("somebody", SLOTS - 1)
+    await push(sender, receiver, SCATTERED, MOVED)
+    assert staged == [1]
+    assert receiver.transfer.plane.landing.leased == SLOTS - 1
 
 
 @pytest.mark.parametrize("busy", ["staging", "landing"])

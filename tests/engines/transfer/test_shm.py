@@ -1,6 +1,9 @@
+import gc
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from engines.transfer.base import LayoutMismatch, PeerUnreachable, TransferError
 from engines.transfer.liveness import here, machine, started
 from engines.transfer.plane import Halt
 from engines.transfer.shm import FOLDER, ShmPlane, sweep
+from tests.engines.transfer.nodes import nothing
 
 
 class NeverHalt(Halt):
@@ -91,3 +95,28 @@ def test_another_machine_is_out_of_reach():
     other = type(address)(address.host, 1, address.nonce, "other", 1, 1)
     with pytest.raises(PeerUnreachable, match="another machine"):
         ShmPlane().connect(other, 1)
+
+
+async def test_a_closed_transfer_that_nobody_holds_leaves_nothing_mapped():
+    sender, receiver = create("shm"), create("shm")
+    theirs, ours = receiver.allocate("arena", 4096), sender.allocate("arena", 4096)
+    names = {theirs.segment, ours.segment}
+    await sender.start()
+    await receiver.start()
+    ticket = receiver.reserve(theirs, [(0, 4)], timeout=10, on_free=nothing)
+    push = await sender.open(ticket.offer(), timeout=10)
+    push.write(ours, [(0, 4)], [(0, 4)])
+    await push.finish()
+    push.release(nothing)
+    ticket.release()
+    await sender.close()
+    await receiver.close()
+    assert mapped() >= names
+    del sender, receiver, theirs, ours, ticket, push
+    gc.collect()
+    assert not mapped() & names
+
+
+def mapped():
+    """Names of the segments that this process has mapped, unlinked ones too."""
+    return set(re.findall(r"triptych-[0-9a-f-]+", Path("/proc/self/maps").read_text()))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.transfer.base import LayoutMismatch
-from engines.transfer.spans import Region, as_list, pair, table, total
+from engines.transfer.spans import Region, as_list, disjoint, pack, pair, table, total, unpack
 
 SIZE = 64
 SPANS = st.lists(
@@ -26,6 +26,18 @@ def test_merging_keeps_every_byte_in_order(spans):
     assert logical(merged) == logical(spans)
     assert all(length > 0 for _, length in merged)
     assert all(a + n != b for (a, n), (b, _) in pairwise(merged))
+
+
+@given(SPANS)
+def test_packed_spans_are_read_like_a_list_of_them(spans):
+    packed = pack(np.array(spans, dtype=np.int64).reshape(-1, 2))
+    assert unpack(packed, SIZE).tolist() == table(spans, SIZE).tolist()
+
+
+@given(SPANS)
+def test_disjoint_spans_name_no_byte_twice(spans):
+    spans = table(spans, SIZE)
+    assert disjoint(spans[:, 0], spans[:, 1]) == (len(set(logical(spans.tolist()))) == total(spans))
 
 
 @given(SPANS, SPANS)
@@ -59,12 +71,19 @@ def test_a_region_holds_exactly_its_bytes(granted, asked):
 def test_spans_outside_the_arena_are_refused(spans):
     with pytest.raises(LayoutMismatch, match="outside"):
         table(spans, SIZE)
+    with pytest.raises(LayoutMismatch, match="outside"):
+        unpack(pack(np.array(spans)), SIZE)
 
 
 @pytest.mark.parametrize("spans", [[(1, 2**70)], [(1,)]])
 def test_what_is_no_span_is_refused(spans):
     with pytest.raises(LayoutMismatch):
         table(spans, SIZE)
+
+
+def test_bytes_that_are_no_spans_are_refused():
+    with pytest.raises(LayoutMismatch, match="17 bytes"):
+        unpack(bytes(17), SIZE)
 
 
 def test_unequal_totals_are_refused():

@@ -9,7 +9,7 @@ MOVES = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(1
 
 @given(MOVES, st.integers(1, 64))
 def test_batches_hold_every_byte_in_order_and_at_most_a_slot(rows, size):
-    cut = list(batches(np.array(rows, dtype=np.int64), size))
+    cut = batches(np.array(rows, dtype=np.int64), size)
     flat = [(s + i, t + i) for batch in cut for s, t, n in batch.tolist() for i in range(n)]
     assert flat == [(s + i, t + i) for s, t, n in rows for i in range(n)]
     sizes = [int(batch[:, 2].sum()) for batch in cut]

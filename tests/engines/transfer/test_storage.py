@@ -8,6 +8,7 @@ import torch
 from engines.transfer import create
 from engines.transfer.base import GoneError, LayoutMismatch, TransferCancelled, TransferError, TransferTimeout
 from engines.transfer.lifecycle import TicketState
+from engines.transfer.storage import describe
 from tests.engines.transfer.nodes import nothing, reserve
 
 KEY = "ab" * 32
@@ -108,6 +109,19 @@ async def test_a_truncated_or_differently_shaped_file_is_refused(pair, tmp_path)
     sender.transfer.withdraw(KEY)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_file_says_what_it_holds(tmp_path, dtype):
+    safetensors.torch.save_file({"ec_cache": torch.zeros(3, 5, dtype=dtype)}, tmp_path / "file")
+    assert describe(tmp_path / "file") == (str(dtype).removeprefix("torch."), (3, 5))
+    safetensors.torch.save_file({"ec_cache": torch.zeros(3, dtype=torch.int64)}, tmp_path / "file")
+    with pytest.raises(LayoutMismatch, match="I64"):
+        describe(tmp_path / "file")
+    with pytest.raises(TransferError, match="cannot read"):
+        describe(tmp_path)
+    with pytest.raises(GoneError):
+        describe(tmp_path / "missing")
+
+
 async def test_a_missing_file_is_gone(pair, freed):
     _, receiver = pair
     ticket = reserve(receiver, [(0, 16)], on_free=freed("ticket"))
@@ -117,6 +131,38 @@ async def test_a_missing_file_is_gone(pair, freed):
         await ticket.fetch({"transport": "storage", "key": KEY, "nbytes": 16})
     ticket.release()
     assert freed.names == ["ticket"]
+
+
+async def test_a_file_that_was_removed_is_written_again_when_asked_for(pair, tmp_path, freed):
+    sender, receiver = pair
+    tensor = torch.arange(4, dtype=torch.float32)
+    where = await publish(sender, tensor, on_free=freed("published"))
+    file = tmp_path / "store" / KEY / "encoder_cache.safetensors"
+    before = file.stat().st_ino
+    await sender.transfer.restore(KEY)
+    assert file.stat().st_ino == before, "a file that is there is left alone"
+    file.unlink()
+    file.parent.rmdir()
+    await sender.transfer.restore(KEY)
+    ticket = reserve(receiver, [(0, 16)])
+    await ticket.fetch(where)
+    assert torch.equal(torch.frombuffer(bytearray(receiver.read(0, 16)), dtype=torch.float32), tensor)
+    ticket.release()
+    sender.transfer.withdraw(KEY)
+    assert freed.names == ["published"]
+    await sender.transfer.restore(KEY)
+
+
+async def test_a_file_that_cannot_be_written_again_is_an_error(pair, tmp_path):
+    sender, _ = pair
+    await publish(sender, torch.zeros(4))
+    folder = tmp_path / "store" / KEY
+    (folder / "encoder_cache.safetensors").unlink()
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(TransferError, match="cannot write"):
+        await sender.transfer.restore(KEY)
+    sender.transfer.withdraw(KEY)
 
 
 async def test_handles_and_spans_that_do_not_fit_are_refused(pair):

@@ -29,21 +29,21 @@ def test_totals_are_sums_and_the_last_use_is_the_latest() -> None:
     first, second = boards(2)
     row = first.row("a")
     assert second.row("a") == row != second.row("b")
-    first.hold(row, 100, 2)
-    second.hold(row, 11, 1)
+    first.add(row, 100, 2)
+    second.add(row, 11, 1)
     first.use(row, first.turn())
     second.use(row, second.turn())
     assert first.standing(row) == second.standing(row) == Standing(111, 2)
     assert first.leases(row) == 3
-    assert (first.held(row), second.held(row)) == ((100, 2), (11, 1))
+    assert (first.held(), second.held()) == ({row: (100, 2)}, {row: (11, 1)})
     assert repr(first) == "<Board worker 0 of 2, 2 rows>"
 
 
 def test_what_a_dead_worker_held_is_given_back_and_its_turns_are_kept() -> None:
     first, second = boards(2)
     row = first.row("a")
-    first.hold(row, 100, 2)
-    second.hold(row, 11, 1)
+    first.add(row, 100, 2)
+    second.add(row, 11, 1)
     first.use(row, first.turn())
     second.clear(0)
     assert second.standing(row) == Standing(11, 1)
@@ -66,10 +66,10 @@ def test_news_are_told_once_whoever_made_them() -> None:
     first, second = boards(2)
     assert [key for key, _ in first.news("ab")] == ["a", "b"], "everything is new at first"
     assert first.news("ab") == []
-    second.hold(second.row("b"), 5, 1)
+    second.add(second.row("b"), 5, 1)
     assert first.news("a") == []
     assert first.news("ab") == [("b", Standing(5, 0))]
-    first.hold(first.row("a"), 1, 1)
+    first.add(first.row("a"), 1, 1)
     assert second.news("ab") == [("a", Standing(1, 0)), ("b", Standing(5, 0))]
     assert first.seen("a") == Standing(1, 0)
     assert first.news("ab") == []
@@ -78,10 +78,10 @@ def test_news_are_told_once_whoever_made_them() -> None:
 def test_a_row_with_a_lease_is_never_given_away() -> None:
     board = alone()
     for number in range(ROWS - 8):
-        board.hold(board.row(f"{number}"), 5, 1)
+        board.add(board.row(f"{number}"), 5, 1)
     with pytest.raises(LookupError, match="504 instances"):
         board.row("one more")
-    board.hold(board.row("7"), 0, 0)
+    board.add(board.row("7"), -5, -1)
     assert board.row("one more") not in {board.row(f"{number}") for number in range(7)}
 
 

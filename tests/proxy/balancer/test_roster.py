@@ -26,7 +26,7 @@ def rosters(count: int) -> tuple[list[Roster], list[tuple[Instance, State, State
 
 
 def shown(fleet: Roster) -> list[tuple[object, ...]]:
-    return [(i.url, i.role, i.dialect, i.state, i.reason, i.model) for i in fleet]
+    return [(i.url, i.role, i.dialect, i.state, i.reason, i.model, i.facts) for i in fleet]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(URLS), st.sampled_from(["join", "remove", *Event]))))
@@ -106,3 +106,14 @@ def test_a_fleet_that_does_not_fit_is_refused_and_nothing_is_changed() -> None:
     assert len(list(here)) == len(list(there)) == 1
     there.join(URLS[1], Role.DECODE, "native")
     assert len(list(here)) == 2
+
+
+def test_facts_of_an_instance_are_everybodys() -> None:
+    (here, there), _ = rosters(2)
+    instance = here.join(URLS[0], Role.PREFILL, "vllm", {"bootstrap_port": 8998})
+    other = there.get(URLS[0])
+    assert other is not None and other.facts == {"bootstrap_port": 8998}
+    instance.facts = {**instance.facts, "engine_ids": {"0": "e"}}
+    here.share()
+    assert there.get(URLS[0]) is other
+    assert other.facts == {"bootstrap_port": 8998, "engine_ids": {"0": "e"}}

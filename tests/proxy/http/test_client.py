@@ -292,7 +292,8 @@ async def test_a_piped_answer_comes_as_it_arrives_and_whole_chunks_may_take_the_
             return data == b"2\r\nij\r\n"
 
         async with client.request("POST", p.url, "/", "", b"") as exchange:
-            exchange.pipe(got.append, lambda error: None, shortcut)
+            exchange.pipe(got.append, lambda error: None)
+            exchange.shortcut(shortcut)
             for ready in go:
                 ready.set()
                 await asyncio.sleep(0.02)
@@ -338,15 +339,14 @@ async def test_patience_may_be_renewed_by_each_piece_and_then_ends() -> None:
 
 
 async def test_patience_does_not_count_while_nothing_may_come() -> None:
-    async with peer(says(CHUNKED + b"1\r\nx\r\n")) as (p, client):
-        async with client.request("POST", p.url, "/") as exchange:
-            exchange.patience(0.2, each=True)
-            exchange.pause()
-            await asyncio.sleep(0.5)
-            assert exchange.error is None
-            exchange.resume()
-            with pytest.raises(Late):
-                await exchange.end()
+    async with peer(says(CHUNKED + b"1\r\nx\r\n")) as (p, client), client.request("POST", p.url, "/") as exchange:
+        exchange.patience(0.2, each=True)
+        exchange.pause()
+        await asyncio.sleep(0.5)
+        assert exchange.error is None
+        exchange.resume()
+        with pytest.raises(Late):
+            await exchange.end()
 
 
 async def test_a_connection_is_made_within_the_exchanges_patience() -> None:

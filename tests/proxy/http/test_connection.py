@@ -268,13 +268,13 @@ async def test_a_slow_client_stops_the_flow_and_memory_stays() -> None:
 
     async def handle(request: Request) -> None:
         request.begin(200, {})
+        request.throttle(stopped.set, going_on.set)
         sent = 0
         while not request.paused:
             request.write(bytes(1 << 16))
             sent += 1 << 16
             assert sent < 64 << 20, "no pause"
-        request.on_writable(going_on.set)
-        stopped.set()
+        assert stopped.is_set()
         await going_on.wait()
         request.end()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.http.framing import Chunks, check_beginning, parse_head
-from proxy.http.message import HttpError
+from proxy.http.framing import Chunks, check_beginning, judged_head, parse_head
+from proxy.http.message import Head, HttpError
 
 HOST = b"Host: a\r\n"
 
@@ -75,6 +76,32 @@ def test_what_is_refused(data: bytes, status: int) -> None:
     with pytest.raises(HttpError) as caught:
         parse_head(data)
     assert caught.value.status == status
+
+
+@given(
+    st.sampled_from(["GET", "POST"]),
+    st.sampled_from(["/", "/v1/models", "/a?b=c&d=e?f", "/%41", "*"]),
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                ["Host", "host", "X-A", "Connection", "Content-Length", "Expect", "Transfer-Encoding", "Te"]
+            ),
+            st.sampled_from(["a", "close", "keep-alive, x", "5", "0005", "5 ", "a b  ", "100-continue", "chunked", ""]),
+        ),
+        max_size=5,
+    ),
+)
+def test_a_plain_head_is_read_as_llhttp_reads_it(method: str, target: str, fields: list[tuple[str, str]]) -> None:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in [("Host", "h"), *fields])
+    data = f"{method} {target} HTTP/1.1\r\n{lines}\r\n".encode()
+
+    def read(parse: Callable[[bytes], Head]) -> Head | str:
+        try:
+            return parse(data)
+        except HttpError as error:
+            return str(error)
+
+    assert read(parse_head) == read(judged_head)
 
 
 def test_a_head_that_cannot_become_one_is_refused_before_its_end() -> None:

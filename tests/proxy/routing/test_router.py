@@ -8,7 +8,7 @@ import pytest
 
 from proxy.core import Path, Role, State
 from proxy.errors import BadRequest, NoInstance
-from proxy.routing import router
+from proxy.routing import paths, router
 
 E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
 READY, DOWN, JOINING = State.READY, State.DOWN, State.JOINING
@@ -79,10 +79,20 @@ def test_servable_means_every_stage_that_the_fleet_has() -> None:
 
 def test_media_go_inline_only_where_that_is_allowed_and_no_encoder_is_up() -> None:
     gone, up = census(encode=[DOWN], both=[READY]), census(encode=[READY], both=[READY])
-    assert router.route(1, up, inline=True).path is Path.E_PD
-    found = router.route(1, gone, inline=True)
+    assert router.route(1, up, inline=(Path.EPD,)).path is Path.E_PD
+    found = router.route(1, gone, inline=(Path.EPD,))
     assert (found.path, found.reason) == (Path.EPD, "1 item, encoded inline because no encoder is ready")
     with pytest.raises(NoInstance):
         router.route(1, gone)
-    assert router.route(1, census(both=[READY]), inline=True).path is Path.EPD
-    assert router.route(0, gone, inline=True).path is Path.PD
+    assert router.route(1, census(both=[READY]), inline=(Path.EPD,)).path is Path.EPD
+    assert router.route(0, gone, inline=(Path.EPD,)).path is Path.PD
+
+
+def test_engines_with_an_encoder_of_their_own_need_none_in_the_fleet() -> None:
+    pair = census(prefill=[READY], decode=[READY])
+    found = router.route(2, pair, inline=paths.INLINE)
+    assert (found.path, found.reason) == (Path.EP_D, "2 items, encoded inline because no encoder is listed")
+    with pytest.raises(BadRequest, match="no encoder"):
+        router.route(2, pair, inline=(Path.EPD,))
+    with pytest.raises(NoInstance, match=r"no prefill engine is ready \(1 DOWN\)"):
+        router.route(2, census(prefill=[DOWN], decode=[READY]), inline=paths.INLINE)

@@ -1,0 +1,128 @@
+"""Who an engine is, asked of itself: family, version, role, and how that is known. Judges nothing and keeps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from proxy.core import BOTH, Instance, Role
+from proxy.errors import EngineFailed, Unreachable
+from proxy.upstream import Upstream
+
+Ask = Callable[[str], Awaitable[Any]]
+"""The JSON that a path answers with status 200; None for anything else. Raises EngineFailed if nobody answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """`role`: None if the engine does not say. `how`: for people. `facts`: see `Dialect`."""
+
+    family: str
+    how: str
+    role: Role | None = None
+    model: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def asking(upstream: Upstream, instance: Instance, timeout: float) -> Ask:
+    """Questions to one engine, `timeout` seconds each."""
+
+    async def ask(path: str) -> Any:
+        try:
+            status, answer = await upstream.get(instance, path, timeout)
+            return orjson.loads(answer) if status == 200 else None
+        except Unreachable:
+            raise
+        except (EngineFailed, orjson.JSONDecodeError):
+            return None
+
+    return ask
+
+
+async def detect(ask: Ask, family: str | None = None) -> Found | None:
+    """The first family that recognizes the engine, or what `family` can tell of it; None if it is nobody known."""
+    asked = list(dict.fromkeys(FAMILIES.values())) if family is None else [FAMILIES[family]]
+    for recognize in asked:
+        if (found := await recognize(ask)) is not None:
+            return found
+    return None
+
+
+async def native(ask: Ask) -> Found | None:
+    info = await ask("/info")
+    if not isinstance(info, dict) or info.get("engine") != "triptych":
+        return None
+    label, facts = info.get("role"), {"version": info.get("version")}
+    try:
+        role = Role.named(str(label))
+    except KeyError:
+        role = None
+    return Found("native", f"GET /info says triptych {label}", role, str(info.get("model") or ""), facts)
+
+
+async def vllm(ask: Ask) -> Found | None:
+    """Its role is that of its list: no route of vLLM tells it."""
+    card, said = await _card(ask, "vllm"), await ask("/version")
+    version = said["version"] if isinstance(said, dict) and list(said) == ["version"] else None
+    if card is None and version is None:
+        return None
+    owned = [] if card is None else ["GET /v1/models is owned by vllm"]  # with an API key it is not told
+    how = ", ".join([*owned, *([] if version is None else [f"GET /version says {version}"])])
+    return Found("vllm", how, None, "" if card is None else str(card["id"]), {"version": version} if version else {})
+
+
+async def sglang(ask: Ask) -> Found | None:
+    path = "/server_info"
+    info = await ask(path)
+    if not isinstance(info, dict):
+        path = "/get_server_info"
+        info = await ask(path)
+    if not isinstance(info, dict) or "disaggregation_mode" not in info:
+        return None
+    mode = info["disaggregation_mode"]
+    role = {"prefill": Role.PREFILL, "decode": Role.DECODE}.get(str(mode), BOTH)
+    facts = {"version": info.get("version"), "language_only": bool(info.get("language_only"))}
+    if role is Role.PREFILL:
+        facts["bootstrap_port"] = info.get("disaggregation_bootstrap_port")
+    model = info.get("served_model_name") or info.get("model_path") or ""
+    how = f"GET {path} says sglang {info.get('version')}, disaggregation mode {mode}"
+    return Found("sglang", how, role, str(model), facts)
+
+
+FAMILIES: Mapping[str, Callable[[Ask], Awaitable[Found | None]]] = {
+    "native": native,
+    "vllm": vllm,
+    "ascend": vllm,  # vLLM with other hardware under it, as far as can be asked
+    "sglang": sglang,
+}
+"""By dialect; in the order in which engines of unknown family are asked."""
+
+
+async def _card(ask: Ask, owner: str) -> Mapping[str, Any] | None:
+    """The first model that an engine lists as `owner`'s."""
+    models = await ask("/v1/models")
+    data = models.get("data") if isinstance(models, dict) else None
+    cards = [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
+    return next((card for card in cards if card.get("owned_by") == owner and card.get("id")), None)
+
+
+def bootstrap_url(instance: Instance, default: int) -> str:
+    """Where a prefill engine's bootstrap server listens: on its host, at the port that its URL tells."""
+    host = urlsplit(instance.url).hostname or ""
+    port = instance.facts.get("bootstrap_port") or default
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def engine_ids(ask: Ask) -> dict[str, str]:
+    """Of a vLLM Mooncake prefill engine, by data-parallel rank, from its bootstrap server; empty if it tells none."""
+    ranks = await ask("/query")
+    found = ranks if isinstance(ranks, dict) else {}
+    return {
+        rank: str(said["engine_id"])
+        for rank, said in found.items()
+        if rank.isdigit() and isinstance(said, dict) and said.get("engine_id")
+    }

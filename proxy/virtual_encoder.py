@@ -1,0 +1,379 @@
+"""All encoders of an SGLang fleet as one: language servers call it as they would call an encoder, by SGLang's protocol.
+
+    language server ──/encode──────────────▶ here ──/encode, one item each──▶ real encoders, by our policy
+                    ──/scheduler_receive_url▶ here ──the same────────────────▶ whoever encodes for it
+                    ◀═══════════ embeddings, by ZMQ or RDMA, straight from each real encoder
+
+No embedding passes through here and nothing is unpickled. Language servers of 0.5.23 die of every failure while they
+wait for an embedding (`reference`: an abort without input ids), and of a caller that hangs up meanwhile. Hence:
+
+- Where a receiver waits is told to an encoder only once that has read the media (0.5.23 says so before its forward),
+  because with the address it would push its error there. Until then a failed item goes elsewhere unseen.
+- An item that no encoder can read fails our client's request, and the server gets the embedding of a black picture.
+- `over` keeps a server's connection, though its client has left or been told, until the embeddings are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import orjson
+
+from proxy import pieces
+from proxy.balancer.fleet import Fleet
+from proxy.core import Job, Plan, Role, Stage
+from proxy.dialects.sglang import SELF_FED, Sglang, rid
+from proxy.encoder_calls import Call, EncoderCalls, Receivers
+from proxy.errors import BadRequest, Conflict, NoInstance, NotFound, ProxyError, Refused
+from proxy.http.message import JSON, Data, Response, json_response
+from proxy.http.router import Route, get, post
+from proxy.http.server import Request
+from proxy.legs import Legs
+from proxy.pieces import Part, Piece
+from proxy.plan import Holds, Planner, family_of
+from proxy.relay import Sink
+from proxy.retry import Cause, cause, rule
+from proxy.tasks import together
+from proxy.valve import Valve
+
+log = logging.getLogger(__name__)
+
+_LARGE = 1 << 18  # bytes; reading more than this takes a millisecond and leaves the loop
+_SIBLINGS_S = 0.25  # for the other modalities of a request to arrive: one server sends them at once
+_FIRST_CALL_S = 2.0  # from a request's bytes to its server's first call here
+_TICK_S = 0.5  # for a server to take what was delivered before it hears of anything else
+_PATIENCE_S = 170.0  # a server waits 180
+_AGAIN_S = 0.5  # between two looks for an encoder
+
+
+T = TypeVar("T")
+Work = Callable[[Sink], Coroutine[Any, Any, None]]
+
+
+@dataclass(slots=True, eq=False)
+class Gathered:
+    """What has arrived of one request of a language server."""
+
+    born: float
+    parts: dict[int, Part] = field(default_factory=dict)
+    calls: int = 0  # of POST /encode that run
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    receivers: Receivers = field(default_factory=Receivers)
+    holders: dict[str, Call] = field(default_factory=dict)  # by part, in RDMA: who has its embedding
+    attempts: Counter[int] = field(default_factory=Counter)  # by item
+
+    def add(self, part: Part) -> None:
+        """Raises Conflict."""
+        if part.index in self.parts:
+            raise Conflict(f"part {part.index} of {part.rid} is being encoded already", param="req_id")
+        self.parts[part.index] = part
+        if len(self.parts) == part.count:
+            self.complete.set()
+
+
+@dataclass(slots=True, eq=False)
+class Ours:
+    """A request of this proxy at a language server."""
+
+    job: Job
+    error: asyncio.Future[ProxyError]
+    calls: int = 0  # of its server that run here
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def fail(self, piece: Piece, error: ProxyError) -> None:
+        """The first failure is the client's answer."""
+        if not self.error.done():
+            if isinstance(error, Refused) and piece.index < len(self.job.items):
+                error.param = sorted(self.job.items, key=pieces.rank)[piece.index].param
+            self.error.set_result(error)
+
+
+class VirtualEncoder:
+    """`attempts`: at the most, per item."""
+
+    def __init__(self, fleet: Fleet, planner: Planner, legs: Legs, calls: EncoderCalls, attempts: int) -> None:
+        self._fleet = fleet
+        self._planner = planner
+        self._clock = legs.clock
+        self._calls = calls
+        self._attempts = attempts
+        self._gathered: dict[str, Gathered] = {}  # by rid
+        self._ours: dict[str, Ours] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        return f"<VirtualEncoder {len(self._gathered)} requests, {len(self._ours)} of them ours>"
+
+    def routes(self) -> list[Route]:
+        return [
+            post("/encode", self.encode),
+            post("/scheduler_receive_url", self.receive_url),
+            post("/scheduler_receive_meta_data", self.relay),
+            post("/send", self.relay),
+            get("/health", self.health),
+            get("/health_generate", self.health),
+        ]
+
+    # ---- what language servers call
+
+    async def encode(self, request: Request) -> Response:
+        """Answers once every embedding of the part has been pushed, as an encoder does."""
+        raw = await request.read()
+        req_id = None
+        try:
+            part = await asyncio.to_thread(pieces.read, raw) if len(raw) > _LARGE else pieces.read(raw)
+            req_id = part.body["req_id"]
+            async with self._gathering(part) as gathered:
+                return json_response(await self._encode(gathered, part))
+        except ProxyError as error:
+            log.warning("%s has no embedding: %s", req_id, error)
+            return _failed(error, req_id)
+
+    async def receive_url(self, request: Request) -> Response:
+        """Answers at once: a scheduler of 0.5.10 does nothing else until it has the answer."""
+        body = _object(await request.read())
+        if not _registers(body):
+            return _failed(BadRequest("req_id, receive_url and receive_count are needed"), body.get("req_id"))
+        self._sweep()
+        self._of(pieces.request_of(body["req_id"])).receivers.add(body)
+        return json_response(None)
+
+    async def relay(self, request: Request) -> Response:
+        """What follows /encode in RDMA: to whoever has the part."""
+        body = _object(await request.read())
+        req_id = str(body.get("req_id"))
+        gathered = self._gathered.get(pieces.request_of(req_id))
+        holder = None if gathered is None else gathered.holders.get(req_id)
+        try:
+            if holder is None:
+                raise NotFound(f"nobody here encodes {req_id!r}", param="req_id")
+            asked = {**body, "req_id": holder.req_id}
+            return Response(200, await self._calls.post(holder.instance, request.path, asked), {"content-type": JSON})
+        except ProxyError as error:
+            return _failed(error, req_id)
+
+    async def health(self, request: Request) -> Response:
+        """Well while an encoder is: without one, servers had better encode for themselves."""
+        return Response(200 if self._fleet.ready(Role.ENCODE) else 503)
+
+    # ---- what the dispatcher says
+
+    async def over(self, plan: Plan, job: Job, sink: Sink, work: Work) -> None:
+        """Run `work`, which has a language server serve `job`. Raises what it raises, or why an item has no embedding.
+
+        Whatever ends this early, a client that leaves for one, `work` goes on unseen until its server waits for no
+        embedding any more.
+        """
+        if not job.items or family_of(plan) != Sglang.name:
+            await work(sink)
+        elif self._fleet.ready(Role.ENCODE):
+            await self._watched(job, Valve(sink), work)
+        else:
+            raise NoInstance("no encode engine is ready", stage=Stage.ENCODE)
+
+    async def _watched(self, job: Job, valve: Valve, work: Work) -> None:
+        ours = self._ours[rid(job.id)] = Ours(job, asyncio.get_running_loop().create_future())
+        task = self._background(_outcome(work(valve)))
+        try:
+            await asyncio.wait((task, ours.error), return_when=asyncio.FIRST_COMPLETED)
+            if ours.error.done():
+                raise ours.error.result()
+        finally:
+            valve.shut()  # what the server may still say is about a black picture, or for nobody
+            if task.done():
+                del self._ours[rid(job.id)]
+            else:
+                self._background(self._see_off(ours, task))
+        if (failure := task.result()) is not None:
+            raise failure
+
+    async def _see_off(self, ours: Ours, task: asyncio.Task[Any]) -> None:
+        try:
+            await _delivered(ours)
+        finally:
+            task.cancel()
+            del self._ours[rid(ours.job.id)]
+
+    def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        assert self._group is not None, "requests come within `running`"
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Within, requests may come; what goes on unseen ends with it."""
+        async with together() as self._group:
+            yield
+            for task in self._tasks:
+                task.cancel()
+
+    # ---- one request of a server
+
+    @asynccontextmanager
+    async def _gathering(self, part: Part) -> AsyncIterator[Gathered]:
+        """Within, `part` belongs to its request. Raises Conflict."""
+        gathered = self._of(part.rid)
+        gathered.add(part)
+        gathered.calls += 1
+        ours = self._ours.get(part.rid)
+        if ours is not None:
+            ours.calls += 1
+            ours.begun.set()
+            ours.idle.clear()
+        try:
+            yield gathered
+        finally:
+            gathered.calls -= 1
+            if not gathered.calls and not gathered.holders:
+                self._gathered.pop(part.rid, None)
+            if ours is not None:
+                ours.calls -= 1
+                if not ours.calls:
+                    ours.idle.set()
+
+    def _of(self, request: str) -> Gathered:
+        if request not in self._gathered:
+            self._gathered[request] = Gathered(self._clock())
+        return self._gathered[request]
+
+    def _sweep(self) -> None:
+        """Forget receivers whose request never came, and embeddings that nobody fetched."""
+        oldest = self._clock() - _PATIENCE_S
+        for name in [n for n, g in self._gathered.items() if g.born < oldest and not g.calls]:
+            del self._gathered[name]
+
+    async def _encode(self, gathered: Gathered, part: Part) -> Any:
+        """The answer's content: null, or the sizes that RDMA goes on with."""
+        if self._by_rdma():
+            piece = pieces.whole(part)
+            return orjson.loads(await self._piece(gathered, part, piece))
+        mine = pieces.cut(gathered.parts.values())[part.index] if await _all_here(gathered) else [pieces.whole(part)]
+        async with together() as group:
+            for piece in mine:
+                group.create_task(self._piece(gathered, part, piece))
+        return None
+
+    def _by_rdma(self) -> bool:
+        """Servers that fetch by RDMA ask for the size of each of their own parts: those stay as they are."""
+        return any(instance.facts.get("encoder_transfer_backend") == "mooncake" for instance in self._fleet)
+
+    # ---- one piece
+
+    async def _piece(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
+        ours = self._ours.get(part.rid)
+        try:
+            return await self._somewhere(gathered, part, piece)
+        except Unembedded as failed:
+            blank = piece.blank()
+            if failed.pushed or ours is None or blank is None:
+                if failed.call is not None and not failed.pushed and isinstance(failed.error, Refused):
+                    await self._calls.introduce(failed.call, gathered.receivers)  # 0.5.10 reads no answer but a push
+                raise failed.error from None
+            ours.fail(piece, failed.error)
+        return await self._at_last(gathered, part, blank)
+
+    async def _at_last(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
+        """However long it takes until there is an encoder: the server dies of anything else. Raises ProxyError."""
+        until = self._clock() + _PATIENCE_S
+        while True:
+            try:
+                return await self._somewhere(gathered, part, piece)
+            except Unembedded as failed:
+                if failed.pushed or self._clock() > until or cause(failed.error) is Cause.CLIENT:
+                    raise failed.error from None
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _somewhere(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
+        """At an encoder of our choice, and elsewhere where that failed unseen. Raises Unembedded."""
+        tried: set[str] = set()
+        failed = Unembedded(NoInstance("no encode engine is ready", stage=Stage.ENCODE))
+        receivers = gathered.receivers if part.rendezvous and not self._by_rdma() else None
+        while len(tried) < self._attempts:
+            with Holds() as holds:
+                leg = self._planner.encoder((piece.item,), self._clock(), tried, SELF_FED, holds)
+                if leg is None:
+                    break
+                gathered.attempts[piece.index] += 1
+                call = Call(leg, piece, gathered.attempts[piece.index])
+                if self._by_rdma():
+                    gathered.holders[piece.body["req_id"]] = call
+                try:
+                    return await self._calls.run(call, receivers)
+                except ProxyError as error:
+                    failed = Unembedded(error, call)
+                    if failed.pushed or not rule(error).elsewhere:
+                        break
+                tried.add(leg.instance.url)
+        raise failed
+
+
+class Unembedded(Exception):
+    """No encoder did it; `error` says why the last of them, `call`, did not."""
+
+    def __init__(self, error: ProxyError, call: Call | None = None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.call = call
+
+    @property
+    def pushed(self) -> bool:
+        """The server knows: the encoder has pushed its error where it would have pushed the embedding."""
+        return self.call is not None and self.call.told and isinstance(self.error, Refused)
+
+
+async def _all_here(gathered: Gathered) -> bool:
+    """Whether every part of the request came here, so that all may be numbered anew."""
+    try:
+        async with asyncio.timeout(_SIBLINGS_S):
+            await gathered.complete.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _outcome(work: Coroutine[Any, Any, None]) -> ProxyError | None:
+    try:
+        await work
+    except ProxyError as error:
+        return error
+    return None
+
+
+async def _delivered(ours: Ours) -> None:
+    """Until the server waits for no embedding, or has long given up."""
+    try:
+        async with asyncio.timeout(_FIRST_CALL_S):
+            await ours.begun.wait()
+        async with asyncio.timeout(_PATIENCE_S):
+            await ours.idle.wait()
+    except TimeoutError:
+        return
+    await asyncio.sleep(_TICK_S)
+
+
+def _object(raw: Data) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        body = None
+    return body if isinstance(body, dict) else {}
+
+
+def _registers(body: Mapping[str, Any]) -> bool:
+    kinds = {"req_id": str, "receive_url": str, "receive_count": int}
+    return all(type(body.get(name)) is kind for name, kind in kinds.items())
+
+
+def _failed(error: ProxyError, req_id: str | None) -> Response:
+    """An error in an encoder's words."""
+    return json_response({"status": "error", "message": error.message, "req_id": req_id}, status=error.status)

@@ -1,0 +1,109 @@
+"""Who an engine says that it is, in the words that each family was seen to use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proxy import detect
+from proxy.core import BOTH, Instance, Role
+from proxy.detect import Found
+
+VLLM_CARDS = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 9}]}
+SGLANG_CARDS = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "sglang"}]}
+
+
+def asking(answers: dict[str, Any]) -> detect.Ask:
+    async def ask(path: str) -> Any:
+        return answers.get(path)
+
+    return ask
+
+
+OURS = {"engine": "triptych", "version": "1", "model": "m"}
+SGLANG = {"version": "0.5.23", "disaggregation_mode": "null", "served_model_name": "m"}
+OLD_SGLANG = {
+    "version": "0.5.10",
+    "disaggregation_mode": "prefill",
+    "disaggregation_bootstrap_port": 8998,
+    "language_only": True,
+    "model_path": "m",
+}
+
+
+@pytest.mark.parametrize(
+    ("answers", "family", "role", "facts"),
+    [
+        ({"/info": OURS | {"role": "decode"}}, "native", Role.DECODE, {"version": "1"}),
+        ({"/info": OURS | {"role": "chef"}}, "native", None, {"version": "1"}),
+        ({"/v1/models": VLLM_CARDS, "/version": {"version": "0.33.0"}}, "vllm", None, {"version": "0.33.0"}),
+        ({"/v1/models": VLLM_CARDS}, "vllm", None, {}),
+        (
+            {"/v1/models": SGLANG_CARDS, "/server_info": SGLANG},
+            "sglang",
+            BOTH,
+            {"version": "0.5.23", "language_only": False},
+        ),
+        (
+            {"/get_server_info": OLD_SGLANG},
+            "sglang",
+            Role.PREFILL,
+            {"version": "0.5.10", "language_only": True, "bootstrap_port": 8998},
+        ),
+    ],
+    ids=["native", "native of no role", "vllm", "vllm of no version", "sglang", "sglang prefill"],
+)
+async def test_each_family_is_known_by_its_own_words(
+    answers: dict[str, Any], family: str, role: Role | None, facts: dict[str, Any]
+) -> None:
+    found = await detect.detect(asking(answers))
+    assert found is not None
+    assert (found.family, found.role, found.model, found.facts) == (family, role, "m", facts)
+    assert "GET /" in found.how
+    named = await detect.detect(asking(answers), family)
+    assert named == found
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {},
+        {"/info": {"engine": "another"}, "/v1/models": {"data": [{"id": "m", "owned_by": "me"}]}},
+        {"/info": [], "/v1/models": [], "/version": {"version": "9", "os": "x"}, "/server_info": {"up": True}},
+        {"/v1/models": {"data": "vllm"}},
+        {"/v1/models": {"data": [None, {"owned_by": "vllm"}]}},
+    ],
+)
+async def test_a_stranger_is_nobody(answers: dict[str, Any]) -> None:
+    assert await detect.detect(asking(answers)) is None
+
+
+async def test_an_engine_named_ascend_is_asked_what_vllm_is() -> None:
+    found = await detect.detect(asking({"/v1/models": VLLM_CARDS, "/version": {"version": "0.26.0"}}), "ascend")
+    assert found is not None and found.model == "m" and found.facts == {"version": "0.26.0"}
+    assert not isinstance(await detect.detect(asking({}), "ascend"), Found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"0": {"engine_id": "e0"}, "1": {"engine_id": "e1"}}, {"0": "e0", "1": "e1"}),
+        ({"0": {}, "x": {"engine_id": "e"}, "2": None}, {}),
+        (None, {}),
+    ],
+)
+async def test_a_bootstrap_server_tells_engine_ids_by_rank(answer: Any, expected: dict[str, str]) -> None:
+    assert await detect.engine_ids(asking({"/query": answer})) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "facts", "expected"),
+    [
+        ("http://p:8001", {}, "http://p:8998"),
+        ("https://p:8001/base", {"bootstrap_port": 9000}, "http://p:9000"),
+        ("http://[::1]:8001", {}, "http://[::1]:8998"),
+    ],
+)
+def test_a_bootstrap_server_is_on_its_engines_host(url: str, facts: dict[str, Any], expected: str) -> None:
+    assert detect.bootstrap_url(Instance(url, Role.PREFILL, "vllm", facts=facts), 8998) == expected
