@@ -59,7 +59,11 @@ async def test_counters_survive_every_worker(tmp_path: Path) -> None:
             await eventually_equal(proxy, served)  # a request is counted a moment after its answer has gone out
             os.kill(victim, signal.SIGKILL)
             await until(lambda victim=victim: len(proxy.workers()) == 2 and victim not in proxy.workers())  # type: ignore[misc]
-            await eventually(lambda: proxy.chat(chat()))
+
+            async def served_again() -> bool:
+                return await proxy.chat(chat()) == 200
+
+            await eventually(served_again)
             served += 1
             found = await eventually_equal(proxy, served)
             assert found["triptych_e2e_seconds_count",] == found["triptych_ttft_seconds_count",] == served
@@ -72,7 +76,10 @@ async def eventually_equal(proxy: Any, served: int) -> dict[tuple[str, ...], flo
     found: list[dict[tuple[str, ...], float]] = []
 
     async def same() -> bool:
-        found.append(await proxy.metrics())
+        try:
+            found.append(await proxy.metrics())
+        except aiohttp.ClientError:
+            return False  # the kernel dealt ports anew for a worker that began
         return found[-1]["triptych_requests_total", "PD", "200"] == served
 
     await eventually(same)

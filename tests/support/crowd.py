@@ -64,7 +64,10 @@ class Crowd:
         """Wait until every instance is in `state`."""
 
         async def so() -> bool:
-            return all(shown["state"] == state for shown in (await self.instances()).values())
+            try:
+                return all(shown["state"] == state for shown in (await self.instances()).values())
+            except aiohttp.ClientError:
+                return False  # it was a worker that died, or the kernel dealt ports anew for one that began
 
         await eventually(so, 20)
 
