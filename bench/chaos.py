@@ -42,7 +42,9 @@ KILL_EVERY_S = (0.5, 2.5)
 DOWN_S = (0.1, 1.5)
 PATIENCE_S = 30.0
 WARM_UP = (0.2, 60.0)  # share of the time, and at most so many seconds
-SETTLE_S = 4, 15  # for the last legs to end and idle connections to engines to be closed: at least, at most
+# Until an idle proxy has closed all that it may: at least, at most. A decode engine's idle connections to the
+# metaserver are a client's, kept for 75 s: their number says how many calls came at once, and nothing of a leak.
+SETTLE_S = 80, 100
 MB = 1 << 20
 
 # Bars: what may be open or used at the end beyond the idle state after the warm-up.
