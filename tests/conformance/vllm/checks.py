@@ -146,6 +146,21 @@ async def files_deleted(fleet: Fleet) -> None:
     assert answer.text == await fleet.right(case)
 
 
+async def published_again(fleet: Fleet) -> None:
+    """Asked again, the encoder brings back what was deleted: a consumer needs nothing but the metadata."""
+    case, key = fresh(), secrets.token_hex(32)
+    assert isinstance(case.content, list)
+    image, question = case.content
+    expected = await fleet.right(case)
+    await encode(fleet, image, key)
+    clear(fleet)
+    entry = await encode(fleet, image, key)
+    embeds = {"type": "image_embeds", "image_embeds": entry["metadata"], "uuid": key}
+    handles = {"ec_transfer_params": {key: entry}}
+    answer = await fleet.direct.chat([embeds, question], timeout=PATIENCE, max_tokens=MAX_TOKENS, **handles)
+    assert answer.status == 200 and answer.text == expected, (answer.status, answer.body, expected)
+
+
 async def encoder_killed(fleet: Fleet) -> None:
     """Without its only encoder a fleet answers truthfully, and text goes on; once it is back, no old file is missed."""
     assert fleet.encoder is not None

@@ -63,6 +63,7 @@ def engines(model: Path, storage: Path) -> dict[str, Vllm]:
         Vllm("pd", model, ec=example("ec_consumer")),
         Vllm("p", model, ec=example("ec_consumer"), kv={"kv_connector": NIXL, "kv_role": "kv_producer"}),
         Vllm("d", model, kv={"kv_connector": NIXL, "kv_role": "kv_consumer"}),
+        Vllm("e-folder", model, ec=ours("ec_producer", **shared)),
         Vllm("pd-folder", model, ec=ours("ec_consumer", **shared)),
         Vllm("e-zmq", model, ec=ours("ec_producer", transfer="zmq")),
         Vllm("pd-zmq", model, ec=ours("ec_consumer", transfer="zmq")),
@@ -74,9 +75,10 @@ def plans(storage: Path) -> list[Plan]:
     """In the order in which they run: neighbours share engines."""
     folder = ("--transfer", "storage", "--storage-path", str(storage))
     files = {"files deleted": checks.files_deleted}
+    again = {"published again": checks.published_again}
     return [
         Plan("E+PD", "e", "pd", checks={**THOROUGH, **files, "encoder killed": checks.encoder_killed}),
-        Plan("our encoder + PD", "ours", "pd", ours=folder, checks={**BASIC, **files}),
+        Plan("our encoder + PD", "ours", "pd", ours=folder, checks={**BASIC, **files, **again}),
         Plan("PD alone", "", "pd", routes=("PD", "EPD"), checks=BASIC),
         Plan(
             "E+P+D over NIXL",
@@ -89,11 +91,12 @@ def plans(storage: Path) -> list[Plan]:
         Plan("P+D over NIXL", "", "d", prefill="p", routes=("P-D", "EP-D"), checks=BASIC),
         Plan(
             "E+PD, our connector, folder",
-            "e",
+            "e-folder",
             "pd-folder",
             checks={
                 **THOROUGH,
                 **files,
+                **again,
                 "prefill before encode": checks.prefill_before_encode,
                 "embedding never comes": checks.embedding_never_comes,
             },
