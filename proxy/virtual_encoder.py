@@ -172,7 +172,7 @@ class VirtualEncoder:
         Whatever ends this early, a client that leaves for one, `work` goes on unseen until its server waits for no
         embedding any more.
         """
-        if not job.items or family_of(plan) != Sglang.name:
+        if family_of(plan) != Sglang.name:
             await work(sink)
         elif self._fleet.ready(Role.ENCODE):
             await self._watched(job, Valve(sink), work)

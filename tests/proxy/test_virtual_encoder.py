@@ -54,6 +54,7 @@ async def test_items_are_split_over_the_encoders_and_arrive_in_order(version: st
     async with fleet(version) as it:
         answer = await it.post(ask(0, 1, 2, 0))
         assert answer.status == 200 and answer.route.startswith("EPD; ")
+        assert answer.route.endswith("reason=4 items, the engine calls the encoders")
         assert server(it).embeddings == [joined(*(URLS[n] for n in (0, 1, 2, 0)))]
         sent = [body for encoder in it.encoders for body in pieces(encoder)]
         assert [len(pieces(encoder)) for encoder in it.encoders] == [2, 2], "by load"

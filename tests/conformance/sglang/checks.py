@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
+
 from tests.conformance.sglang.server import Sglang
 from tests.support.cluster import Answer, Client
 from tests.support.pictures import image_file, image_part
@@ -48,6 +50,11 @@ class Fleet:
         path = answer.headers["x-triptych-route"].partition(";")[0]
         assert path == ("EPD" if case.images else "PD"), path
         assert self.language.alive
+
+    async def tell(self, path: str, body: Mapping[str, str]) -> None:
+        """The proxy, as an admin would."""
+        async with aiohttp.ClientSession() as http, http.post(self.proxy.url + path, json=body) as response:
+            assert response.status == 200, await response.text()
 
     async def states(self, states: Mapping[str, str]) -> None:
         """Until the proxy says these of these URLs."""
@@ -134,8 +141,7 @@ async def encoder_killed(fleet: Fleet) -> None:
 
 async def our_encoder_joins(fleet: Fleet) -> None:
     """Beside a real one, and then alone."""
-    answer = await fleet.proxy.post("/instances", {"role": "encode", "url": f"sglang+{fleet.ours}"})
-    assert answer.status == 200, answer.body
+    await fleet.tell("/instances", {"role": "encode", "url": f"sglang+{fleet.ours}"})
     await fleet.states({fleet.ours: "READY"})
     for case in CASES:
         await fleet.serves(case)
@@ -146,8 +152,7 @@ async def our_encoder_joins(fleet: Fleet) -> None:
 
 async def no_encoder_left(fleet: Fleet) -> None:
     """Media are refused before a server hears of them, text goes on; once an encoder is back, all does."""
-    answer = await fleet.proxy.post("/instances/drain", {"url": fleet.ours})
-    assert answer.status == 200, answer.body
+    await fleet.tell("/instances/drain", {"url": fleet.ours})
     await fleet.states({encoder.url: "DOWN" for encoder in fleet.encoders})
     answer = await fleet.ask(CASES[1])
     assert answer.status == 503 and answer.error is not None, f"{answer.status} {answer.body}"
