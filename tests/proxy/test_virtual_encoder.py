@@ -34,7 +34,7 @@ def ask(*numbers: int, **fields: Any) -> dict[str, Any]:
 async def fleet(version: str = NEW, topology: str = "2e1b", **settings: Any) -> AsyncIterator[Deployment]:
     world = World(version)
     async with deployment(
-        topology, "auto", world.engines(), dialect="sglang", virtual_encoder_port=0, **settings
+        topology, "auto", world.engines(), dialect="auto", virtual_encoder_port=0, **settings
     ) as found:
         world.encoders = [f"http://127.0.0.1:{found.proxy.virtual_port}"]
         yield found
