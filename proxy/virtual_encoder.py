@@ -142,7 +142,6 @@ class VirtualEncoder:
         body = _object(await request.read())
         if not _registers(body):
             return _failed(BadRequest("req_id, receive_url and receive_count are needed"), body.get("req_id"))
-        self._sweep()
         self._of(pieces.request_of(body["req_id"])).receivers.add(body)
         return json_response(None)
 
@@ -162,7 +161,7 @@ class VirtualEncoder:
 
     async def health(self, request: Request) -> Response:
         """Well while an encoder is: without one, servers had better encode for themselves."""
-        return Response(200 if self._fleet.ready(Role.ENCODE) else 503)
+        return Response(200 if self._encoders() else 503)
 
     # ---- what the dispatcher says
 
@@ -174,10 +173,13 @@ class VirtualEncoder:
         """
         if family_of(plan) != Sglang.name:
             await work(sink)
-        elif self._fleet.ready(Role.ENCODE):
+        elif self._encoders():
             await self._watched(job, Valve(sink), work)
         else:
             raise NoInstance("no encode engine is ready", stage=Stage.ENCODE)
+
+    def _encoders(self) -> bool:
+        return any(instance.dialect == Sglang.name for instance in self._fleet.ready(Role.ENCODE))
 
     async def _watched(self, job: Job, valve: Valve, work: Work) -> None:
         ours = self._ours[rid(job.id)] = Ours(job, asyncio.get_running_loop().create_future())
@@ -243,6 +245,7 @@ class VirtualEncoder:
 
     def _of(self, request: str) -> Gathered:
         if request not in self._gathered:
+            self._sweep()
             self._gathered[request] = Gathered(self._clock())
         return self._gathered[request]
 
