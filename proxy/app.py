@@ -136,7 +136,7 @@ class Proxy:
         lists = settings.lists()
         try:
             enrolment = Enrolment(lists, settings.virtual_encoder_url)
-            async with self.virtual.running(), enrolment.kept(settings.host, self.virtual_port):
+            async with self.virtual.wards.running(), enrolment.kept(settings.host, self.virtual_port):
                 yield
         finally:
             await server.stop(0.0)

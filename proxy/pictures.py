@@ -16,7 +16,7 @@ from proxy.dialects.base import Dialect
 from proxy.errors import BadRequest
 from proxy.relay import Sink
 from proxy.splice import Cut
-from proxy.virtual_encoder import Work
+from proxy.wards import Work
 
 _MOST_PIXELS = 178_956_970  # beyond twice its warning's limit, Pillow refuses, in the engine as well
 _SMALL = 64  # pixels each way; a JPEG is decoded no finer than that, but to its end

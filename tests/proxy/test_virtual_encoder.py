@@ -38,7 +38,7 @@ async def fleet(version: str = NEW, topology: str = "2e1b", **settings: Any) -> 
     ) as found:
         world.encoders = [f"http://127.0.0.1:{found.proxy.virtual_port}"]
         yield found
-        await until(lambda: repr(found.proxy.virtual) == "<VirtualEncoder 0 requests, 0 of them ours>")
+        await until(lambda: repr(found.proxy.virtual) == "<VirtualEncoder 0 requests, 0 of ours>")
 
 
 def server(found: Deployment) -> Language:
