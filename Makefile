@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
 
-.PHONY: help install demo smoke test conformance-vllm lint format clean
+.PHONY: help install demo smoke test conformance-vllm conformance-sglang lint format clean
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## make .venv with everything that requirements.lock names
 $(VENV)/.installed: requirements.lock pyproject.toml deploy/install.sh
@@ -24,6 +24,10 @@ test: install ## run the tests (TESTS=path for some of them)
 conformance-vllm: install ## drive real vLLM engines, in an environment of their own, and print what passed
 	@tests/conformance/vllm/install.sh .conformance/vllm
 	@$(BIN)/python -m tests.conformance.vllm
+
+conformance-sglang: install ## the same with real SGLang servers, 0.5.10 and 0.5.23
+	@tests/conformance/sglang/install.sh .conformance/sglang
+	@$(BIN)/python -m tests.conformance.sglang
 
 lint: install ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check

@@ -41,6 +41,7 @@ from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
 from proxy.metrics import Metrics
 from proxy.openai import Identity
+from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiling import Profiling
 from proxy.settings import ProxySettings
@@ -92,7 +93,7 @@ class Proxy:
         if settings.virtual_encoder_port is not None:
             calls = EncoderCalls(legs, self.upstream)
             self.virtual = VirtualEncoder(self.fleet, planner, legs, calls, settings.max_attempts)
-        over = None if self.virtual is None else self.virtual.over
+        over = Pictures(self.speakers).over if self.virtual is None else self.virtual.over
         return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules, over)
 
     @property
@@ -140,7 +141,7 @@ class Proxy:
         lists = settings.lists()
         try:
             enrolment = Enrolment(lists, settings.virtual_encoder_url)
-            async with self.virtual.running(), enrolment.kept(settings.host, self.virtual_port):
+            async with self.virtual.wards.running(), enrolment.kept(settings.host, self.virtual_port):
                 yield
         finally:
             await server.stop(0.0)

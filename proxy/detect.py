@@ -82,15 +82,28 @@ async def sglang(ask: Ask) -> Found | None:
         path = "/get_server_info"
         info = await ask(path)
     if not isinstance(info, dict) or "disaggregation_mode" not in info:
-        return None
+        return await _sglang_encoder(ask)
     mode = info["disaggregation_mode"]
     role = {"prefill": Role.PREFILL, "decode": Role.DECODE}.get(str(mode), BOTH)
     facts = {"version": info.get("version"), "language_only": bool(info.get("language_only"))}
     if role is Role.PREFILL:
         facts["bootstrap_port"] = info.get("disaggregation_bootstrap_port")
+    if facts["language_only"] and info.get("encoder_transfer_backend"):
+        facts["encoder_transfer_backend"] = info["encoder_transfer_backend"]
     model = info.get("served_model_name") or info.get("model_path") or ""
     how = f"GET {path} says sglang {info.get('version')}, disaggregation mode {mode}"
     return Found("sglang", how, role, str(model), facts)
+
+
+async def _sglang_encoder(ask: Ask) -> Found | None:
+    """It tells nothing of itself, but its web framework lists what can be called."""
+    said = await ask("/openapi.json")
+    paths = said.get("paths") if isinstance(said, dict) else None
+    if not isinstance(paths, dict) or not {"/encode", "/scheduler_receive_url"} <= paths.keys():
+        return None
+    version = "0.5.19 or later" if "/scheduler_receive_meta_data" in paths else "before 0.5.19"
+    how = f"GET /openapi.json lists the calls of an sglang encoder, {version}"
+    return Found("sglang", how, Role.ENCODE, "", {"version": version})
 
 
 FAMILIES: Mapping[str, Callable[[Ask], Awaitable[Found | None]]] = {

@@ -50,7 +50,7 @@ class Rules:
 
 
 Over = Callable[[Plan, Job, Sink, Callable[[Sink], Coroutine[Any, Any, None]]], Awaitable[None]]
-"""Runs the generation of an attempt into its sink, or one before it, and may end it before or after its own end."""
+"""Runs the generation of an attempt with media, into its sink or one before it; may refuse it, or end it early."""
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class Dispatcher:
                 if handles is None:
                     plan, handles = await self._encode(run, plan, job, holds)
                 run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
-                if self._over is None:
+                if self._over is None or not job.items:
                     await self._generate(run, plan, job, handles)
                 else:
                     await self._over(plan, job, run.out, partial(self._into, run, plan, job, handles))

@@ -119,7 +119,14 @@ class Planner:
         route = self._route(job, now, NOBODY, family)
         encodes = self._encodes(job, now, family, holds) if route.path.encodes else []
         generation = self._generation(route.path, job, now, NOBODY, family, holds)
-        return Plan(route.path, route.reason, (*encodes, *generation))
+        return Plan(route.path, self._reason(route, family), (*encodes, *generation))
+
+    def _reason(self, route: router.Route, family: str) -> str:
+        """The route's, which knows no encoders that only the engines themselves call."""
+        own = [i for i in self._fleet if i.role is Role.ENCODE and i.dialect == family]
+        if route.path not in paths.INLINE or not own or any(self._families.fit(i, family) for i in own):
+            return route.reason
+        return f"{route.reason.partition(',')[0]}, the engine calls the encoders"
 
     def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: Holds) -> Plan | None:
         """`plan` with prefill and decode anywhere but at `tried`, perhaps combined; None if nobody else can."""
@@ -292,7 +299,7 @@ class Planner:
         """How many instances of each role are in each state, or kept from work by their circuit."""
         counted: dict[Role, Counter[str]] = {}
         for instance in self._fleet:
-            if instance.dialect == UNKNOWN or self._families.fit(instance, family):
+            if UNKNOWN in (family, instance.dialect) or self._families.fit(instance, family):
                 counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
         return counted
 

@@ -24,7 +24,12 @@ def install(folder: Path, worker: int) -> None:
 
     def opened(kind: str) -> MmapedDict:
         if kind not in files:
-            files[kind] = MmapedDict(str(folder / f"{kind}_{worker}.db"))  # type: ignore[no-untyped-call]
+            path = folder / f"{kind}_{worker}.db"
+            if not path.exists():  # others read whatever has this name: it must never be half made
+                fresh = path.with_suffix(".new")
+                MmapedDict(str(fresh)).close()  # type: ignore[no-untyped-call]
+                fresh.rename(path)
+            files[kind] = MmapedDict(str(path))  # type: ignore[no-untyped-call]
         return files[kind]
 
     class Value:

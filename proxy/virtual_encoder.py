@@ -18,17 +18,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
 from proxy import pieces
 from proxy.balancer.fleet import Fleet
 from proxy.core import Job, Plan, Role, Stage
-from proxy.dialects.sglang import SELF_FED, Sglang, rid
+from proxy.dialects.sglang import SELF_FED, Sglang
 from proxy.encoder_calls import Call, EncoderCalls, Receivers
 from proxy.errors import BadRequest, Conflict, NoInstance, NotFound, ProxyError, Refused
 from proxy.http.message import JSON, Data, Response, json_response
@@ -40,20 +40,13 @@ from proxy.plan import Holds, Planner, family_of
 from proxy.relay import Sink
 from proxy.retry import Cause, cause, rule
 from proxy.tasks import together
-from proxy.valve import Valve
+from proxy.wards import PATIENCE_S, Wards, Work
 
 log = logging.getLogger(__name__)
 
 _LARGE = 1 << 18  # bytes; reading more than this takes a millisecond and leaves the loop
 _SIBLINGS_S = 0.25  # for the other modalities of a request to arrive: one server sends them at once
-_FIRST_CALL_S = 2.0  # from a request's bytes to its server's first call here
-_TICK_S = 0.5  # for a server to take what was delivered before it hears of anything else
-_PATIENCE_S = 170.0  # a server waits 180
 _AGAIN_S = 0.5  # between two looks for an encoder
-
-
-T = TypeVar("T")
-Work = Callable[[Sink], Coroutine[Any, Any, None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -77,24 +70,6 @@ class Gathered:
             self.complete.set()
 
 
-@dataclass(slots=True, eq=False)
-class Ours:
-    """A request of this proxy at a language server."""
-
-    job: Job
-    error: asyncio.Future[ProxyError]
-    calls: int = 0  # of its server that run here
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def fail(self, piece: Piece, error: ProxyError) -> None:
-        """The first failure is the client's answer."""
-        if not self.error.done():
-            if isinstance(error, Refused) and piece.index < len(self.job.items):
-                error.param = sorted(self.job.items, key=pieces.rank)[piece.index].param
-            self.error.set_result(error)
-
-
 class VirtualEncoder:
     """`attempts`: at the most, per item."""
 
@@ -105,12 +80,10 @@ class VirtualEncoder:
         self._calls = calls
         self._attempts = attempts
         self._gathered: dict[str, Gathered] = {}  # by rid
-        self._ours: dict[str, Ours] = {}
-        self._group: asyncio.TaskGroup | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.wards = Wards()
 
     def __repr__(self) -> str:
-        return f"<VirtualEncoder {len(self._gathered)} requests, {len(self._ours)} of them ours>"
+        return f"<VirtualEncoder {len(self._gathered)} requests, {len(self.wards)} of ours>"
 
     def routes(self) -> list[Route]:
         return [
@@ -142,7 +115,6 @@ class VirtualEncoder:
         body = _object(await request.read())
         if not _registers(body):
             return _failed(BadRequest("req_id, receive_url and receive_count are needed"), body.get("req_id"))
-        self._sweep()
         self._of(pieces.request_of(body["req_id"])).receivers.add(body)
         return json_response(None)
 
@@ -162,7 +134,7 @@ class VirtualEncoder:
 
     async def health(self, request: Request) -> Response:
         """Well while an encoder is: without one, servers had better encode for themselves."""
-        return Response(200 if self._fleet.ready(Role.ENCODE) else 503)
+        return Response(200 if self._encoders() else 503)
 
     # ---- what the dispatcher says
 
@@ -172,50 +144,15 @@ class VirtualEncoder:
         Whatever ends this early, a client that leaves for one, `work` goes on unseen until its server waits for no
         embedding any more.
         """
-        if not job.items or family_of(plan) != Sglang.name:
+        if family_of(plan) != Sglang.name:
             await work(sink)
-        elif self._fleet.ready(Role.ENCODE):
-            await self._watched(job, Valve(sink), work)
+        elif self._encoders():
+            await self.wards.guard(job, sink, work)
         else:
             raise NoInstance("no encode engine is ready", stage=Stage.ENCODE)
 
-    async def _watched(self, job: Job, valve: Valve, work: Work) -> None:
-        ours = self._ours[rid(job.id)] = Ours(job, asyncio.get_running_loop().create_future())
-        task = self._background(_outcome(work(valve)))
-        try:
-            await asyncio.wait((task, ours.error), return_when=asyncio.FIRST_COMPLETED)
-            if ours.error.done():
-                raise ours.error.result()
-        finally:
-            valve.shut()  # what the server may still say is about a black picture, or for nobody
-            if task.done():
-                del self._ours[rid(job.id)]
-            else:
-                self._background(self._see_off(ours, task))
-        if (failure := task.result()) is not None:
-            raise failure
-
-    async def _see_off(self, ours: Ours, task: asyncio.Task[Any]) -> None:
-        try:
-            await _delivered(ours)
-        finally:
-            task.cancel()
-            del self._ours[rid(ours.job.id)]
-
-    def _background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        assert self._group is not None, "requests come within `running`"
-        task = self._group.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Within, requests may come; what goes on unseen ends with it."""
-        async with together() as self._group:
-            yield
-            for task in self._tasks:
-                task.cancel()
+    def _encoders(self) -> bool:
+        return any(instance.dialect == Sglang.name for instance in self._fleet.ready(Role.ENCODE))
 
     # ---- one request of a server
 
@@ -225,30 +162,24 @@ class VirtualEncoder:
         gathered = self._of(part.rid)
         gathered.add(part)
         gathered.calls += 1
-        ours = self._ours.get(part.rid)
-        if ours is not None:
-            ours.calls += 1
-            ours.begun.set()
-            ours.idle.clear()
+        ward = self.wards.get(part.rid)
         try:
-            yield gathered
+            with nullcontext() if ward is None else ward.called():
+                yield gathered
         finally:
             gathered.calls -= 1
             if not gathered.calls and not gathered.holders:
                 self._gathered.pop(part.rid, None)
-            if ours is not None:
-                ours.calls -= 1
-                if not ours.calls:
-                    ours.idle.set()
 
     def _of(self, request: str) -> Gathered:
         if request not in self._gathered:
+            self._sweep()
             self._gathered[request] = Gathered(self._clock())
         return self._gathered[request]
 
     def _sweep(self) -> None:
         """Forget receivers whose request never came, and embeddings that nobody fetched."""
-        oldest = self._clock() - _PATIENCE_S
+        oldest = self._clock() - PATIENCE_S
         for name in [n for n, g in self._gathered.items() if g.born < oldest and not g.calls]:
             del self._gathered[name]
 
@@ -270,21 +201,21 @@ class VirtualEncoder:
     # ---- one piece
 
     async def _piece(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
-        ours = self._ours.get(part.rid)
+        ward = self.wards.get(part.rid)
         try:
             return await self._somewhere(gathered, part, piece)
         except Unembedded as failed:
             blank = piece.blank()
-            if failed.pushed or ours is None or blank is None:
+            if failed.pushed or ward is None or blank is None:
                 if failed.call is not None and not failed.pushed and isinstance(failed.error, Refused):
                     await self._calls.introduce(failed.call, gathered.receivers)  # 0.5.10 reads no answer but a push
                 raise failed.error from None
-            ours.fail(piece, failed.error)
+            ward.fail(piece.index, failed.error)
         return await self._at_last(gathered, part, blank)
 
     async def _at_last(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
         """However long it takes until there is an encoder: the server dies of anything else. Raises ProxyError."""
-        until = self._clock() + _PATIENCE_S
+        until = self._clock() + PATIENCE_S
         while True:
             try:
                 return await self._somewhere(gathered, part, piece)
@@ -339,26 +270,6 @@ async def _all_here(gathered: Gathered) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-async def _outcome(work: Coroutine[Any, Any, None]) -> ProxyError | None:
-    try:
-        await work
-    except ProxyError as error:
-        return error
-    return None
-
-
-async def _delivered(ours: Ours) -> None:
-    """Until the server waits for no embedding, or has long given up."""
-    try:
-        async with asyncio.timeout(_FIRST_CALL_S):
-            await ours.begun.wait()
-        async with asyncio.timeout(_PATIENCE_S):
-            await ours.idle.wait()
-    except TimeoutError:
-        return
-    await asyncio.sleep(_TICK_S)
 
 
 def _object(raw: Data) -> dict[str, Any]:

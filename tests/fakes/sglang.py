@@ -93,6 +93,7 @@ class Encoder(Engine):
     def routes(self) -> list[web.RouteDef]:
         routes = [
             web.get("/health", self._health),
+            web.get("/openapi.json", self._openapi),
             web.post("/encode", self._generate),
             web.post("/scheduler_receive_url", self._receive_url),
         ]
@@ -107,6 +108,9 @@ class Encoder(Engine):
             task.cancel()
         await super().stop()
         self._context.destroy(linger=0)
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.json_response({"paths": {route.path: {} for route in self.routes()}})
 
     async def _receive_url(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -66,9 +66,30 @@ async def test_each_family_is_known_by_its_own_words(
 
 
 @pytest.mark.parametrize(
+    ("paths", "version"),
+    [
+        (["/encode", "/scheduler_receive_url"], "before 0.5.19"),
+        (["/encode", "/scheduler_receive_url", "/scheduler_receive_meta_data"], "0.5.19 or later"),
+    ],
+)
+async def test_an_sglang_encoder_is_known_by_what_can_be_called(paths: list[str], version: str) -> None:
+    found = await detect.detect(asking({"/openapi.json": {"paths": {path: {} for path in paths}}}))
+    assert found is not None and "/openapi.json" in found.how
+    assert (found.family, found.role, found.facts) == ("sglang", Role.ENCODE, {"version": version})
+
+
+async def test_how_a_language_server_gets_its_embeddings_is_kept() -> None:
+    answers = {"/server_info": SGLANG | {"language_only": True, "encoder_transfer_backend": "mooncake"}}
+    found = await detect.detect(asking(answers))
+    assert found is not None and found.facts["encoder_transfer_backend"] == "mooncake"
+
+
+@pytest.mark.parametrize(
     "answers",
     [
         {},
+        {"/openapi.json": {"paths": {"/encode": {}}}},
+        {"/openapi.json": []},
         {"/info": {"engine": "another"}, "/v1/models": {"data": [{"id": "m", "owned_by": "me"}]}},
         {"/info": [], "/v1/models": [], "/version": {"version": "9", "os": "x"}, "/server_info": {"up": True}},
         {"/v1/models": {"data": "vllm"}},

@@ -87,10 +87,7 @@ async def test_a_hung_engine_fails_its_probe_in_time() -> None:
 
 @pytest.mark.parametrize(
     ("fake", "says"),
-    [
-        (Decode, "it is started with the role 'decode', but listed as 'both'"),
-        (None, "it is of no family that is known here"),
-    ],
+    [(Decode, "it is started with the role 'decode', but listed as 'both'"), (None, "of no family that is known here")],
 )
 async def test_an_engine_that_is_not_what_it_is_listed_as_never_serves(fake: type[Decode] | None, says: str) -> None:
     async with deployment("1b") as d:

@@ -208,3 +208,19 @@ def test_an_encoder_may_feed_another_family(balancer: Balancer) -> None:
         assert [leg.instance.dialect for leg in again.encodes] == ["b"]
         apart = mixed(balancer, Families({"a"}), a="prefill decode", b="encode encode")
         assert apart.draw(j, 0.0, holds).path is Path.EP_D, "as if nobody listed an encoder"
+
+
+def test_encoders_wait_for_engines_whose_family_is_not_known_yet(balancer: Balancer) -> None:
+    """Their embeddings may turn out to be of use: nobody is told that media can never be had here."""
+    p = mixed(balancer, sglang="encode")
+    p._fleet.join("http://language", BOTH, "auto")
+    with Holds() as leases, pytest.raises(NoInstance, match="no combined engine is ready"):
+        p.draw(job(part(image())), 0.0, leases)
+
+
+def test_a_plan_tells_of_encoders_that_only_the_engines_call(balancer: Balancer) -> None:
+    rules = Families(inline=("sglang",), feeds={"sglang": ("nobody",)})
+    p = mixed(balancer, rules, sglang="encode both")
+    with Holds() as leases:
+        plan = p.draw(job(part(image())), 0.0, leases)
+        assert (plan.path, plan.reason, plan.encodes) == (Path.EPD, "1 item, the engine calls the encoders", [])

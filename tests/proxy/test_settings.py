@@ -88,6 +88,9 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         ([*D, "--policy", "chef=round_robin"], "no role 'chef'"),
         ([*D, "--hedge-after", "soon"], "--hedge-after: 'soon' is neither seconds like 0.5 nor a percentile like p95"),
         ([*D, "--max-attempts", "0"], "--max-attempts: Input should be greater than 0"),
+        ([*D, "--virtual-encoder-port", "0", "--workers", "2"], "must meet in one process"),
+        ([*D, "--encoder-register-urls", "http://l:8997"], "listens on --virtual-encoder-port"),
+        ([*D, "--virtual-encoder-port", "0", "--encoder-register-urls", "l:8997"], "looks like http://host:port"),
         ([*D, "--config", "/does/not/exist"], "--config: there is no file /does/not/exist"),
         ([*D, "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
@@ -124,3 +127,9 @@ def test_there_is_one_worker_unless_more_are_asked_for(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         load(*D, "--workers", "0")
     assert "--workers: " in capsys.readouterr().err
+
+
+def test_lists_of_encoders_are_urls_without_their_ends() -> None:
+    flags = ["--virtual-encoder-port", "0", "--encoder-register-urls", "http://l:8997/, http://m:8997"]
+    assert load(*D, *flags).lists() == ["http://l:8997", "http://m:8997"]
+    assert load(*D).lists() == []

@@ -76,3 +76,11 @@ for number in range(2000):
     found = told(tmp_path)
     assert found["triptych_x_total", "early"] == 2000
     assert all(found["triptych_x_total", str(number)] == 1 for number in range(2000))
+
+
+def test_a_workers_files_are_whole_from_their_first_moment(tmp_path: Path) -> None:
+    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(n), "1"]) for n in range(3)]
+    while any(worker.poll() is None for worker in workers):
+        told(tmp_path)  # raises where a file is half made
+    assert {worker.returncode for worker in workers} == {-9}
+    assert told(tmp_path)["triptych_x_total", "P-D"] == 3

@@ -34,11 +34,11 @@ def ask(*numbers: int, **fields: Any) -> dict[str, Any]:
 async def fleet(version: str = NEW, topology: str = "2e1b", **settings: Any) -> AsyncIterator[Deployment]:
     world = World(version)
     async with deployment(
-        topology, "auto", world.engines(), dialect="sglang", virtual_encoder_port=0, **settings
+        topology, "auto", world.engines(), dialect="auto", virtual_encoder_port=0, **settings
     ) as found:
         world.encoders = [f"http://127.0.0.1:{found.proxy.virtual_port}"]
         yield found
-        await until(lambda: repr(found.proxy.virtual) == "<VirtualEncoder 0 requests, 0 of them ours>")
+        await until(lambda: repr(found.proxy.virtual) == "<VirtualEncoder 0 requests, 0 of ours>")
 
 
 def server(found: Deployment) -> Language:
@@ -54,6 +54,7 @@ async def test_items_are_split_over_the_encoders_and_arrive_in_order(version: st
     async with fleet(version) as it:
         answer = await it.post(ask(0, 1, 2, 0))
         assert answer.status == 200 and answer.route.startswith("EPD; ")
+        assert answer.route.endswith("reason=4 items, the engine calls the encoders")
         assert server(it).embeddings == [joined(*(URLS[n] for n in (0, 1, 2, 0)))]
         sent = [body for encoder in it.encoders for body in pieces(encoder)]
         assert [len(pieces(encoder)) for encoder in it.encoders] == [2, 2], "by load"

@@ -82,17 +82,22 @@ async def standing(plan: Plan, made: dict[str, Vllm], model: Path, storage: Path
             encoder = Child("encoder", "engines.encoder", [*options, "--threads", "1", *plan.ours])
             stack.push_async_callback(encoder.stop)
             urls["ours"] = await encoder.start()
-        lists = ["--encode-servers-urls", urls[plan.encoder], "--decode-servers-urls", urls[plan.decode]]
-        lists += ["--prefill-servers-urls", urls.get(plan.prefill, "disable")]
+        lists = [
+            "--prefill-servers-urls",
+            urls.get(plan.prefill, "disable"),
+            "--decode-servers-urls",
+            urls[plan.decode],
+        ]
+        lists += ["--encode-servers-urls", urls[plan.encoder]] if plan.encoder else []
         proxy = Child(f"proxy of {plan.name}", "proxy", ["--port", "0", "--host", "127.0.0.1", *lists])
         stack.push_async_callback(proxy.stop)
         fleet = Fleet(
             proxy=Client(session, await proxy.start()),
             direct=Client(session, urls[plan.decode]),
-            encoding=Client(session, urls[plan.encoder]),
+            encoding=Client(session, urls[plan.encoder or plan.decode]),
             answering=made[plan.decode],
             encoder=made.get(plan.encoder),
-            route=plan.route,
+            routes=plan.routes,
             storage=storage if plan.in_folder else None,
         )
         await fleet.ready()

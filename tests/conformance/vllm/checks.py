@@ -29,9 +29,10 @@ RECOVERY = 300.0
 class Fleet:
     """A proxy and the engines behind it.
 
-    proxy, direct, encoding: clients of the proxy, of the engine whose answers clients get, of the encoder.
-    answering, encoder: those engines as processes; no encoder where it is not vLLM's.
-    route: the path that requests with images take.   storage: the folder of embeddings, where they travel through one.
+    proxy, direct, encoding: clients of the proxy, of the engine whose answers clients get, of the one that encodes.
+    answering, encoder: those engines as processes; no encoder where it is not vLLM's, or there is none.
+    routes: the paths that requests without and with images take.
+    storage: the folder that embeddings travel through, if they do.
     """
 
     proxy: Client
@@ -39,7 +40,7 @@ class Fleet:
     encoding: Client
     answering: Vllm
     encoder: Vllm | None
-    route: str
+    routes: tuple[str, str]
     storage: Path | None
 
     async def ask(self, case: Case, **fields: Any) -> Answer:
@@ -55,7 +56,7 @@ class Fleet:
         assert answer.status == 200, f"{answer.status} {answer.body}"
         assert answer.text == expected, f"{answer.text!r} instead of {expected!r}"
         path = answer.headers["x-triptych-route"].partition(";")[0]
-        assert path == (self.route if case.images else self.route.removeprefix("E-")), path
+        assert path == self.routes[bool(case.images)], path
 
     async def ready(self) -> None:
         """Until the proxy sends to all of its engines."""
@@ -89,6 +90,14 @@ def streamed(case: Case) -> Check:
         assert answer.text == expected, f"{answer.text!r} instead of {expected!r}"
 
     return check
+
+
+async def recognised(fleet: Fleet) -> None:
+    """Nobody told the proxy what these engines are."""
+    for instance in (await fleet.proxy.get("/instances"))["instances"]:
+        family = "native" if instance["role"] == "encode" and fleet.encoder is None else "vllm"
+        facts = instance["facts"]
+        assert instance["dialect"] == family and facts["version"] and facts["known_by"], instance
 
 
 async def two_choices(fleet: Fleet) -> None:
@@ -135,6 +144,21 @@ async def files_deleted(fleet: Fleet) -> None:
     answer = await fleet.ask(case)
     assert answer.status == 200, f"{answer.status} {answer.body}"
     assert answer.text == await fleet.right(case)
+
+
+async def published_again(fleet: Fleet) -> None:
+    """Asked again, the encoder brings back what was deleted: a consumer needs nothing but the metadata."""
+    case, key = fresh(), secrets.token_hex(32)
+    assert isinstance(case.content, list)
+    image, question = case.content
+    expected = await fleet.right(case)
+    await encode(fleet, image, key)
+    clear(fleet)
+    entry = await encode(fleet, image, key)
+    embeds = {"type": "image_embeds", "image_embeds": entry["metadata"], "uuid": key}
+    handles = {"ec_transfer_params": {key: entry}}
+    answer = await fleet.direct.chat([embeds, question], timeout=PATIENCE, max_tokens=MAX_TOKENS, **handles)
+    assert answer.status == 200 and answer.text == expected, (answer.status, answer.body, expected)
 
 
 async def encoder_killed(fleet: Fleet) -> None:

@@ -17,6 +17,7 @@ CONNECTOR = {"ec_connector": "TriptychECConnector", "ec_connector_module_path": 
 WAIT = 5.0
 
 BASIC: dict[str, Check] = {
+    "recognised": checks.recognised,
     **{case.name: same_answer(case) for case in CASES},
     **{f"{case.name}, streamed": streamed(case) for case in CASES[1:3]},
 }
@@ -34,10 +35,10 @@ class Plan:
     """A fleet to be: names of engines, `ours` for `triptych encoder`."""
 
     name: str
-    encoder: str
+    encoder: str  # empty: who prefills encodes
     decode: str
     prefill: str = ""
-    route: str = "E-PD"
+    routes: tuple[str, str] = ("PD", "E-PD")  # of requests without and with images
     ours: Sequence[str] = ()  # arguments of `triptych encoder`, where it encodes
     in_folder: bool = True  # embeddings travel through the shared folder
     checks: Mapping[str, Check] = field(default_factory=dict)
@@ -62,6 +63,7 @@ def engines(model: Path, storage: Path) -> dict[str, Vllm]:
         Vllm("pd", model, ec=example("ec_consumer")),
         Vllm("p", model, ec=example("ec_consumer"), kv={"kv_connector": NIXL, "kv_role": "kv_producer"}),
         Vllm("d", model, kv={"kv_connector": NIXL, "kv_role": "kv_consumer"}),
+        Vllm("e-folder", model, ec=ours("ec_producer", **shared)),
         Vllm("pd-folder", model, ec=ours("ec_consumer", **shared)),
         Vllm("e-zmq", model, ec=ours("ec_producer", transfer="zmq")),
         Vllm("pd-zmq", model, ec=ours("ec_consumer", transfer="zmq")),
@@ -73,24 +75,28 @@ def plans(storage: Path) -> list[Plan]:
     """In the order in which they run: neighbours share engines."""
     folder = ("--transfer", "storage", "--storage-path", str(storage))
     files = {"files deleted": checks.files_deleted}
+    again = {"published again": checks.published_again}
     return [
         Plan("E+PD", "e", "pd", checks={**THOROUGH, **files, "encoder killed": checks.encoder_killed}),
-        Plan("our encoder + PD", "ours", "pd", ours=folder, checks={**BASIC, **files}),
+        Plan("our encoder + PD", "ours", "pd", ours=folder, checks={**BASIC, **files, **again}),
+        Plan("PD alone", "", "pd", routes=("PD", "EPD"), checks=BASIC),
         Plan(
             "E+P+D over NIXL",
             "e",
             "d",
             prefill="p",
-            route="E-P-D",
+            routes=("P-D", "E-P-D"),
             checks={**THOROUGH, **files, "decode killed": checks.decode_killed},
         ),
+        Plan("P+D over NIXL", "", "d", prefill="p", routes=("P-D", "EP-D"), checks=BASIC),
         Plan(
             "E+PD, our connector, folder",
-            "e",
+            "e-folder",
             "pd-folder",
             checks={
                 **THOROUGH,
                 **files,
+                **again,
                 "prefill before encode": checks.prefill_before_encode,
                 "embedding never comes": checks.embedding_never_comes,
             },
