@@ -232,7 +232,9 @@ async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if seat is not None:
+    if seat is None:
+        tally.install_alone()
+    else:
         seat.watch(stop.set)
     proxy = Proxy(settings, seat)
     async with proxy.serving():

@@ -15,6 +15,33 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 
+def install_alone() -> None:
+    """From now on every metric made in this process counts without the library's locks: on the event loop only."""
+
+    class Value:
+        _multiprocess = False
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self._value = 0.0
+
+        def inc(self, amount: float) -> None:
+            self._value += amount
+
+        def set(self, value: float, timestamp: float | None = None) -> None:
+            self._value = value
+
+        def get(self) -> float:
+            return self._value
+
+        def set_exemplar(self, exemplar: object) -> None:
+            pass
+
+        def get_exemplar(self) -> None:
+            return None
+
+    values.ValueClass = Value
+
+
 def install(folder: Path, worker: int) -> None:
     """From now on every metric made in this process keeps its values in `folder`.
 

@@ -84,3 +84,28 @@ def test_a_workers_files_are_whole_from_their_first_moment(tmp_path: Path) -> No
         told(tmp_path)  # raises where a file is half made
     assert {worker.returncode for worker in workers} == {-9}
     assert told(tmp_path)["triptych_x_total", "P-D"] == 3
+
+
+ALONE = """
+from proxy import tally
+tally.install_alone()
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+registry = CollectorRegistry()
+Counter("triptych_x", "what", ["path"], registry=registry).labels("P-D").inc(2)
+gauge = Gauge("triptych_now", "now", registry=registry)
+gauge.set(5)
+gauge.dec()
+Histogram("triptych_s", "long", buckets=(1.0, 2.0), registry=registry).observe(1.5)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_a_process_alone_counts_the_same_without_locks() -> None:
+    text = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True).stdout
+    for line in ('triptych_x_total{path="P-D"} 2.0', "triptych_now 4.0", "triptych_s_sum 1.5"):
+        assert line in text.splitlines()
+    assert [line for line in text.splitlines() if line.startswith("triptych_s_bucket")] == [
+        'triptych_s_bucket{le="1.0"} 0.0',
+        'triptych_s_bucket{le="2.0"} 1.0',
+        'triptych_s_bucket{le="+Inf"} 1.0',
+    ]
