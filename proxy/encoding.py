@@ -93,7 +93,10 @@ class Encoding:
             elif spare:
                 found.failure = error
             else:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback has this frame, which would hold it in turn
 
     def _another(self, share: Share, items: tuple[Item, ...], holds: Holds) -> Leg | None:
         """For some of a share's items, where none of them has been."""

@@ -13,12 +13,18 @@ T = TypeVar("T")
 @asynccontextmanager
 async def together() -> AsyncIterator[asyncio.TaskGroup]:
     """Like asyncio.TaskGroup: the first failure cancels all the others, and leaving waits for all."""
+    error: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as failed:
         failed.__traceback__ = None  # of frames that hold it in turn: a circle with all that the tasks had
-        raise _first(failed) from None
+        error = _first(failed)
+    if error is not None:
+        try:
+            raise error  # here, where the group is not its context, which would hold it in turn
+        finally:
+            error = None
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -85,7 +85,7 @@ class Exchange:
         self._head = b""
         self.done = False  # the answer is whole
         self.enough = False  # what may still come is of no interest
-        self.error: Exception | None = None
+        self.error: Cut | Late | None = None
         self.deadline = _NEVER  # of the loop's time
         self._idle = 0.0
         self._held: list[bytes] = []
@@ -179,7 +179,7 @@ class Exchange:
         if self.done:
             feed(b"")
         elif self.error is not None:
-            lost(self.error)
+            lost(self.named(self.error))
 
     async def end(self) -> None:
         """Wait until the answer is whole."""
@@ -201,7 +201,7 @@ class Exchange:
 
     async def _wait(self) -> None:
         if self.error is not None:
-            raise self.error
+            raise self.named(self.error)  # a new one: its traceback has this exchange, which must not have it in turn
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -241,9 +241,9 @@ class Exchange:
 
     def failed(self, error: Cut | Late) -> None:
         if not self.done and self.error is None:
-            self.error = self.named(error)
+            self.error = error
             if self._lost is not None:
-                self._lost(self.error)
+                self._lost(self.named(error))
             self.wake()
 
     def look(self, now: float) -> None:

@@ -49,6 +49,16 @@ async def test_a_request_that_is_served(uncollected: None, topology: str, handof
         await gone(d)
 
 
+@pytest.mark.parametrize("kind", [Kind.RESET, Kind.STATUS, Kind.HANG])
+@pytest.mark.parametrize("topology", ["1e1p1d", "2e1p1d"])
+async def test_a_request_whose_encoder_fails(uncollected: None, topology: str, kind: Kind) -> None:
+    async with deployment(topology, encode_timeout=0.3) as d:
+        d.encoders[0].always = Fault(kind)
+        for _ in range(2):
+            await d.post(chat(PICTURE))
+        await gone(d)
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", [Kind.RESET, Kind.STATUS, Kind.TRUNCATED, Kind.ERROR_EVENT])
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
