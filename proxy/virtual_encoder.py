@@ -77,6 +77,7 @@ class VirtualEncoder:
         self._fleet = fleet
         self._planner = planner
         self._clock = legs.clock
+        self._metrics = legs.metrics
         self._calls = calls
         self._attempts = attempts
         self._gathered: dict[str, Gathered] = {}  # by rid
@@ -104,8 +105,11 @@ class VirtualEncoder:
         try:
             part = await asyncio.to_thread(pieces.read, raw) if len(raw) > _LARGE else pieces.read(raw)
             req_id = part.body["req_id"]
+            began = self._clock()
             async with self._gathering(part) as gathered:
-                return json_response(await self._encode(gathered, part))
+                content = await self._encode(gathered, part)
+            self._metrics.observe("encode", self._clock() - began)
+            return json_response(content)
         except ProxyError as error:
             log.warning("%s has no embedding: %s", req_id, error)
             return _failed(error, req_id)
@@ -238,6 +242,8 @@ class VirtualEncoder:
                 call = Call(leg, piece, gathered.attempts[piece.index])
                 if self._by_rdma():
                     gathered.holders[piece.body["req_id"]] = call
+                if tried:
+                    self._metrics.retries.labels(Stage.ENCODE).inc()
                 try:
                     return await self._calls.run(call, receivers)
                 except ProxyError as error:
