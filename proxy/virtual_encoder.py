@@ -4,13 +4,13 @@
                     ──/scheduler_receive_url▶ here ──the same────────────────▶ whoever encodes for it
                     ◀═══════════ embeddings, by ZMQ or RDMA, straight from each real encoder
 
-No embedding passes through here and nothing is unpickled. Language servers of 0.5.23 die of every failure while they
-wait for an embedding (`reference`: an abort without input ids), and of a caller that hangs up meanwhile. Hence:
+No embedding passes through here and nothing is unpickled. A language server of 0.5.23 dies of every failure while it
+waits for an embedding, and of a caller that hangs up meanwhile: both abort a request that has no input ids yet. Hence:
 
 - Where a receiver waits is told to an encoder only once that has read the media (0.5.23 says so before its forward),
   because with the address it would push its error there. Until then a failed item goes elsewhere unseen.
 - An item that no encoder can read fails our client's request, and the server gets the embedding of a black picture.
-- `over` keeps a server's connection, though its client has left or been told, until the embeddings are there.
+- `wards` keep a server's connection, though its client has left or been told, until the embeddings are there.
 """
 
 from __future__ import annotations
