@@ -43,8 +43,8 @@ TOKENS = 64
 _SETTLE_S = 0.05
 FOUR, ONE = "four 768 KB images, 64 tokens", "one 4 MB image, 64 tokens"
 
-# The proxy's CPU by that of the family's own, at the most. SGLang's router looks at no image; the proxy decodes each, since
-# a language server that could not would die of it.
+# The proxy's CPU by that of the family's own, at the most. SGLang's router looks at no image; the proxy decodes each,
+# since a language server that cannot dies of it.
 CPU_BY_OWN = {"vllm": 1.0, "ascend": 1.0, "sglang": 1.3}
 NATIVE_MEDIA = 0.01  # of a request's bytes, at the most, that prefill and decode of our own engines get together
 
