@@ -24,6 +24,7 @@ from proxy.http.message import JSON, Response
 from proxy.http.server import Request
 from proxy.places import NO_PLACES, Places, Taken
 from proxy.siblings import Siblings
+from proxy.tasks import Owed
 
 ROUTE = "/v1/metaserver"
 # Of the n-th choice and the m-th prompt: 1_chatcmpl-<id>, cmpl-<id>-0, 1_cmpl-<id>-0. Whoever fails to take off the
@@ -93,6 +94,7 @@ class Metaserver:
         self._siblings = siblings
         self._waiting: dict[str, Waiting] = {}
         self._reached_at: dict[str, str] = {}
+        self.owed = Owed()  # prefills whose requests are gone
         self._places: dict[str, Places] = {}  # by the decode engine's URL
         self.port = 0  # known once the server is bound
 
@@ -126,12 +128,15 @@ class Metaserver:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
-        """Within, other workers can pass on what is this one's."""
-        if self._siblings is None:
-            yield
-        else:
-            async with self._siblings.listening(self.answer):
+        """Within, other workers can pass on what is this one's. What is owed ends with it."""
+        try:
+            if self._siblings is None:
                 yield
+            else:
+                async with self._siblings.listening(self.answer):
+                    yield
+        finally:
+            await self.owed.stop()
 
     def find(self, engine_id: Any) -> Waiting:
         """The request behind an engine's own id for one of its sequences. Raises NotFound."""

@@ -75,6 +75,12 @@ async def vllm(ask: Ask) -> Found | None:
     return Found("vllm", how, None, "" if card is None else str(card["id"]), {"version": version} if version else {})
 
 
+def plugged(found: Found) -> bool:
+    """Whether a plugin puts other hardware under this vLLM, which does not say which: vLLM-Ascend's installation builds
+    vLLM for no device, and vLLM's setup ends the version of that with `empty`."""
+    return found.family == "vllm" and str(found.facts.get("version")).endswith(("+empty", ".empty"))
+
+
 async def sglang(ask: Ask) -> Found | None:
     path = "/server_info"
     info = await ask(path)

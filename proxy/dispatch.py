@@ -351,9 +351,9 @@ class Dispatcher:
     async def _prefill_on_call(self, run: Run, call: PrefillCall, leg: Leg, job: Job, handles: Handles) -> None:
         self._patience(run, None)  # the prefill has a deadline of its own
         run.prefilling += 1
+        work = self._judged_prefill(run, leg, job, handles, call.descriptor)
         try:
-            with self._legs.judged(leg):
-                await self._prefill(run, leg, job, handles, call.descriptor)
+            await (self._metaserver.owed.finish(work) if self._legs.dialect(leg).owes_prefill else work)
         except ProxyError as error:
             call.finish(error)
             if not (run.begun and call.alone):
@@ -366,6 +366,12 @@ class Dispatcher:
             run.decode_began = self._clock()
         if not run.prefilling:
             self._patience(run, self._first_answer(job))
+
+    async def _judged_prefill(
+        self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any]
+    ) -> None:
+        with self._legs.judged(leg):
+            await self._prefill(run, leg, job, handles, descriptor)
 
     async def _prefill(
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None

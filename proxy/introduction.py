@@ -71,6 +71,11 @@ class Introduction:
             raise Unfit(
                 f"it is of no family that is known here ({known}), as far as it says: give its dialect in the URL"
             )
+        if detect.plugged(found):
+            raise Unfit(
+                f"it is vLLM built for other hardware ({found.how}): if that is Ascend, write ascend+{instance.url}, "
+                f"else vllm+{instance.url}; a prefill engine of vLLM-Ascend ends with what vLLM's is asked for"
+            )
         instance.dialect = found.family
         log.info("%s %s speaks %s: %s", instance.role.label, instance.netloc, found.family, found.how)
         return found

@@ -168,11 +168,8 @@ class Tape:
         if not self._keeps:
             self._watch(data)
             return b"" if self._given_up else event.raw
-        try:
-            parsed = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            parsed = None
-        if not isinstance(parsed, dict):
+        parsed = _object(data)
+        if parsed is None:
             self._exact = False
             return event.raw
         choices = parsed.get("choices") or []
@@ -187,7 +184,7 @@ class Tape:
     def _watch(self, data: bytes) -> None:
         """Look for a choice that was given up, in JSON that is nobody's business otherwise."""
         if self._mark is not None and self._mark in data:
-            choices = orjson.loads(data).get("choices") or ()
+            choices = (_object(data) or {}).get("choices") or ()
             self._given_up = any(choice.get("stop_reason") == self.dialect.given_up for choice in choices)
 
     def _take(self, choice: dict[str, Any], said: dict[str, Any] | None) -> bool:
@@ -227,6 +224,14 @@ class Tape:
             usage["prompt_tokens"] = usage.get("prompt_tokens", 0) - self._before
             usage["completion_tokens"] = usage.get("completion_tokens", 0) + self._before
         return {**event, **(self._first or {})}
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        parsed = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _text(choice: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:

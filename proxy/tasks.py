@@ -1,4 +1,4 @@
-"""Tasks that end together: a group that fails with its first failure itself, and a race of two. Starts nothing."""
+"""Tasks that end together: a group that fails with its first failure itself, a race of two. And work that goes on."""
 
 from __future__ import annotations
 
@@ -67,3 +67,31 @@ async def race(
     if isinstance(result, Exception):
         raise result
     return result
+
+
+class Owed:
+    """Work that is finished even if whoever wanted it has left. `len` of it runs."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, or its error; to cancel this does not end `work`."""
+        task = asyncio.create_task(work)  # noqa: TID251 - kept here until its end, or `stop`
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def stop(self) -> None:
+        """Cancel what runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # of interest only to whoever has not left

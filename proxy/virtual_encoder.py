@@ -4,13 +4,13 @@
                     ──/scheduler_receive_url▶ here ──the same────────────────▶ whoever encodes for it
                     ◀═══════════ embeddings, by ZMQ or RDMA, straight from each real encoder
 
-No embedding passes through here and nothing is unpickled. Language servers of 0.5.23 die of every failure while they
-wait for an embedding (`reference`: an abort without input ids), and of a caller that hangs up meanwhile. Hence:
+No embedding passes through here and nothing is unpickled. A language server of 0.5.23 dies of every failure while it
+waits for an embedding, and of a caller that hangs up meanwhile: both abort a request that has no input ids yet. Hence:
 
 - Where a receiver waits is told to an encoder only once that has read the media (0.5.23 says so before its forward),
   because with the address it would push its error there. Until then a failed item goes elsewhere unseen.
 - An item that no encoder can read fails our client's request, and the server gets the embedding of a black picture.
-- `over` keeps a server's connection, though its client has left or been told, until the embeddings are there.
+- `wards` keep a server's connection, though its client has left or been told, until the embeddings are there.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class VirtualEncoder:
         self._fleet = fleet
         self._planner = planner
         self._clock = legs.clock
+        self._metrics = legs.metrics
         self._calls = calls
         self._attempts = attempts
         self._gathered: dict[str, Gathered] = {}  # by rid
@@ -104,8 +105,11 @@ class VirtualEncoder:
         try:
             part = await asyncio.to_thread(pieces.read, raw) if len(raw) > _LARGE else pieces.read(raw)
             req_id = part.body["req_id"]
+            began = self._clock()
             async with self._gathering(part) as gathered:
-                return json_response(await self._encode(gathered, part))
+                content = await self._encode(gathered, part)
+            self._metrics.observe("encode", self._clock() - began)
+            return json_response(content)
         except ProxyError as error:
             log.warning("%s has no embedding: %s", req_id, error)
             return _failed(error, req_id)
@@ -238,6 +242,8 @@ class VirtualEncoder:
                 call = Call(leg, piece, gathered.attempts[piece.index])
                 if self._by_rdma():
                     gathered.holders[piece.body["req_id"]] = call
+                if tried:
+                    self._metrics.retries.labels(Stage.ENCODE).inc()
                 try:
                     return await self._calls.run(call, receivers)
                 except ProxyError as error:

@@ -70,6 +70,7 @@ class Arrivals:
         self._parcels: dict[str, Parcel] = {}  # least recently wanted first
         self._wants: dict[str, set[str]] = {}
         self._lost: set[str] = set()
+        self._bytes = 0
         self._pass = 0
 
     def __repr__(self) -> str:
@@ -120,6 +121,7 @@ class Arrivals:
             self._deliveries.discard(key)  # everybody left while it came
         elif parcel.state is State.ORDERED:
             parcel.state, parcel.nbytes = State.HERE, nbytes
+            self._bytes += nbytes
 
     def failed(self, key: str) -> None:
         """It will not come."""
@@ -146,11 +148,11 @@ class Arrivals:
     def tick(self) -> None:
         """Once for each pass of the scheduler, after its decisions: drop what is beyond the capacity."""
         self._pass += 1
-        excess = sum(parcel.nbytes for parcel in self._parcels.values()) - self._capacity
-        if excess <= 0:
+        if self._bytes <= self._capacity:
             return
         for parcel in list(self._parcels.values()):
-            if excess > 0 and not parcel.wanted_by and self._pass - parcel.idle_since > SETTLED:
+            idle = not parcel.wanted_by and self._pass - parcel.idle_since > SETTLED
+            if idle and self._bytes > self._capacity:
                 del self._parcels[parcel.key]
                 self._deliveries.discard(parcel.key)
-                excess -= parcel.nbytes
+                self._bytes -= parcel.nbytes

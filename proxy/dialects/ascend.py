@@ -29,6 +29,7 @@ class Ascend(Dialect):
 
     name = "ascend"
     remote_prefills = 32  # threads of a decode engine's scheduler that call the metaserver, each until its prefill ends
+    owes_prefill = True  # only prefill's message frees the blocks, and a prefill that is cancelled sends none
     continues_as_prompt = True
     given_up = "recomputed"  # a preempted sequence; --additional-config '{"recompute_scheduler_enable":true}'
 

@@ -52,9 +52,8 @@ class Dialect(Protocol):
     remote_prefills: int | None = None  # for DECODE_FIRST: calls of one decode engine that wait for prefill at once
     vague: bool = False  # its 5xx may tell of KV or embeddings that others made: it may be asked again
     media_instead: bool = False  # who prefills in the place of another gets media, and nothing that was made for that
-    given_up: str | None = (
-        None  # the `stop_reason` of an answer that decode did not finish: somebody is to go on with it
-    )
+    owes_prefill: bool = False  # for DECODE_FIRST: hung up on, decode keeps its blocks until its prefill has ended
+    given_up: str | None = None  # the `stop_reason` of an answer that decode did not finish: another is to go on
     continues_as_prompt: bool = False  # what goes on is a prompt to its engine: seeds and half a stop string are lost
     verify_images: bool = False  # an image that cannot be decoded ends its engines: it must not get there
 

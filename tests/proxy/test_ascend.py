@@ -147,6 +147,35 @@ async def test_another_prefill_engine_is_asked_under_another_id() -> None:
         assert sorted(ids) == ["chatcmpl-me", "chatcmpl-me-2"]
 
 
+@pytest.mark.parametrize("body", [chat(), chat(n=3, stream=True)], ids=["one", "n"])
+async def test_decode_gets_its_blocks_back_from_a_client_that_left(body: dict[str, Any]) -> None:
+    async with fleet() as d:
+        prefill, decode = d.prefills[0], d.decodes[0]
+        prefill.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(body))
+        await prefill.until(lambda: prefill.running == body.get("n", 1))
+        asking.cancel()
+        await asyncio.wait([asking])
+        await decode.until(lambda: decode.aborted == 1)
+        assert decode.blocks and not prefill.aborted, "only prefill's message frees them"
+        prefill.gate.set()
+        await decode.until(lambda: not decode.blocks)
+
+
+async def test_a_proxy_that_stops_waits_for_no_prefill_whose_client_left() -> None:
+    async with fleet() as d:
+        prefill = d.prefills[0]
+        prefill.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat()))
+        await prefill.until(lambda: prefill.running == 1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await d.decodes[0].until(lambda: d.decodes[0].aborted == 1)
+        assert len(d.proxy.metaserver.owed) == 1
+        await d.proxy.metaserver.owed.stop()
+        await prefill.until(lambda: prefill.aborted == 1)
+
+
 async def test_a_lost_last_message_is_told_by_the_deadline() -> None:
     async with fleet(first_token_timeout=0.3) as d:
         d.prefills[0].silent = True

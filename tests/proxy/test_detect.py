@@ -100,6 +100,15 @@ async def test_a_stranger_is_nobody(answers: dict[str, Any]) -> None:
     assert await detect.detect(asking(answers)) is None
 
 
+@pytest.mark.parametrize(
+    ("version", "plugged"),
+    [("0.26.0+empty", True), ("0.27.0rc1+g0123.empty", True), ("0.33.0", False), ("0.32.0+cpu", False), (None, False)],
+)
+async def test_vllm_under_a_plugin_is_seen(version: str | None, plugged: bool) -> None:
+    found = await detect.detect(asking({"/v1/models": VLLM_CARDS, "/version": {"version": version}}))
+    assert found is not None and detect.plugged(found) is plugged
+
+
 async def test_an_engine_named_ascend_is_asked_what_vllm_is() -> None:
     found = await detect.detect(asking({"/v1/models": VLLM_CARDS, "/version": {"version": "0.26.0"}}), "ascend")
     assert found is not None and found.model == "m" and found.facts == {"version": "0.26.0"}

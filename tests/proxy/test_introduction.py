@@ -91,6 +91,16 @@ async def test_a_dialect_in_the_url_is_believed_and_what_is_said_of_it_taken_alo
         d.proxy.fleet.remove(engine.url)
 
 
+async def test_vllm_on_unknown_hardware_has_to_be_named() -> None:
+    async with deployment("1b", "auto", World().engines()) as d, Combined(World(version="0.26.0+empty")) as engine:
+        instance = await join(d, engine, BOTH)
+        assert instance.state is State.JOINING and f"ascend+{engine.url}" in instance.reason
+        assert not engine.calls, "not even for a warm-up"
+        d.proxy.fleet.remove(engine.url)
+        assert (await join(d, engine, BOTH, "ascend")).state is State.READY
+        d.proxy.fleet.remove(engine.url)
+
+
 async def test_a_prefill_engine_without_its_bootstrap_server_cannot_be_met() -> None:
     world = World(kv="mooncake")
     async with deployment("1p1d", "auto", world.engines()) as d, VllmPrefill(world) as engine:

@@ -244,6 +244,7 @@ def test_an_answer_that_cannot_go_on_passes_unchanged_and_is_not_asked_for_token
     assert tape.needed
     asked = job(stream=True, n=2)
     assert tape.asking(asked) is asked
+    assert tape.feed(b'data: "recomputed"\n\n') == b'data: "recomputed"\n\n', "no event of ours"
     plain = PROMPT + said('"recomputed"', 7) + event(delta={}, finish_reason="stop", stop_reason="recomputed?")
     assert tape.feed(plain) == plain
     assert tape.whole(unstreamed("x", [1])) == unstreamed("x", [1])

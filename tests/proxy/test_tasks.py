@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.tasks import race, together
+from proxy.tasks import Owed, race, together
 
 
 async def test_the_first_failure_is_raised_itself_and_cancels_the_rest() -> None:
@@ -112,3 +112,44 @@ async def test_who_cancels_a_race_cancels_both() -> None:
     racing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await racing
+
+
+async def test_what_is_owed_is_finished_though_nobody_waits() -> None:
+    owed, go, ended = Owed(), asyncio.Event(), []
+
+    async def work(fails: bool = False) -> int:
+        await go.wait()
+        ended.append(fails)
+        if fails:
+            raise KeyError("nobody hears it")
+        return 7
+
+    waiting = asyncio.create_task(owed.finish(work()))
+    leaving = [asyncio.create_task(owed.finish(work(fails))) for fails in (False, True)]
+    await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    await asyncio.wait(leaving)
+    assert len(owed) == 3 and not ended
+    go.set()
+    assert await waiting == 7
+    await asyncio.sleep(0)
+    assert sorted(ended) == [False, False, True] and not len(owed)
+
+
+async def test_who_has_not_left_hears_the_failure() -> None:
+    async def fails() -> None:
+        raise KeyError("told")
+
+    with pytest.raises(KeyError, match="told"):
+        await Owed().finish(fails())
+
+
+async def test_what_is_owed_can_be_stopped() -> None:
+    owed = Owed()
+    waiting = asyncio.create_task(owed.finish(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    await owed.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not len(owed)

@@ -96,6 +96,9 @@ async def test_an_encoder_that_fails_before_it_has_read_an_item_is_left_unseen()
         it.encoders[0].fail(Fault(Kind.STATUS, status=503), Fault(Kind.RESET))
         assert (await it.post(ask(0, 1, 2, 3))).status == 200
         assert server(it).embeddings == [joined(*URLS)] and not server(it).crashed
+        told = (await it.get("/metrics")).body.decode()
+        assert 'triptych_retries_total{stage="encode"} 2.0' in told
+        assert "triptych_encode_seconds_count 1.0" in told
 
 
 @VERSIONS

@@ -234,7 +234,6 @@ async def grid(fleet: Fleet, image: dict[str, Any]) -> list[int]:
 
 
 def clear(fleet: Fleet) -> None:
-    """Delete every embedding that was published."""
-    assert fleet.storage is not None
-    for path in fleet.storage.iterdir():
+    """Delete every embedding that lies in a folder."""
+    for path in fleet.storage.iterdir() if fleet.storage else ():
         shutil.rmtree(path)

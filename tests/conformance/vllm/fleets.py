@@ -106,7 +106,11 @@ def plans(storage: Path) -> list[Plan]:
             "e-zmq",
             "pd-zmq",
             in_folder=False,
-            checks={**THOROUGH, "embedding never comes": checks.embedding_never_comes},
+            checks={
+                **THOROUGH,
+                "embedding never comes": checks.embedding_never_comes,
+                "encoder killed": checks.encoder_killed,
+            },
         ),
         Plan(
             "our encoder + PD, our connector, zmq",
