@@ -336,7 +336,7 @@ class Dispatcher:
         places = await self._metaserver.places(decode.instance, dialect.remote_prefills, count, self._timeouts.prefill)
         with places, self._metaserver.expect(job.id, count) as waiting:
 
-            async def attend(group: asyncio.TaskGroup) -> None:
+            async def attend(group: together) -> None:
                 while True:
                     call = await waiting.call()
                     group.create_task(self._prefill_on_call(run, call, prefill, job, handles)).add_done_callback(

@@ -88,7 +88,7 @@ class Health:
             self._start(group)
         self._tidy()
 
-    def _start(self, group: asyncio.TaskGroup) -> None:
+    def _start(self, group: together) -> None:
         """A probe of every instance that is in none."""
         for instance in self._fleet:
             if instance.url not in self._running:

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def together() -> AsyncIterator[asyncio.TaskGroup]:
-    """Like asyncio.TaskGroup: the first failure cancels all the others, and leaving waits for all."""
-    error: BaseException | None = None
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failed:
-        failed.__traceback__ = None  # of frames that hold it in turn: a circle with all that the tasks had
-        error = _first(failed)
-    if error is not None:
+class together:
+    """Like asyncio.TaskGroup: the first failure cancels all the others, and leaving waits for all.
+
+    Raises that failure itself. Afterwards nothing of the tasks is held: an error's traceback has the frames in which
+    this object is named, and through those would have a circle with all that the tasks had.
+    """
+
+    __slots__ = ("_group",)
+
+    def __init__(self) -> None:
+        self._group: asyncio.TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        return self
+
+    def create_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        if self._group is None:
+            raise RuntimeError("tasks are created within `async with`")
+        return self._group.create_task(work)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._group is not None
+        first: BaseException | None = None
         try:
-            raise error  # here, where the group is not its context, which would hold it in turn
+            await self._group.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as failed:
+            failed.__traceback__ = None
+            first = _first(failed)
         finally:
-            error = None
+            self._group = None
+            del error, trace
+        if first is not None:
+            try:
+                raise first  # here, where the group of failures is not its context
+            finally:
+                del first
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:

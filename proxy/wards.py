@@ -74,7 +74,7 @@ class Ward:
 class Wards:
     def __init__(self) -> None:
         self._wards: dict[str, Ward] = {}  # by rid
-        self._group: asyncio.TaskGroup | None = None
+        self._group: together | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __len__(self) -> int:
