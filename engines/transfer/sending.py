@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import numpy as np
 
 from engines.transfer.base import (
     Address,
@@ -33,13 +31,11 @@ from engines.transfer.base import (
 from engines.transfer.lifecycle import PushEvent, PushState, push_machine
 from engines.transfer.messages import Offer
 from engines.transfer.plane import Channel, Plane, Unsettled
-from engines.transfer.spans import Moves, Region, disjoint, pair, table
+from engines.transfer.spans import Moves, Region, pair, table
 
 logger = logging.getLogger(__name__)
 
 IDLE_THREAD = 30.0
-MERGED = 64 << 20
-"""Writes of one push that have queued up go together, in about so many bytes: a channel fills its pipeline once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +43,6 @@ class Write:
     push: OutgoingPush
     source: Arena
     moves: Moves
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.moves[:, 2].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +52,19 @@ class Flush:
     push: OutgoingPush
 
 
-Job = Write | Flush | None
-"""None: the thread should end."""
-
-
 class PeerSender:
     """One peer's thread and channel. A hung peer holds up this thread and no other."""
 
     def __init__(self, plane: Plane, peer: Address, timeout: float) -> None:
         self.peer = peer
         self._plane, self._timeout = plane, timeout
-        self._jobs: deque[Job] = deque()
-        self._ready = threading.Condition()
+        self._queue: queue.SimpleQueue[Write | Flush | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def put(self, job: Write | Flush) -> None:
-        with self._ready:
-            self._jobs.append(job)
-            self._ready.notify()
+        with self._lock:
+            self._queue.put(job)
             if self._thread is None:
                 # daemon: a thread stuck in a foreign library must not keep the process from exiting
                 self._thread = threading.Thread(target=self._run, name=f"transfer-{self.peer}", daemon=True)
@@ -89,10 +76,9 @@ class PeerSender:
 
     def close(self, timeout: float) -> None:
         """End the thread after what is queued; wait at most `timeout` seconds."""
-        with self._ready:
+        with self._lock:
             thread = self._thread
-            self._jobs.append(None)
-            self._ready.notify()
+            self._queue.put(None)
         if thread is not None:
             thread.join(timeout)
 
@@ -101,32 +87,21 @@ class PeerSender:
         while (job := self._next()) is not None:
             if isinstance(job, Flush):
                 job.push.flushed()
-                continue
-            for write in merged(self._with_followers(job)):
-                if not write.push.halted:
-                    channel = self._write(channel, write)
+            elif not job.push.halted:
+                channel = self._write(channel, job)
         if channel is not None:
             channel.close()
 
-    def _next(self) -> Job:
-        with self._ready:
-            if self._ready.wait_for(lambda: self._jobs, IDLE_THREAD):
-                return self._jobs.popleft()
-            self._thread = None
-            return None
-
-    def _with_followers(self, first: Write) -> list[Write]:
-        """Take the writes of the same push that are queued right behind it."""
-        taken, nbytes = [first], first.nbytes
-        with self._ready:
-            while self._jobs and nbytes < MERGED:
-                job = self._jobs[0]
-                if not isinstance(job, Write) or job.push is not first.push or job.source is not first.source:
-                    break
-                self._jobs.popleft()
-                taken.append(job)
-                nbytes += job.nbytes
-        return taken
+    def _next(self) -> Write | Flush | None:
+        try:
+            return self._queue.get(timeout=IDLE_THREAD)
+        except queue.Empty:
+            pass
+        with self._lock:
+            if self._queue.empty():
+                self._thread = None
+                return None
+        return self._queue.get()
 
     def _write(self, channel: Channel | None, job: Write) -> Channel | None:
         """The channel for the next write, None after one that must not be used again."""
@@ -152,14 +127,6 @@ class PeerSender:
     def _discard(channel: Channel | None) -> None:
         if channel is not None:
             channel.close()
-
-
-def merged(writes: list[Write]) -> list[Write]:
-    """As one, unless they write some byte twice: then their order counts."""
-    if len(writes) == 1:
-        return writes
-    moves = np.concatenate([write.moves for write in writes])
-    return [Write(writes[0].push, writes[0].source, moves)] if disjoint(moves[:, 1], moves[:, 2]) else writes
 
 
 class Outbox(Protocol):

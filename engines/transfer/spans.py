@@ -90,12 +90,6 @@ def _locate(spans: Table, ends: npt.NDArray[np.int64], logical: npt.NDArray[np.i
     return found
 
 
-def disjoint(offsets: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> bool:
-    """No byte lies in two of the spans."""
-    order = np.argsort(offsets)
-    return bool((offsets[order][1:] >= (offsets + lengths)[order][:-1]).all())
-
-
 class Region:
     """A set of bytes that can be asked whether it holds spans; order and overlap do not matter."""
 

@@ -102,40 +102,6 @@ async def test_after_a_failed_write_the_rest_is_skipped_and_the_first_error_is_r
     assert bench.notes.events == ["settled", "conclude"]
 
 
-@pytest.mark.parametrize(
-    ("targets", "calls"),
-    [([20, 30, 50], [[20, 30, 50]]), ([20, 25, 30], [[20], [25], [30]])],
-    ids=["disjoint", "overlapping"],
-)
-async def test_queued_writes_go_as_one_unless_their_order_counts(bench, targets, calls):
-    entered, go, seen = threading.Event(), threading.Event(), []
-    bench.plane.script = lambda moves: (seen.append(moves[:, 1].tolist()), entered.set(), go.wait(10))
-    bench.write()
-    await until(entered.is_set)
-    expected = bytearray(bench.target.nbytes)
-    expected[10:20] = bytes(range(10))
-    for source, target in enumerate(targets, 40):
-        bench.write(source, target)
-        expected[target : target + 10] = bytes(range(source, source + 10))
-    go.set()
-    await bench.push.finish()
-    assert seen == [[10], *calls]
-    assert bytes(bench.target.buffer) == expected
-
-
-async def test_writes_go_together_up_to_a_size(bench, monkeypatch):
-    monkeypatch.setattr("engines.transfer.sending.MERGED", 20)
-    entered, go, seen = threading.Event(), threading.Event(), []
-    bench.plane.script = lambda moves: (seen.append(len(moves)), entered.set(), go.wait(10))
-    bench.write()
-    await until(entered.is_set)
-    for target in (20, 30, 40):
-        bench.write(0, target)
-    go.set()
-    await bench.push.finish()
-    assert seen == [1, 2, 1]
-
-
 async def test_a_lost_write_is_settled_only_by_proof(bench):
     def lose(moves):
         raise Unsettled("x")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.transfer.base import LayoutMismatch
-from engines.transfer.spans import Region, as_list, disjoint, pack, pair, table, total, unpack
+from engines.transfer.spans import Region, as_list, pack, pair, table, total, unpack
 
 SIZE = 64
 SPANS = st.lists(
@@ -32,12 +32,6 @@ def test_merging_keeps_every_byte_in_order(spans):
 def test_packed_spans_are_read_like_a_list_of_them(spans):
     packed = pack(np.array(spans, dtype=np.int64).reshape(-1, 2))
     assert unpack(packed, SIZE).tolist() == table(spans, SIZE).tolist()
-
-
-@given(SPANS)
-def test_disjoint_spans_name_no_byte_twice(spans):
-    spans = table(spans, SIZE)
-    assert disjoint(spans[:, 0], spans[:, 1]) == (len(set(logical(spans.tolist()))) == total(spans))
 
 
 @given(SPANS, SPANS)
