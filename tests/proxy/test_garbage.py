@@ -22,16 +22,23 @@ from tests.support.waiting import until
 PICTURE = part(image())
 
 
+_others: list[Job] = []  # that were there before, whoever keeps them
+
+
 @pytest.fixture
 def uncollected() -> Iterator[None]:
     gc.collect()
     gc.disable()
+    _others[:] = [found for found in gc.get_objects() if isinstance(found, Job)]
     yield
+    _others.clear()
     gc.enable()
 
 
 def jobs() -> list[Job]:
-    return [found for found in gc.get_objects() if isinstance(found, Job)]
+    """Those of this test."""
+    others = {id(job) for job in _others}
+    return [found for found in gc.get_objects() if isinstance(found, Job) and id(found) not in others]
 
 
 async def gone(d: Deployment) -> None:
