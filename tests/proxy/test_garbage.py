@@ -29,7 +29,7 @@ _others: list[Job] = []  # that were there before, whoever keeps them
 def uncollected() -> Iterator[None]:
     gc.collect()
     gc.disable()
-    _others[:] = [found for found in gc.get_objects() if isinstance(found, Job)]
+    _others[:] = [found for found in gc.get_objects() if type(found) is Job]
     yield
     _others.clear()
     gc.enable()
@@ -38,7 +38,7 @@ def uncollected() -> Iterator[None]:
 def jobs() -> list[Job]:
     """Those of this test."""
     others = {id(job) for job in _others}
-    return [found for found in gc.get_objects() if isinstance(found, Job) and id(found) not in others]
+    return [found for found in gc.get_objects() if type(found) is Job and id(found) not in others]
 
 
 async def gone(d: Deployment) -> None:
