@@ -23,7 +23,6 @@ from proxy.routing import paths, router
 NOBODY: Collection[str] = frozenset()
 _INLINE = "encoders failed, encoding inline"
 
-
 ALIKE = Families()
 
 
@@ -123,8 +122,10 @@ class Planner:
 
     def _reason(self, route: router.Route, family: str) -> str:
         """The route's, which knows no encoders that only the engines themselves call."""
+        if route.path not in paths.INLINE:
+            return route.reason
         own = [i for i in self._fleet if i.role is Role.ENCODE and i.dialect == family]
-        if route.path not in paths.INLINE or not own or any(self._families.fit(i, family) for i in own):
+        if not own or any(self._families.fit(i, family) for i in own):
             return route.reason
         return f"{route.reason.partition(',')[0]}, the engine calls the encoders"
 

@@ -37,8 +37,8 @@ Feed: TypeAlias = Callable[[bytes], None]
 """Gets each piece of an answer as it arrives, and the empty one at its end."""
 
 Shortcut: TypeAlias = Callable[[bytes], bool]
-"""Gets what was read from the socket while between two chunks of a body. True: it was exactly one whole chunk, written
-as HTTP writes it, and has been dealt with; False: nothing was done with it, and it is parsed."""
+"""Gets what was read from the socket while between two chunks of a body. True: it was whole chunks, written as
+HTTP writes them, and has been dealt with; False: nothing was done with it, and it is parsed."""
 
 
 class ConnectFailed(Exception):
