@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 import signal
 import sys
 import time
@@ -18,8 +19,10 @@ from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission, Limits
 from proxy.balancer import POLICIES
-from proxy.balancer.balance import Balancer
+from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
+from proxy.balancer.policy import Means
+from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
@@ -65,8 +68,11 @@ class Proxy:
         self.settings = settings
         self._seat = seat
         self.fleet = _filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
-        policies = {role: POLICIES[name]() for role, name in settings.policies().items()}
-        self.balancer = Balancer(policies, seat.board() if seat else None)
+        rates = {role: Rates(prior) for role, prior in PRIORS.items()}
+        policies = {
+            role: POLICIES[name](Means(role, rates[role], random.random)) for role, name in settings.policies().items()
+        }
+        self.balancer = Balancer(policies, seat.board() if seat else None, rates)
         self.metrics = Metrics(seat.folder if seat else None)
         self.upstream = Upstream(_timeouts(settings))
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)

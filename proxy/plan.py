@@ -13,6 +13,8 @@ from typing import Protocol, TypeVar
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.balancer.ledger import Lease
+from proxy.balancer.policy import Demand
+from proxy.balancer.pool import Pool
 from proxy.breaker import Breakers, Circuit, Permit
 from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
@@ -86,7 +88,7 @@ class _View:
         self.version = fleet.version
         # Of all that prefill or decode.
         self.listed = {instance.dialect for instance in fleet if instance.role is not Role.ENCODE} - {UNKNOWN}
-        self.fitting: dict[tuple[Role, str], list[Instance]] = {}  # READY ones, by role and family
+        self.fitting: dict[tuple[Role, str], Pool] = {}  # READY ones, by role and family
         self.routes: dict[tuple[str, int], router.Route] = {}  # by family and number of items
 
 
@@ -177,7 +179,8 @@ class Planner:
         candidates = self._usable(Role.ENCODE, now, tried, family)
         if not candidates:
             return None
-        lease = self._balancer.take(Role.ENCODE, candidates, sum(item.tokens for item in items))
+        demand = Demand(max(1, sum(item.tokens for item in items)))
+        lease = self._balancer.take(Role.ENCODE, candidates, demand)
         return self._leg(Role.ENCODE, lease.instance, [lease], holds, tuple(items))
 
     def wait(self, now: float) -> float | None:
@@ -195,7 +198,8 @@ class Planner:
         unique = {item.identity: item for item in reversed(job.items)}
         shares: dict[str, list[tuple[Item, Lease]]] = {}
         for item in sorted(unique.values(), key=lambda item: (-item.tokens, item.index)):
-            lease = holds.add(self._balancer.take(Role.ENCODE, candidates, item.tokens))
+            demand = Demand(max(1, item.tokens), item.identity)
+            lease = holds.add(self._balancer.take(Role.ENCODE, candidates, demand))
             shares.setdefault(lease.instance.url, []).append((item, lease))
         legs = []
         for share in shares.values():
@@ -214,7 +218,7 @@ class Planner:
                 raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
             # Decoding keeps the prompt's KV and grows by the output.
             tokens = prompt if role is Role.PREFILL else prompt + job.output_tokens
-            lease = self._balancer.take(role, candidates, tokens)
+            lease = self._balancer.take(role, candidates, Demand(max(1, tokens)))
             legs.append(self._leg(role, lease.instance, [lease], holds))
         return legs
 
@@ -224,14 +228,14 @@ class Planner:
         held = holds.add(Held(leases, self.breakers.permit(instance.url)))
         return Leg(role, instance, items, held)
 
-    def _usable(self, role: Role, now: float, tried: Collection[str], family: str) -> list[Instance]:
+    def _usable(self, role: Role, now: float, tried: Collection[str], family: str) -> Pool:
         fitting, key = self._seen().fitting, (role, family)
         ready = fitting.get(key)
         if ready is None:
-            ready = fitting[key] = [i for i in self._fleet.ready(role) if self._families.fit(i, family)]
+            ready = fitting[key] = Pool(i for i in self._fleet.ready(role) if self._families.fit(i, family))
         if not tried and self.breakers.all_allowed(now):
             return ready
-        return [i for i in ready if i.url not in tried and self.breakers.allows(i.url, now)]
+        return Pool(i for i in ready.by_url.values() if i.url not in tried and self.breakers.allows(i.url, now))
 
     def _seen(self) -> _View:
         fleet, view = self._fleet, self._view

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.balancer.least_loaded import LeastLoaded
-from proxy.balancer.policy import Policy
+from proxy.balancer.policy import Means, Policy
 from proxy.balancer.round_robin import RoundRobin
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+POLICIES: dict[str, Callable[[Means], Policy]] = {
     "least_loaded": LeastLoaded,
     "round_robin": RoundRobin,
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
 
 from proxy.balancer.board import Standing
+from proxy.balancer.policy import Demand, Means
+from proxy.balancer.pool import Pool
 
 Entry: TypeAlias = tuple[int, int, str]
 """Load, turn of the last use, key: least load first, then least recently chosen, then the name for a first choice."""
@@ -19,17 +21,17 @@ class LeastLoaded:
     recognised by comparing with `_current`, and the heap is rebuilt only when most of it is stale.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, means: Means) -> None:
         self._current: dict[str, Entry] = {}
         self._heap: list[Entry] = []
 
     def __repr__(self) -> str:
         return f"<LeastLoaded {sorted(self._current.values())}>"
 
-    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
-        if len(candidates) == 1:
-            return next(iter(candidates))
-        wanted = set(candidates)
+    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
+        if len(pool) == 1:
+            return next(iter(pool))
+        wanted = pool.by_url.keys()
         for key in wanted - self._current.keys():
             self._put((*standing(key), key))
         passed_over = []

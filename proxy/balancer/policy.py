@@ -1,26 +1,58 @@
-"""The contract of a balancing policy. A policy sees keys and loads, never a request, and raises no HTTP error."""
+"""The contract of a balancing policy. A policy sees instances and loads, never a request, and raises no HTTP error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from proxy.balancer.board import Standing
+from proxy.balancer.pool import Pool
+from proxy.balancer.rates import Rates
+from proxy.core import BOTH, Role
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one leg asks of whoever takes it. Work is in tokens of its role's unit, see `Ledger`."""
+
+    work: int  # > 0; where nothing of it is held
+    key: str = ""  # equal keys are the same work, and light where that was done before; empty: like no other
+    held: Mapping[str, int] = NOTHING  # by URL: the work (> 0) left where a part of it is held
+    ready: float = 0.0  # seconds from now before which it cannot start
+    transfer: Mapping[str, float] = NOTHING  # by URL: seconds to bring there what it needs; absent: none
+    room: int = 0  # tokens of KV that it keeps while it runs
+
+    def at(self, url: str) -> int:
+        """The work at this instance."""
+        return self.held.get(url, self.work)
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a policy may work with."""
+
+    role: Role = BOTH
+    rates: Rates = field(default_factory=lambda: Rates(1.0))
+    dice: Callable[[], float] = float  # numbers in [0, 1)
 
 
 class Policy(Protocol):
-    """Chooses among the instances of one role. Synchronous, deterministic, without clock and dice."""
+    """Chooses among the instances of one role. Synchronous, and deterministic but for the dice it is given."""
 
-    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
-        """One of `candidates` (not empty; in any order, and a different set each time).
+    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
+        """One of `pool` (not empty, and another one at any time).
 
         `standing` tells the load and last use of any of them. The choice is charged by the caller, and comes back
         through `changed`.
         """
 
-    def changed(self, key: str, standing: Standing) -> None:
-        """The ledger's entry of `key`: told for every lease taken and returned here, and for what others did to the
+    def changed(self, url: str, standing: Standing) -> None:
+        """The ledger's entry of `url`: told for every lease taken and returned here, and for what others did to the
         candidates before each choice. Often nothing has changed."""
 
-    def forget(self, key: str) -> None:
-        """`key` has left the fleet. Unknown keys are ignored."""
+    def forget(self, url: str) -> None:
+        """`url` has left the fleet. Unknown ones are ignored."""

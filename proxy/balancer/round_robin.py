@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from proxy.balancer.board import Standing
+from proxy.balancer.policy import Demand, Means
+from proxy.balancer.pool import Pool
 
 
 class RoundRobin:
     """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go."""
 
-    def __init__(self) -> None:
+    def __init__(self, means: Means) -> None:
         self._used: dict[str, int] = {}
 
-    def choose(self, candidates: Collection[str], standing: Callable[[str], Standing]) -> str:
-        for key in candidates:
+    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
+        for key in pool:
             if key not in self._used:
                 self._used[key] = standing(key).used
-        return min(candidates, key=lambda key: (self._used[key], key))
+        return min(pool, key=lambda key: (self._used[key], key))
 
     def changed(self, key: str, standing: Standing) -> None:
         if key in self._used:  # else it has left the fleet, and its last leases come back
