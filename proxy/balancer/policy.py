@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.balancer.board import Standing
 from proxy.balancer.pool import Pool
@@ -15,8 +15,7 @@ from proxy.core import BOTH, Role
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What one leg asks of whoever takes it. Work is in tokens of its role's unit, see `Ledger`."""
 
     work: int  # > 0; where nothing of it is held

@@ -19,12 +19,10 @@ from hypothesis import strategies as st
 
 from proxy import openai
 from proxy.admission import Admission, Limits
-from proxy.balancer import POLICIES
-from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
-from proxy.core import BOTH, ROLES, Api, Instance, Order, Role, State
+from proxy.core import BOTH, Api, Instance, Order, Role, State
 from proxy.dialects.base import Dialect, Media, Options
 from proxy.dialects.native import Native
 from proxy.dialects.vllm import Vllm
@@ -39,6 +37,7 @@ from proxy.openai import Identity
 from proxy.plan import Planner
 from tests.fakes.media import chat, image, part
 from tests.fakes.wire import ENDINGS, Wire
+from tests.support.balancing import balancer
 
 IMAGES = [part(image(8 + 4 * number, 8)) for number in range(3)]
 
@@ -86,7 +85,7 @@ class World:
         for role, count in ((Role.ENCODE, 2), (Role.PREFILL, 2), (Role.DECODE, 2), (BOTH, 1)):
             for number in range(count):
                 self.up(self.fleet.join(f"http://{role.label}{number}", role, "native"))
-        self.balancer = Balancer({role: POLICIES["least_loaded"]() for role in ROLES})
+        self.balancer = balancer()
         self.breakers = Breakers(Thresholds(2, 5.0))
         self.metrics = Metrics()
         self.gate = Gate(Admission(Limits(4, 1 << 20, 3, 60.0)), self.metrics)

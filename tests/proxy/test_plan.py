@@ -8,17 +8,17 @@ import orjson
 import pytest
 
 from proxy import openai
-from proxy.balancer import POLICIES
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
-from proxy.core import BOTH, ROLES, Api, Job, Path, Role
+from proxy.core import BOTH, Api, Job, Path, Role
 from proxy.errors import NoInstance
 from proxy.families import Families
 from proxy.openai import Identity
 from proxy.plan import ALIKE, Holds, Planner
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
+from tests.support import balancing
 
 
 def job(*parts: dict[str, Any]) -> Job:
@@ -51,7 +51,7 @@ def mixed(balancer: Balancer, rules: Families = ALIKE, inline: bool = False, **f
 
 @pytest.fixture
 def balancer() -> Balancer:
-    return Balancer({role: POLICIES["least_loaded"]() for role in ROLES})
+    return balancing.balancer()
 
 
 def test_items_spread_over_encoders_largest_first_and_keep_their_order(balancer: Balancer) -> None:

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import pytest
 
 from proxy.balancer import POLICIES
-from proxy.balancer.balance import Balancer
 from proxy.balancer.board import ROWS, Board, Standing, alone, size
 from proxy.balancer.ledger import Lease, Ledger
+from proxy.balancer.policy import Demand
 from proxy.core import Instance, Role
 from proxy.segment import Segment
+from tests.support.balancing import balancer, pool
 
 PORTS = range(10)
 
@@ -132,8 +133,7 @@ def voters(segment: Segment, workers: int, policy: str) -> Iterator[list[Voter]]
 def test_balancers_in_three_processes_choose_as_one_does(policy: str) -> None:
     """The same arrivals and departures, dealt at random to three processes and told to one balancer here."""
     dice = random.Random(policy)
-    alone = Balancer({role: POLICIES[policy]() for role in Role})
-    instances = {port: Instance(f"http://h:{port}", Role.DECODE, "native") for port in PORTS}
+    alone = balancer(policy)
     segment = Segment.create(size(3))
     open_: list[tuple[Voter, int, Lease]] = []
     with voters(segment, 3, policy) as processes:
@@ -145,7 +145,7 @@ def test_balancers_in_three_processes_choose_as_one_does(policy: str) -> None:
                 continue
             ready = dice.sample(PORTS, dice.randint(1, len(PORTS)))
             tokens = dice.choice([1, 1, 10, 100, 100, 1000])
-            lease = alone.take(Role.DECODE, [instances[port] for port in ready], tokens)
+            lease = alone.take(Role.DECODE, pool((f"http://h:{port}" for port in ready), Role.DECODE), Demand(tokens))
             voter = dice.choice(processes)
             assert voter.ask(f"take decode {','.join(map(str, ready))} {tokens}") == lease.instance.url[-1]
             open_.append((voter, voter.taken, lease))
@@ -153,7 +153,7 @@ def test_balancers_in_three_processes_choose_as_one_does(policy: str) -> None:
         rows = {voter.ask("rows " + ",".join(map(str, PORTS))) for voter in processes}
         assert len(rows) == 1, "all agree on whose row is which"
         watching = Ledger(lambda *_: None, Board(segment.buffer, 3, 0))
-        assert all(watching.load(i.url) == alone.ledger.load(i.url) for i in instances.values())
+        assert all(watching.load(url) == alone.ledger.load(url) for url in (f"http://h:{port}" for port in PORTS))
         del watching
     segment.close()
 

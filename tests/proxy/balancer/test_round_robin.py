@@ -1,18 +1,20 @@
 """Turns, also while the candidates change."""
 
 from proxy.balancer.board import Standing
+from proxy.balancer.policy import Demand, Means
 from proxy.balancer.round_robin import RoundRobin
+from tests.support.balancing import pool
 
 
 class Turns:
     """A policy, and the uses that a ledger would keep."""
 
     def __init__(self) -> None:
-        self.policy = RoundRobin()
+        self.policy = RoundRobin(Means())
         self.used: dict[str, int] = {}
 
     def choose(self, candidates: str) -> str:
-        key = self.policy.choose(candidates, self.standing)
+        key = self.policy.choose(pool(candidates), Demand(1), self.standing)
         self.used[key] = 1 + max(self.used.values(), default=0)
         self.policy.changed(key, self.standing(key))
         return key
