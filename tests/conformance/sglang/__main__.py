@@ -12,11 +12,11 @@ from pathlib import Path
 
 import aiohttp
 
+from bench.scripted.candidates import free_port
 from deploy.processes import Child
 from tests.conformance.sglang.checks import CHECKS, MAX_TOKENS, PATIENCE, Check, Fleet
 from tests.conformance.sglang.server import ENCODER, FOLDER, LANGUAGE, VERSIONS, Sglang
 from tests.conformance.vllm.__main__ import Row, say, table
-from tests.conformance.vllm.engine import free_port
 from tests.support.checkpoints import checkpoint
 from tests.support.cluster import Client
 from tests.system.cases import CASES
@@ -29,7 +29,7 @@ def language(version: str, name: str, model: Path, encoder: str) -> Sglang:
     options = ("--encoder-urls", encoder)
     if version != "0.5.10":
         options += ("--encoder-bootstrap-port", str(free_port()))
-    return Sglang(version, name, model, LANGUAGE + options)
+    return Sglang(name, model, version, LANGUAGE + options)
 
 
 @asynccontextmanager
@@ -56,7 +56,7 @@ async def answers(server: Sglang) -> Mapping[str, str]:
 @asynccontextmanager
 async def standing(version: str, model: Path) -> AsyncIterator[Fleet]:
     """First a server with a real encoder, to learn what is right; then one whose only encoder is the proxy."""
-    encoders = tuple(Sglang(version, f"encoder-{n}", model, ENCODER) for n in range(2))
+    encoders = tuple(Sglang(f"encoder-{n}", model, version, ENCODER) for n in range(2))
     port = free_port()
     async with AsyncExitStack() as stack:
         direct = language(version, "direct", model, encoders[0].url)
