@@ -50,8 +50,10 @@ class Server:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Returns once it answers /health; after a `kill`, on the same port again. Raises AssertionError with the end of
-        its log."""
+        """Returns once it answers /health; after a `kill`, on the same port again.
+
+        Raises AssertionError with the end of its log.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
