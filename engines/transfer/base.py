@@ -194,13 +194,18 @@ class Transfer(Protocol):
         shape: Sequence[int] = (),
         once: bool = False,
         on_read: Callable[[], None] | None = None,
+        promised: bool = False,
     ) -> dict[str, Any]:
         """Let holders of the (JSON-able) answer fetch these bytes, any number of times, until `withdraw` or `ttl` s.
 
         `once`: withdrawn by the first fetch that succeeded. `on_read()` fires on the loop after each fetch that did;
-        never where `durable`. `dtype` and `shape` are what a storage file records.
+        never where `durable`. `dtype` and `shape` are what a storage file records. `promised`: the bytes are there once
+        `fulfil` is called, and fetches wait for that; withdrawn before, they fail. Where `durable`, nothing is promised.
         Raises ValueError if `key` is published already.
         """
+
+    def fulfil(self, key: str) -> None:
+        """The bytes that were promised under `key` are there. Raises LookupError if it is not published."""
 
     async def restore(self, key: str) -> None:
         """Write again what was published under `key` if somebody else removed it, which only a shared folder allows.

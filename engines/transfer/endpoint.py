@@ -121,12 +121,16 @@ class Endpoint:
         shape: Sequence[int] = (),
         once: bool = False,
         on_read: Callable[[], None] | None = None,
+        promised: bool = False,
     ) -> dict[str, Any]:
-        publication = Publication(key, arena, table(spans, arena.nbytes), on_free, once, on_read)
+        publication = Publication(key, arena, table(spans, arena.nbytes), on_free, once, on_read, promised)
         self._sending.publish(publication, ttl)
         nbytes = total(publication.spans)
         where = Where(self.name, Peer.of(self.address), key, publication.secret, nbytes)
         return cast(dict[str, Any], msgspec.to_builtins(where))
+
+    def fulfil(self, key: str) -> None:
+        self._sending.fulfil(key)
 
     async def restore(self, key: str) -> None:
         pass  # what we publish is in our own memory

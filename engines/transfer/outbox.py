@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,7 +40,10 @@ GOODBYE = 0.5
 
 @dataclass(slots=True, eq=False)
 class Publication:
-    """Readers are fetches under way; `on_free` runs when it is withdrawn and the last of them has settled."""
+    """Readers are fetches under way; `on_free` runs when it is withdrawn and the last of them has settled.
+
+    `promised`: its bytes are still to come, and fetches of it are `waiting` for them: none is a reader yet.
+    """
 
     key: str
     arena: Arena
@@ -47,6 +51,8 @@ class Publication:
     on_free: Callable[[], None]
     once: bool
     on_read: Callable[[], None] | None = None
+    promised: bool = False
+    waiting: list[tuple[OutgoingPush, Fetch]] = field(default_factory=list)
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     readers: int = 0
     withdrawn: bool = False
@@ -54,6 +60,9 @@ class Publication:
 
     def end(self) -> None:
         self.withdrawn = True
+        for push, _ in self.waiting:
+            push.stop(GoneError(f"{self.key!r} was promised here, and did not come to be"))
+            push.release(_nothing)
         if self.expiry is not None:
             self.expiry.cancel()
         self._free_if_unread()
@@ -106,8 +115,19 @@ class SendingSide:
                 self._ending.add(publication)
             publication.end()
 
+    def fulfil(self, key: str) -> None:
+        publication = self._published[key]
+        publication.promised, waiting = False, publication.waiting
+        publication.waiting = []
+        for push, fetch in waiting:
+            with suppress(TransferCancelled):  # who asked has left
+                self._write(publication, push, fetch)
+
     def fetch(self, peer: Address, fetch: Fetch) -> None:
-        """Start to write a publication into the asker's offer. Raises GoneError, LayoutMismatch, TransferCancelled."""
+        """Start to write a publication into the asker's offer, or to wait until there is something to write.
+
+        Raises GoneError, LayoutMismatch, TransferCancelled.
+        """
         publication = self._published.get(fetch.key)
         if publication is None or not secrets.compare_digest(publication.secret, fetch.secret):
             raise GoneError(f"{fetch.key!r} is not published here any more")
@@ -118,9 +138,15 @@ class SendingSide:
         if peer.nonce != fetch.offer.address.nonce:
             raise LayoutMismatch("an offer fetches only for the process that made it")
         push = self.push(fetch.offer, {}, fetch.timeout)
+        if publication.promised:
+            publication.waiting.append((push, fetch))
+        else:
+            self._write(publication, push, fetch)
+
+    def _write(self, publication: Publication, push: OutgoingPush, fetch: Fetch) -> None:
         try:
             push.write(publication.arena, as_list(publication.spans), fetch.offer.spans)
-        except LayoutMismatch:
+        except (LayoutMismatch, TransferCancelled):
             push.release(_nothing)
             raise
         publication.readers += 1

@@ -252,7 +252,10 @@ class Storage:
         shape: Sequence[int] = (),
         once: bool = False,
         on_read: Callable[[], None] | None = None,
+        promised: bool = False,
     ) -> dict[str, Any]:
+        if promised:
+            raise TransferError("a file is published once its bytes are there")
         checked = table(spans, arena.nbytes)
         if dtype not in DTYPES or math.prod(shape) * WIDTHS[DTYPES[dtype]] != total(checked):
             raise LayoutMismatch(f"{dtype}{list(shape)} does not describe {total(checked)} bytes")
@@ -269,6 +272,9 @@ class Storage:
             self.withdraw(key)
             raise
         return {"transport": self.name, "key": key, "nbytes": total(checked)}
+
+    def fulfil(self, key: str) -> None:
+        raise LookupError(f"nothing is promised in files, {key!r} neither")
 
     async def restore(self, key: str) -> None:
         stored = self._published.get(key)

@@ -107,6 +107,58 @@ async def test_the_owner_is_told_of_each_read_that_succeeded(pair):
     assert len(reads) == 2
 
 
+async def test_a_promise_is_fetched_before_it_is_fulfilled_and_after(pair, freed):
+    sender, receiver = pair
+    data, reads = pattern(KIB), []
+    where = await publish(
+        *(sender, "k", bytes(KIB)), promised=True, on_free=freed("published"), on_read=lambda: reads.append("k")
+    )
+    early, late = (reserve(receiver, [(slot * KIB, KIB)], on_free=freed(f"ticket{slot}")) for slot in range(2))
+    fetching = asyncio.ensure_future(early.fetch(where))
+    await until(lambda: sender.transfer.audit()["pushes"] == 1)
+    sender.fill(0, data)
+    assert not fetching.done()
+    sender.transfer.fulfil("k")
+    await fetching
+    await late.fetch(where)
+    assert [receiver.read(slot * KIB, KIB) for slot in range(2)] == [data, data]
+    await until(lambda: reads == ["k", "k"])
+    sender.transfer.withdraw("k")
+    early.release()
+    late.release()
+    await until(lambda: sorted(freed.names) == ["published", "ticket0", "ticket1"])
+
+
+async def test_a_promise_that_is_broken_fails_whoever_waits_and_frees_at_once(pair, freed):
+    sender, receiver = pair
+    where = await publish(sender, "k", bytes(KIB), promised=True, on_free=freed("published"))
+    ticket = reserve(receiver, [(0, KIB)], on_free=freed("ticket"))
+    fetching = asyncio.ensure_future(ticket.fetch(where))
+    await until(lambda: sender.transfer.audit()["pushes"] == 1)
+    sender.transfer.withdraw("k")
+    assert freed.names == ["published"], "nobody had begun to read it"
+    with pytest.raises(PeerFailed, match="promised"):
+        await fetching
+    ticket.release()
+    with pytest.raises(LookupError):
+        sender.transfer.fulfil("k")
+
+
+async def test_who_left_before_a_promise_was_fulfilled_gets_nothing(pair, freed):
+    sender, receiver = pair
+    where = await publish(sender, "k", pattern(KIB), promised=True)
+    ticket = reserve(receiver, [(0, KIB)], on_free=freed("ticket"))
+    fetching = asyncio.ensure_future(ticket.fetch(where))
+    await until(lambda: sender.transfer.audit()["pushes"] == 1)
+    ticket.release()
+    with pytest.raises(TransferCancelled):
+        await fetching
+    await until(lambda: freed.names == ["ticket"])
+    sender.transfer.fulfil("k")
+    assert receiver.read(0, KIB) == bytes(KIB)
+    sender.transfer.withdraw("k")
+
+
 async def test_a_time_to_live_ends_a_publication(pair, freed):
     sender, receiver = pair
     where = await publish(sender, "k", b"data", ttl=0.05, on_free=freed("published"))

@@ -9,7 +9,7 @@ from engines.transfer import create
 from engines.transfer.base import GoneError, LayoutMismatch, TransferCancelled, TransferError, TransferTimeout
 from engines.transfer.lifecycle import TicketState
 from engines.transfer.storage import describe
-from tests.engines.transfer.nodes import nothing, reserve
+from tests.engines.transfer.nodes import IDLE, nothing, publish, reserve
 
 KEY = "ab" * 32
 
@@ -214,6 +214,15 @@ async def test_an_unused_ticket_expires_and_kv_is_refused(pair):
     with pytest.raises(TransferCancelled):
         await released.wait()
     assert not sender.transfer.carries_kv
+
+
+async def test_nothing_is_promised_in_a_folder(nodes):
+    node = await nodes("storage")
+    with pytest.raises(TransferError, match="once its bytes are there"):
+        await publish(node, KEY, b"data", promised=True)
+    with pytest.raises(LookupError):
+        node.transfer.fulfil(KEY)
+    assert node.transfer.audit() == IDLE
 
 
 async def test_a_ttl_ends_a_publication(pair, freed):
