@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
@@ -15,6 +16,7 @@ from proxy.health import Health
 from proxy.http.message import Response, json_response
 from proxy.http.router import Route, delete, get, post
 from proxy.http.server import Request
+from proxy.links import labels
 from proxy.settings import Endpoint
 
 T = TypeVar("T", bound=BaseModel)
@@ -26,6 +28,12 @@ class Registration(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: str
     url: str
+    labels: dict[str, str] = {}  # beside those of the URL
+
+    @field_validator("labels")
+    @classmethod
+    def _known(cls, given: dict[str, str]) -> dict[str, str]:
+        return labels(given)
 
 
 class Named(BaseModel):
@@ -60,7 +68,7 @@ class Admin:
         asked = await _body(request, Registration)
         try:
             role, endpoint = Role.named(asked.role), Endpoint.parse(asked.url, self._dialect)
-            instance = self._fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
+            instance = self._fleet.join(endpoint.url, role, endpoint.dialect, _labelled(endpoint.facts, asked.labels))
         except KeyError:
             roles = "encode, prefill, decode, prefill_decode"
             raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
@@ -119,6 +127,10 @@ class Admin:
         given = request.headers.get("x-api-key", bearer)
         if not hmac.compare_digest(given.encode(), self._key.encode()):
             raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
+
+
+def _labelled(facts: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:
+    return {**facts, "labels": {**facts.get("labels", {}), **given}} if given else facts
 
 
 async def _body(request: Request, model: type[T]) -> T:

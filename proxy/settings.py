@@ -30,6 +30,7 @@ from proxy.dialects import DIALECTS
 from proxy.dialects.base import Media
 from proxy.dialects.sglang import Sglang
 from proxy.hedge import Hedge
+from proxy.links import LABELS, labels
 
 _NOTHING = frozenset({"", "disable", "none"})
 _ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL, "together": Order.TOGETHER}
@@ -46,7 +47,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, default: str) -> Endpoint:
-        """From `http://host:port` or `dialect+http://host:port`, perhaps with `?bootstrap_port=8998`.
+        """From `http://host:port` or `dialect+http://host:port`, perhaps with `?bootstrap_port=8998&host=h1&rack=r1`.
 
         Raises ValueError saying what is wrong.
         """
@@ -71,12 +72,15 @@ class Endpoint:
 def _facts(text: str, query: str) -> dict[str, Any]:
     try:
         given = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
-        ports = {name: int(given.pop(name)) for name in _PORTS if name in given}
+        facts: dict[str, Any] = {name: int(given.pop(name)) for name in _PORTS if name in given}
+        if any(not 0 < port < 1 << 16 for port in facts.values()):
+            raise ValueError
+        if placed := labels(given):
+            facts["labels"] = placed
     except ValueError:
-        given, ports = {query: ""}, {}
-    if given or any(not 0 < port < 1 << 16 for port in ports.values()):
-        raise ValueError(f"{text}: a URL may say ?{'=PORT or ?'.join(_PORTS)}=PORT and nothing else")
-    return ports
+        said = ", ".join([*(f"?{name}=PORT" for name in _PORTS), *(f"?{label}=NAME" for label in LABELS)])
+        raise ValueError(f"{text}: a URL may say {said} and nothing else") from None
+    return facts
 
 
 class ProxySettings(BaseSettings):

@@ -77,6 +77,7 @@ async def test_removing_lets_a_running_request_end() -> None:
         ("/instances", {"role": "decode"}, 400, "url"),
         ("/instances", {"role": "decode", "url": "http://h:1", "more": 1}, 400, "more"),
         ("/instances", {"role": "decode", "url": "magic+http://h:1"}, 400, "url"),
+        ("/instances", {"role": "decode", "url": "http://h:1", "labels": {"moon": "m"}}, 400, "labels"),
         ("/instances", b"{", 400, None),
         ("/instances/drain", {"url": "http://h:1"}, 404, "url"),
     ],
@@ -85,6 +86,13 @@ async def test_mistakes_are_told(path: str, body: Any, status: int, param: str |
     async with deployment("1b") as d:
         answer = await d.post(body, path)
         assert (answer.status, answer.error["param"], answer.error["stage"]) == (status, param, "proxy")
+
+
+async def test_an_instance_may_come_with_labels() -> None:
+    async with deployment("1b") as d:
+        asked = {"role": "both", "url": "http://h:1?rack=r1&host=h1", "labels": {"host": "h2", "zone": "z"}}
+        answer = await d.post(asked, "/instances")
+        assert answer.json["instance"]["facts"] == {"labels": {"rack": "r1", "host": "h2", "zone": "z"}}
 
 
 async def test_a_known_instance_keeps_its_role() -> None:

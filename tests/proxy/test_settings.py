@@ -76,9 +76,10 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         (["--decode-servers-urls", "d:1"], "an engine's URL looks like http://host:port"),
         (
             ["--decode-servers-urls", "http://d:1?port=2"],
-            "?bootstrap_port=PORT or ?ec_port=PORT and nothing else",
+            "a URL may say ?bootstrap_port=PORT, ?ec_port=PORT, ?zone=NAME, ?rack=NAME, ?host=NAME and nothing else",
         ),
         (["--decode-servers-urls", "http://d:1?bootstrap_port=x"], "a URL may say ?bootstrap_port=PORT"),
+        (["--decode-servers-urls", "http://d:1?host="], "a URL may say ?bootstrap_port=PORT"),
         (["--decode-servers-urls", "http://d:1/v1"], "give the base URL only, like http://d:1"),
         (["--decode-servers-urls", "http://d:99999"], "out of range"),
         (["--decode-servers-urls", "magic+http://d:1"], "no dialect 'magic' (known: auto, native"),
@@ -127,6 +128,11 @@ def test_there_is_one_worker_unless_more_are_asked_for(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         load(*D, "--workers", "0")
     assert "--workers: " in capsys.readouterr().err
+
+
+def test_a_url_may_say_where_its_engine_stands() -> None:
+    found = Endpoint.parse("http://d:1?host=h1&rack=r1&bootstrap_port=8998", "vllm")
+    assert found == Endpoint("http://d:1", "vllm", {"bootstrap_port": 8998, "labels": {"host": "h1", "rack": "r1"}})
 
 
 def test_lists_of_encoders_are_urls_without_their_ends() -> None:
