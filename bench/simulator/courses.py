@@ -1,0 +1,369 @@
+"""One simulated request on its way, as the live proxy would take it: plan, encode, transfer, prefill, decode, again.
+
+Holds are closed and rates observed where the proxy does it: an encode leg's when it is encoded, a prefill's with its
+first token, the rest at the end. A leg that fails is redrawn by the planner, as long as nothing has been answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, nan
+from time import perf_counter
+
+from bench.simulator.clock import Clock
+from bench.simulator.encoders import Encode
+from bench.simulator.engines import Generation, Part, SimulatedEngine
+from bench.simulator.links import LinkBetween
+from bench.simulator.machines import Park
+from bench.simulator.models import Vision
+from bench.simulator.requests import Media, Request, Text
+from bench.simulator.results import Results
+from bench.simulator.stations import Station
+from proxy.balancer.balance import Balancer
+from proxy.core import BOTH, Api, Item, Job, Leg, Plan, Role
+from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
+from proxy.plan import Held, Holds, Planner, family_of, reader
+from proxy.retry import STAGES
+from proxy.routing import paths
+
+_SIDE = 28  # pixels of a vision token, as the proxy assumes
+ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all courses share. `vision` tells what media are truly worth; the proxy only predicts it."""
+
+    clock: Clock
+    planner: Planner
+    balancer: Balancer
+    park: Park
+    vision: Vision | None
+    embedding_link: LinkBetween
+    kv_link: LinkBetween
+    inlets: dict[str, Station]  # by URL of the receiver
+    results: Results
+
+
+class _Sent:
+    """A leg that runs: what its end is judged by."""
+
+    __slots__ = ("ahead", "began", "leg", "work")
+
+    def __init__(self, leg: Leg, balancer: Balancer, now: float) -> None:
+        self.leg = leg
+        self.work = sum(lease.tokens for lease in leg.hold.leases) if isinstance(leg.hold, Held) else 0
+        self.ahead = max(0, balancer.ledger.load(leg.instance.url) - self.work)
+        self.began = now
+
+
+class Course:
+    __slots__ = (
+        "_arrival",
+        "_attempts",
+        "_decision",
+        "_encode_wait",
+        "_encoded",
+        "_first",
+        "_generation",
+        "_hits",
+        "_holds",
+        "_job",
+        "_life",
+        "_missing",
+        "_plan",
+        "_ready",
+        "_request",
+        "_shares",
+        "_tried",
+        "_world",
+    )
+
+    def __init__(self, world: World, request: Request) -> None:
+        self._world = world
+        self._request = request
+        self._holds = Holds()
+        self._tried: set[str] = set()
+        self._life = 0  # of the present plan: what an older one still brings is void
+        self._missing = 0  # encode legs whose embeddings are not where they are read
+        self._shares: list[tuple[str, int]] = []  # encoders that hold embeddings of it, and bytes
+        self._plan: Plan | None = None
+        self._generation: Generation | None = None
+        self._arrival = world.clock.now
+        self._encoded = self._encode_wait = self._ready = 0.0
+        self._first = nan
+        self._hits = self._attempts = 0
+        self._decision = 0.0
+
+    def begin(self) -> None:
+        world = self._world
+        self._job = job_of(self._request)
+        began = perf_counter()
+        try:
+            plan = world.planner.draw(self._job, world.clock.now, self._holds)
+        except ProxyError as error:
+            self._end(error)
+            return
+        finally:
+            self._decision = perf_counter() - began
+        self._plan = plan
+        self._follow(plan)
+
+    def _follow(self, plan: Plan) -> None:
+        encodes = plan.encodes if plan.path.encodes else ()
+        self._missing = len(encodes)
+        for leg in encodes:
+            self._encode(leg)
+        if not encodes:
+            self._generate()
+
+    # ---- encode
+
+    def _encode(self, leg: Leg) -> None:
+        sent = self._sent(leg)
+        encoder = self._world.park.encoders[leg.instance.url]
+        media = [self._request.media[item.index] for item in leg.items]
+        life = self._life
+        if not encoder.alive:
+            self._soon(self._encode_failed, sent, True, life)
+            return
+
+        def done(encode: Encode) -> None:
+            if life == self._life:
+                self._leg_encoded(sent, encode)
+
+        encoder.encode(media, done, lambda: self._encode_failed(sent, False, life))
+
+    def _leg_encoded(self, sent: _Sent, encode: Encode) -> None:
+        world, url = self._world, sent.leg.instance.url
+        self._succeeded(sent)
+        self._hits += encode.hits
+        self._encoded = world.clock.now - self._arrival
+        self._encode_wait = max(0.0, world.clock.now - sent.began - encode.busy)
+        self._shares.append((url, encode.nbytes))
+        self._send(url, encode.nbytes)
+
+    def _send(self, url: str, nbytes: int) -> None:
+        """One leg's embeddings to whoever reads them."""
+        world = self._world
+        assert self._plan is not None
+        to = reader(self._plan).url
+        link = world.embedding_link(url, to)
+        seconds = link.seconds(nbytes, world.park.engines[to].spec.language.ranks)
+        world.inlets[to].serve(seconds, world.clock.after, link.latency, self._leg_arrived, self._life)
+
+    def _leg_arrived(self, life: int) -> None:
+        if life == self._life:
+            self._missing -= 1
+            if not self._missing:
+                self._generate()
+
+    def _encode_failed(self, sent: _Sent, refused: bool, life: int) -> None:
+        """Its items go to another encoder; to none, if there is no other and engines may encode."""
+        self._failed(sent, refused)
+        if life != self._life:
+            return
+        world, plan, now = self._world, self._plan, self._world.clock.now
+        assert plan is not None
+        self._tried.add(sent.leg.instance.url)
+        self._attempts += 1
+        tried = self._tried
+        leg = None
+        if self._attempts < ATTEMPTS * len(plan.encodes):
+            leg = world.planner.encoder(sent.leg.items, now, tried, family_of(plan), self._holds)
+        if leg is not None:
+            self._encode(leg)
+            return
+        inline = world.planner.inline(plan, self._job, now, self._holds)
+        if inline is None:
+            self._end(_error(sent.leg, refused))
+        else:
+            self._life += 1
+            self._plan = inline
+            self._generate()
+
+    # ---- prefill and decode
+
+    def _generate(self) -> None:
+        world, plan = self._world, self._plan
+        assert plan is not None
+        self._ready = world.clock.now
+        leg = plan.leg(BOTH if plan.path.combined else Role.PREFILL)
+        engine = world.park.engines[leg.instance.url]
+        sent, life = self._sent(leg), self._life
+        generation = Generation(
+            parts_of(self._request, engine, world.vision),
+            self._request.output_tokens,
+            lambda generation: self._prefilled(sent, generation, life),
+            lambda generation: self._last(sent, generation, life),
+            lambda: self._generation_failed(sent, False, life),
+        )
+        generation.inline = plan.path in paths.INLINE
+        self._generation = generation
+        if engine.alive:
+            self._soon(self._prefill, engine, generation, life, seconds=engine.spec.overhead)
+        else:
+            self._soon(self._generation_failed, sent, True, life)
+
+    def _prefill(self, engine: SimulatedEngine, generation: Generation, life: int) -> None:
+        if life == self._life:
+            if engine.alive:
+                engine.prefill(generation)
+            else:
+                generation.failed()
+
+    def _prefilled(self, sent: _Sent, generation: Generation, life: int) -> None:
+        assert self._plan is not None
+        if life == self._life and self._plan.path.combined:
+            self._first = self._world.clock.now - self._arrival
+
+    def _last(self, sent: _Sent, generation: Generation, life: int) -> None:
+        """The last token of this engine: of the answer, or of a prefill alone."""
+        if life != self._life:
+            return
+        self._succeeded(sent)
+        assert self._plan is not None
+        if sent.leg.role is Role.PREFILL:
+            self._hand_over(sent, generation)
+        else:
+            self._end(None)
+
+    def _hand_over(self, sent: _Sent, prefilled: Generation) -> None:
+        """The KV of its prompt to the engine that decodes."""
+        world = self._world
+        assert self._plan is not None
+        leg = self._plan.leg(Role.DECODE)
+        to = leg.instance.url
+        engine = world.park.engines[to]
+        link = world.kv_link(sent.leg.instance.url, to)
+        seconds = link.seconds(prefilled.prompt * engine.spec.language.kv_bytes, 1)
+        life = self._life
+        world.inlets[to].serve(seconds, world.clock.after, link.latency, self._decode, leg, engine, prefilled, life)
+
+    def _decode(self, leg: Leg, engine: SimulatedEngine, prefilled: Generation, life: int) -> None:
+        if life != self._life:
+            return
+        sent = self._sent(leg)
+        if not engine.alive:
+            self._generation_failed(sent, True, life)
+            return
+
+        def first(generation: Generation) -> None:
+            self._first = self._world.clock.now - self._arrival
+
+        engine.decode(
+            Generation(
+                prefilled.parts,
+                prefilled.output,
+                first,
+                lambda generation: self._last(sent, generation, life),
+                lambda: self._generation_failed(sent, False, life),
+            )
+        )
+
+    def _generation_failed(self, sent: _Sent, refused: bool, life: int) -> None:
+        """Prefill and decode go elsewhere, with the embeddings that encoders hold; not once something is answered."""
+        self._failed(sent, refused)
+        if life != self._life:
+            return
+        world, plan, error = self._world, self._plan, _error(sent.leg, refused)
+        assert plan is not None
+        self._tried.add(sent.leg.instance.url)
+        self._attempts += 1
+        drawn = None
+        if self._first != self._first and self._attempts < ATTEMPTS:
+            drawn = world.planner.redraw(plan, self._job, world.clock.now, self._tried, self._holds)
+        if drawn is None:
+            self._end(error)
+            return
+        self._life += 1
+        self._plan = drawn
+        self._missing = len(self._shares)
+        for url, nbytes in self._shares:
+            self._send(url, nbytes)
+        if not self._shares:
+            self._generate()
+
+    # ---- legs
+
+    def _sent(self, leg: Leg) -> _Sent:
+        used = self._world.results.used
+        used[leg.instance.url] = used.get(leg.instance.url, 0) + 1
+        return _Sent(leg, self._world.balancer, self._world.clock.now)
+
+    def _succeeded(self, sent: _Sent) -> None:
+        leg, now = sent.leg, self._world.clock.now
+        if leg.hold is not None:
+            leg.hold.succeeded()
+            leg.hold.close()
+        if sent.work:
+            rates = self._world.balancer.rates[leg.role]
+            rates.observe(leg.instance.url, sent.work, sent.ahead, now - sent.began)
+
+    def _failed(self, sent: _Sent, refused: bool) -> None:
+        if sent.leg.hold is not None:
+            sent.leg.hold.failed(_error(sent.leg, refused), self._world.clock.now)
+            sent.leg.hold.close()
+
+    def _soon(self, call: Callable[..., None], *arguments: object, seconds: float = 0.0) -> None:
+        self._world.clock.after(seconds, call, *arguments)
+
+    def _end(self, error: ProxyError | None) -> None:
+        world, generation, plan = self._world, self._generation, self._plan
+        self._holds.close()
+        self._life += 1
+        e2e = world.clock.now - self._arrival
+        more = self._request.output_tokens - 1
+        row = (
+            self._arrival,
+            float(error is None),
+            float(len(self._request.media)),
+            float(self._hits + (0 if generation is None else generation.hits)),
+            self._encoded,
+            self._encode_wait,
+            max(0.0, self._ready - self._arrival - self._encoded),
+            0.0 if generation is None else max(0.0, generation.begun - self._ready),
+            self._first,
+            (e2e - self._first) / more if more > 0 else nan,
+            e2e,
+            float(self._attempts),
+            self._decision,
+        )
+        world.results.add("" if plan is None else plan.path.label, row)
+        if error is not None:
+            world.results.errors.append(f"{error.code}: {error.message}")
+
+
+def _error(leg: Leg, refused: bool) -> EngineFailed:
+    kind = Unreachable if refused else Broken
+    return kind(f"{leg.instance.netloc} was killed", stage=STAGES[leg.role])
+
+
+def job_of(request: Request) -> Job:
+    """The request as the proxy has parsed it: with what it can know of the media, which is their size."""
+    items = tuple(_item(index, one) for index, one in enumerate(request.media))
+    return Job("", Api.CHAT, {}, items, request.text_tokens, request.output_tokens, stream=True)
+
+
+def _item(index: int, one: Media) -> Item:
+    tokens = ceil(one.width / _SIDE) * ceil(one.height / _SIDE) * one.frames
+    return Item(index, 0, index, one.modality, {}, one.identity, one.identity, tokens)
+
+
+def parts_of(request: Request, engine: SimulatedEngine, vision: Vision | None) -> tuple[Part, ...]:
+    """The prompt in tokens. The key of a part tells all that is before it."""
+    key, end = 0, 0
+    parts = []
+    for part in request.parts:
+        if isinstance(part, Text):
+            key = hash((key, part.identity)) if part.identity else hash((key, id(request)))
+            end += part.tokens
+            parts.append(Part(key, end))
+        else:
+            own = engine.spec.vision or vision
+            assert own is not None
+            key = hash((key, part.identity))
+            end += own.cost(part).tokens
+            parts.append(Part(key, end, part))
+    return tuple(parts)

@@ -1,0 +1,1 @@
+"""What `python -m bench.simulate --scenario NAME` can run, one file each."""
