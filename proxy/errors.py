@@ -9,6 +9,7 @@ ProxyError                    500  the tree's root; a class carries status, type
 ├─ Unauthorized               401
 ├─ NoInstance                 503  nobody can take this stage now
 ├─ Overloaded                 429  more waits already than may
+│  └─ TooLate                 429  its target cannot be met any more
 ├─ QueueTimeout               503  no place became free in time
 ├─ DeadlineExceeded           504  the request's own time is over
 ├─ EngineFailed               502  an engine was called and did not do its part
@@ -133,8 +134,12 @@ class Overloaded(ProxyError):
     code = "queue_full"
     retryable = True
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=1.0)
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message, retry_after=max(1.0, retry_after))
+
+
+class TooLate(Overloaded):
+    code = "target_missed"
 
 
 class QueueTimeout(ProxyError):

@@ -19,7 +19,16 @@ def priority(job: Job) -> int:
 
 def seconds(job: Job) -> float | None:
     """The client's own deadline. Raises BadRequest."""
-    asked = job.headers.get("x-request-timeout")
+    return _seconds(job, "x-request-timeout")
+
+
+def first_token(job: Job) -> float | None:
+    """Seconds from the request's arrival within which the client wants its first token. Raises BadRequest."""
+    return _seconds(job, "x-ttft-target")
+
+
+def _seconds(job: Job, header: str) -> float | None:
+    asked = job.headers.get(header)
     if asked is None:
         return None
     try:
@@ -27,5 +36,5 @@ def seconds(job: Job) -> float | None:
     except ValueError:
         found = 0.0
     if not 0 < found < math.inf:
-        raise BadRequest(f"x-request-timeout must be seconds, got {asked!r}", param="x-request-timeout")
+        raise BadRequest(f"{header} must be seconds, got {asked!r}", param=header)
     return found

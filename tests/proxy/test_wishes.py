@@ -42,3 +42,10 @@ def test_a_deadline_is_seconds() -> None:
     for text in ("", "soon", "0", "-1", "inf", "nan"):
         with pytest.raises(BadRequest):
             wishes.seconds(job({"x-request-timeout": text}))
+
+
+def test_a_target_for_the_first_token_is_seconds() -> None:
+    assert wishes.first_token(job()) is None
+    assert wishes.first_token(job({"x-ttft-target": "0.25"})) == 0.25
+    with pytest.raises(BadRequest, match="x-ttft-target must be seconds"):
+        wishes.first_token(job({"x-ttft-target": "never"}))
