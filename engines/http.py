@@ -86,6 +86,10 @@ def json_response(data: Any, *, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(data), status=status, content_type="application/json")
 
 
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream that is whole."""
+
+
 def sse(data: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + orjson.dumps(data) + b"\n\n"

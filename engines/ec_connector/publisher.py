@@ -85,8 +85,7 @@ class ArenaPublisher:
             except GoneError:
                 return {}
         self._shelf.discard(key)
-        self._cache.pin(entry)
-        self._cache.unpin(entry, time.monotonic() + self._ttl)
+        self._cache.named(entry, time.monotonic() + self._ttl)
         found: Mapping[str, Any] = entry.value
         return found
 

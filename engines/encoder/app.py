@@ -7,13 +7,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from engines.encoder.cache import Entry
+from engines.encoder.cache import Entry, State
 from engines.encoder.media import ImageReader
 from engines.encoder.metrics import Metrics
 from engines.encoder.model import VisionModel
@@ -21,11 +22,41 @@ from engines.encoder.request import MediaItem, answer, parse
 from engines.encoder.service import Encoder
 from engines.encoder.sglang import SglangProtocol
 from engines.errors import DeadlineExceeded, EngineError, SetupError
-from engines.http import check_model, json_response, read_json, request_id
+from engines.http import DONE, check_model, json_response, read_json, request_id, sse
 from engines.settings import EncoderSettings
 from engines.transfer import create
 from engines.transfer.base import Transfer, TransferError
 from engines.weights import LoadReport
+
+
+class Places:
+    """Where the embeddings of one request are or will be, in the order of its items."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._found: dict[int, tuple[Entry, bool]] = {}
+        self._known = asyncio.Event()
+
+    def add(self, index: int, entry: Entry, cached: bool) -> None:
+        """See service.Placed."""
+        self._found[index] = entry, cached
+        if len(self._found) == self._count:
+            self._known.set()
+
+    async def known_or(self, encoding: asyncio.Task[None]) -> None:
+        """Until all places are known, or `encoding` has ended."""
+        encoding.add_done_callback(lambda _: self._known.set())
+        await self._known.wait()
+
+    @property
+    def promised(self) -> bool:
+        """Whether all places are known, and something is still to come there."""
+        states = {entry.state for entry, _ in self._found.values()}
+        return len(self._found) == self._count and State.FILLING in states
+
+    def ordered(self) -> list[tuple[Entry, bool]]:
+        """Entries, and whether each was cached before it was asked for."""
+        return [self._found[index] for index in sorted(self._found)]
 
 
 class EncoderApp:
@@ -73,30 +104,58 @@ class EncoderApp:
     async def drain(self) -> None:
         """Nothing: handles die with this process, and whoever holds one is told so and asks another encoder."""
 
-    async def chat(self, request: web.Request) -> web.Response:
+    async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await read_json(request)
         check_model(body, self._settings)
         items = parse(body, self._settings.max_items)
         entries: list[Entry] = []
-        named = False
+        places = Places(len(items))
+        encoding = asyncio.create_task(self._encode(items, entries, places))  # noqa: TID251 - ends here
         try:
-            await self._encode(items, entries)
-            found = [(entry.key, entry.value) for entry in entries]
-            created = int(time.time())  # noqa: TID251 - a date for clients, no interval
-            reply = answer(request_id(), self._settings.name, created, items, found)
-            named = True
+            if body.get("announce"):
+                await places.known_or(encoding)
+                if places.promised:
+                    return await self._announced(request, encoding, self._named(items, places))
+            await encoding
+            return json_response(self._named(items, places))
         finally:
-            for index, entry in enumerate(entries):  # a reader comes once for each content, however often it is named
-                self._encoder.release(entry, named=named and entry not in entries[:index])
-        return json_response(reply)
+            encoding.cancel()
+            await asyncio.gather(encoding, return_exceptions=True)
+            for entry in entries:
+                self._encoder.release(entry)
 
-    async def _encode(self, items: Sequence[MediaItem], entries: list[Entry]) -> None:
+    def _named(self, items: Sequence[MediaItem], places: Places) -> dict[str, Any]:
+        """The answer, which keeps what it names for its readers: one for each content, however often it is named."""
+        found = places.ordered()
+        for entry in dict.fromkeys(entry for entry, _ in found):
+            self._encoder.named(entry)
+        created = int(time.time())  # noqa: TID251 - a date for clients, no interval
+        said = [(entry.key, entry.value, cached) for entry, cached in found]
+        return answer(request_id(), self._settings.name, created, items, said)
+
+    async def _announced(
+        self, request: web.Request, encoding: asyncio.Task[None], reply: Mapping[str, Any]
+    ) -> web.StreamResponse:
+        """`reply` at once, as an event; and once all embeddings are there, or one has failed, another that says so."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(sse(reply))
+        try:
+            await encoding
+        except EngineError as error:
+            await response.write(sse(error.body(self.stage)))
+        else:
+            await response.write(DONE)
+        return response
+
+    async def _encode(self, items: Sequence[MediaItem], entries: list[Entry], places: Places | None = None) -> None:
         """Fill `entries` in the order of the items; on an error too, with those that succeeded. All are pinned."""
         outcomes: dict[int, Entry | EngineError] = {}
+        places = places or Places(len(items))
 
         async def settle(item: MediaItem) -> None:
             try:
-                outcomes[item.index] = await self._encoder.encode(item)
+                outcomes[item.index] = await self._encoder.encode(item, partial(places.add, item.index))
             except EngineError as error:  # neighbours go on: their embeddings are cached for the next attempt
                 self._encoder.metrics.failed(error.code)
                 outcomes[item.index] = error.at(item.param)

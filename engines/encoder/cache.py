@@ -97,7 +97,7 @@ class EmbeddingCache:
         if entry.key in self._ready:
             raise ValueError(f"entry {entry.key[:8]} is cached already")
         entry.move(State.READY)
-        entry.value, entry.held_until = value, held_until
+        entry.value, entry.held_until = value, max(entry.held_until, held_until)
         self._filling.remove(entry)
         self._ready[entry.key] = entry
 
@@ -115,14 +115,16 @@ class EmbeddingCache:
         self._ready.move_to_end(entry.key)
         return True
 
-    def unpin(self, entry: Entry, held_until: float = 0.0) -> None:
-        """Undo one `pin`; with `held_until` an answer named the entry, and holds it until it is read, or until then."""
+    def unpin(self, entry: Entry) -> None:
+        """Undo one `pin`."""
         if entry.pins <= 0:
             raise ValueError(f"entry {entry.key[:8]} is not pinned")
         entry.pins -= 1
-        if held_until:
-            entry.unread += 1
-            entry.held_until = max(entry.held_until, held_until)
+
+    def named(self, entry: Entry, held_until: float) -> None:
+        """An answer named the entry, FILLING or READY, and holds it until it is read, or until then."""
+        entry.unread += 1
+        entry.held_until = max(entry.held_until, held_until)
 
     def not_named(self, entry: Entry) -> None:
         """Nobody will come for it, as it was brought where it is wanted: its hold ends unless an answer named it."""

@@ -20,10 +20,28 @@ class Flight(Generic[ResultT]):
         self.waiters = 0
         self.committed = False
         self.task: asyncio.Task[ResultT]
+        self._told: ResultT | None = None
+        self._listeners: list[Callable[[ResultT], None]] = []
+
+    def tell(self, ahead: ResultT) -> None:
+        """What the result will be, unless the task fails."""
+        self._told = ahead
+        for listener in self._listeners:
+            listener(ahead)
+
+    def listen(self, listener: Callable[[ResultT], None]) -> None:
+        """Call `listener` as soon as something has been told; never, if nothing is."""
+        self._listeners.append(listener)
+        if self._told is not None:
+            listener(self._told)
 
     def commit(self) -> None:
         """The point of no return: from here the task runs to its end, whoever leaves."""
         self.committed = True
+
+
+def _ignored(ahead: object) -> None:
+    pass
 
 
 class Flights(Generic[ResultT]):
@@ -37,9 +55,18 @@ class Flights(Generic[ResultT]):
     def __contains__(self, key: str) -> bool:
         return key in self._flights
 
-    async def join(self, key: str, work: Callable[[Flight[ResultT]], Coroutine[Any, Any, ResultT]]) -> ResultT:
-        """The result of the key's flight, started with `work` if there is none. Its exception is raised to all."""
+    async def join(
+        self,
+        key: str,
+        work: Callable[[Flight[ResultT]], Coroutine[Any, Any, ResultT]],
+        ahead: Callable[[ResultT], None] = _ignored,
+    ) -> ResultT:
+        """The result of the key's flight, started with `work` if there is none. Its exception is raised to all.
+
+        `ahead` gets what the flight tells of it, see `Flight.tell`.
+        """
         flight = self._flights.get(key) or self._start(key, work)
+        flight.listen(ahead)
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)

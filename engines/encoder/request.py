@@ -3,7 +3,11 @@ nothing else.
 
 In:   an OpenAI chat body whose message parts are media; text is ignored, generation parameters too.
 Out:  an OpenAI chat completion without text, whose `ec_transfer_params` says where each item's embedding can be had:
-      {mm_hash: {modality, item_indices, metadata: {image_grid_thw}, num_tokens, dtype, shape, where}}
+      {mm_hash: {modality, item_indices, metadata: {image_grid_thw}, num_tokens, dtype, shape, where, cached}}
+      `cached`: it was there before it was asked for.
+
+Asked with `"announce": true` it may answer a stream of events: the same body once it is known where each embedding will
+be, whose readers wait for it there; then `[DONE]` when all are there, or an error. What is known at once is no stream.
 """
 
 from __future__ import annotations
@@ -143,11 +147,15 @@ def _size(kwargs: object) -> Mapping[str, int]:
 
 
 def answer(
-    request_id: str, model: str, created: int, items: Sequence[MediaItem], embeddings: Sequence[tuple[str, Embedding]]
+    request_id: str,
+    model: str,
+    created: int,
+    items: Sequence[MediaItem],
+    embeddings: Sequence[tuple[str, Embedding, bool]],
 ) -> dict[str, Any]:
-    """The response body; `embeddings` are (mm_hash, embedding) of each item, in order."""
+    """The response body; `embeddings` are (mm_hash, embedding, cached) of each item, in order."""
     entries: dict[str, dict[str, Any]] = {}
-    for item, (mm_hash, found) in zip(items, embeddings, strict=True):
+    for item, (mm_hash, found, cached) in zip(items, embeddings, strict=True):
         entry = entries.setdefault(
             mm_hash,
             {
@@ -158,10 +166,11 @@ def answer(
                 "dtype": found.dtype,
                 "shape": list(found.shape),
                 "where": found.where,
+                "cached": cached,
             },
         )
         entry["item_indices"].append(item.index)
-    tokens = sum(found.tokens for _, found in embeddings)
+    tokens = sum(found.tokens for _, found, _ in embeddings)
     choice = {"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}
     return {
         "id": f"chatcmpl-{request_id}",

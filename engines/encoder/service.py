@@ -3,11 +3,12 @@ parts in order.
 
     find in cache ─ hit ─▶ pin
           └─ miss ─ join a flight, or start one:
-                    fetch ▸ decode (pool) ▸ reserve in the arena ▸ forward (model thread) ▸ publish ─▶ pin
+                    fetch ▸ decode (pool) ▸ reserve in the arena ▸ promise ▸ forward (model thread) ▸ fulfil ─▶ pin
 
-The model writes an embedding once, into the arena it is published from. A pinned entry stays until `release`; one
-that an answer named stays until it is read, for --handle-ttl seconds at most. What is only cached goes when room is
-needed, least recently used first.
+A handle is good from the promise on: who fetches waits for the forward. In a folder nothing can be promised: there an
+embedding is published after its forward. The model writes an embedding once, into the arena it is published from. A
+pinned entry stays until `release`; one that an answer named stays until it is read, for --handle-ttl seconds at most.
+What is only cached goes when room is needed, least recently used first.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +37,9 @@ from engines.settings import EncoderSettings
 from engines.transfer.base import Arena, Transfer, TransferError
 
 log = logging.getLogger(__name__)
+
+Placed = Callable[[Entry, bool], None]
+"""Told, for one item, where its embedding is or will be, and whether it was there already."""
 
 
 class Reader(Protocol):
@@ -118,9 +123,10 @@ class Encoder:
     def cache_info(self) -> dict[str, int]:
         return self.cache.info(time.monotonic())
 
-    async def encode(self, item: MediaItem) -> Entry:
+    async def encode(self, item: MediaItem, placed: Placed = lambda entry, cached: None) -> Entry:
         """The item's entry, pinned: the caller ends with `release`. Its `value` is an Embedding.
 
+        `placed` is called before this returns, and where the transfer can promise embeddings before the model has run.
         Raises EngineError. Cancelled: the work ends too, unless others wait for it or the model has begun it.
         """
         started = time.monotonic()
@@ -131,44 +137,59 @@ class Encoder:
             digest = await self._pool.run(lambda: blake3(content).hexdigest())
         key = item.key(item.uuid or digest)
         while True:
-            entry = await self._find(key, item, data)
+            entry = await self._find(key, item, data, placed)
             if self.cache.pin(entry):  # else it was evicted between the flight's end and our turn
                 self.metrics.item.observe(time.monotonic() - started)
                 return entry
 
-    def release(self, entry: Entry, *, named: bool) -> None:
-        """Undo `encode`'s pin. `named`: an answer named the entry, whose handle stays good until it is read, for
-        --handle-ttl at most."""
-        hold = named and not self._transfer.durable
-        self.cache.unpin(entry, time.monotonic() + self.settings.handle_ttl if hold else 0.0)
+    def named(self, entry: Entry) -> None:
+        """An answer names the entry, whose handle stays good until it is read, for --handle-ttl at most."""
+        if not self._transfer.durable:
+            self.cache.named(entry, time.monotonic() + self.settings.handle_ttl)
+
+    def release(self, entry: Entry) -> None:
+        """Undo `encode`'s pin."""
+        self.cache.unpin(entry)
 
     def read(self, entry: Entry) -> bytes:
         """The rows of an entry that the caller has pinned, as a copy: nobody need fetch them on its account."""
         self.cache.not_named(entry)
         return bytes(self._arena.buffer[entry.offset : entry.offset + entry.nbytes])
 
-    async def _find(self, key: str, item: MediaItem, data: bytes | None) -> Entry:
+    async def _find(self, key: str, item: MediaItem, data: bytes | None, placed: Placed) -> Entry:
         if (entry := self.cache.find(key)) is not None:
             self.metrics.cache("hit")
             with publishing():
                 await self._transfer.restore(key)
+            placed(entry, True)
             return entry
         joined = key in self._flights
         if not joined and len(self._flights) >= self.settings.max_queue_items:
             limit = f"--max-queue-items {self.settings.max_queue_items}"
             raise Overloaded(f"{len(self._flights)} items are in the queue already ({limit})", code="queue_full")
         self.metrics.cache("joined" if joined else "miss")
-        return await self._flights.join(key, lambda flight: self._produce(flight, key, item, data))
+        work = partial(self._produce, key=key, item=item, data=data)
+        return await self._flights.join(key, work, lambda entry: placed(entry, False))
 
     async def _produce(self, flight: Flight[Entry], key: str, item: MediaItem, data: bytes | None) -> Entry:
         prepared = await self._prepare(await self._fetch(item.url) if data is None else data, item.size)
         entry = await self._reserve(key, self._model.nbytes(prepared.tokens), prepared.tokens)
         try:
-            embedding = await self._embed(flight, entry, prepared)
+            if self._transfer.durable:
+                await self._compute(flight, entry, prepared)
+                entry.value = await self._publish(entry, prepared)
+                flight.tell(entry)
+            else:
+                entry.value = await self._publish(entry, prepared, promised=True)
+                flight.tell(entry)
+                await self._compute(flight, entry, prepared)
         except BaseException:
+            self._transfer.withdraw(key)
             self.cache.abandon(entry)
             raise
-        self.cache.commit(entry, embedding, time.monotonic() + self.settings.handle_ttl)
+        self.cache.commit(entry, entry.value, time.monotonic() + self.settings.handle_ttl)
+        if not self._transfer.durable:
+            self._transfer.fulfil(key)
         return entry
 
     async def _fetch(self, url: str) -> bytes:
@@ -185,14 +206,17 @@ class Encoder:
         self.metrics.stage("decode", time.monotonic() - started)
         return prepared
 
-    async def _embed(self, flight: Flight[Entry], entry: Entry, prepared: Prepared) -> Embedding:
-        """Compute and publish. From the moment the model begins, the flight is not cancelled any more."""
+    async def _compute(self, flight: Flight[Entry], entry: Entry, prepared: Prepared) -> None:
+        """From the moment the model begins, the flight is not cancelled any more."""
         shape = (prepared.tokens, self._model.width)
         output = self._bytes[entry.offset : entry.offset + entry.nbytes].view(self._model.dtype).view(shape)
         started = time.monotonic()
         await self._thread.encode(prepared, output, flight.commit)
-        computed = time.monotonic()
-        self.metrics.stage("forward", computed - started)
+        self.metrics.stage("forward", time.monotonic() - started)
+
+    async def _publish(self, entry: Entry, prepared: Prepared, promised: bool = False) -> Embedding:
+        shape = (prepared.tokens, self._model.width)
+        started = time.monotonic()
         with publishing():
             where = await self._transfer.publish(
                 entry.key,
@@ -203,8 +227,9 @@ class Encoder:
                 shape=shape,
                 on_free=lambda: self._on_free(entry),
                 on_read=lambda: self.cache.was_read(entry),
+                promised=promised,
             )
-        self.metrics.stage("publish", time.monotonic() - computed)
+        self.metrics.stage("publish", time.monotonic() - started)
         return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, where)
 
     # ---- room in the arena

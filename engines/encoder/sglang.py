@@ -86,7 +86,7 @@ class SglangProtocol:
             return _failed(body, error)
         finally:
             for entry in entries:
-                self._encoder.release(entry, named=False)
+                self._encoder.release(entry)
         tokens, width = sum(found.tokens for found in embeddings), embeddings[0].shape[1]
         part.size = {"embedding_size": len(rows), "embedding_len": tokens, "embedding_dim": width}
         part.ended.set()

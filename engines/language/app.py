@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from engines.errors import EngineError
-from engines.http import check_model, json_response, read_json, request_id, sse
+from engines.http import DONE, check_model, json_response, read_json, request_id, sse
 from engines.language import descriptors
 from engines.language.answers import Answer, usage_of
 from engines.language.choices import Choice, Piece
@@ -33,7 +33,6 @@ from engines.weights import LoadReport
 log = logging.getLogger(__name__)
 
 LARGE = 64 << 10  # bytes of a body whose prompt is tokenised off the loop
-DONE = b"data: [DONE]\n\n"
 DRAIN_POLL = 0.02
 
 

@@ -200,7 +200,7 @@ class Transfer(Protocol):
 
         `once`: withdrawn by the first fetch that succeeded. `on_read()` fires on the loop after each fetch that did;
         never where `durable`. `dtype` and `shape` are what a storage file records. `promised`: the bytes are there once
-        `fulfil` is called, and fetches wait for that; withdrawn before, they fail. Where `durable`, nothing is promised.
+        `fulfil` is called; fetches wait for that, and fail if it is withdrawn first. Nothing can be where `durable`.
         Raises ValueError if `key` is published already.
         """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
 
 from engines.encoder.app import EncoderApp, build
 from engines.errors import SetupError
 from engines.serve import running
 from engines.settings import EncoderSettings
+from engines.transfer.base import PeerFailed
 from engines.weights import LoadReport
 from tests.support.checkpoints import checkpoint
 from tests.support.encoding import Toy, embedding, media, toy_encoder
+from tests.support.waiting import until
 
+PARAM = "messages[0].content[0]"
 REPORT = LoadReport(("visual.blocks.0.weight", "visual.merger.weight"), 1024)
 
 
@@ -31,6 +36,21 @@ class Client:
         body = {"model": "toy", "messages": [{"role": "user", "content": content}], **extra}
         async with self.session.post(f"{self.url}/v1/chat/completions", json=body) as response:
             return response.status, await response.json()
+
+    @asynccontextmanager
+    async def announced(self, *urls: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The data of each event of an announcement, as it comes."""
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        body = {"messages": [{"role": "user", "content": content}], "announce": True}
+        async with self.session.post(f"{self.url}/v1/chat/completions", json=body) as response:
+            assert response.content_type == "text/event-stream"
+
+            async def events() -> AsyncIterator[bytes]:
+                async for line in response.content:
+                    if line.strip():
+                        yield line.strip().removeprefix(b"data: ")
+
+            yield events()
 
     async def get(self, path: str) -> Any:
         async with self.session.get(self.url + path) as response:
@@ -62,6 +82,92 @@ async def test_one_handle_per_content_and_every_index() -> None:
             while (await it.cache())["pinned"]:
                 await asyncio.sleep(0.01)
         it.toy.check()
+
+
+async def test_what_was_there_before_is_said_to_be_cached() -> None:
+    async with client() as it:
+        said = [await it.encode(media(3, "a"), media(2, seed)) for seed in ("b", "c", "b")]
+        cached = [[entry["cached"] for entry in reply["ec_transfer_params"].values()] for _, reply in said]
+        assert cached == [[False, False], [True, False], [True, True]]
+
+
+async def test_a_handle_is_announced_before_the_model_has_run_and_its_readers_wait() -> None:
+    async with client() as it:
+        it.toy.model.gate.clear()
+        async with it.announced(media(3, "a"), media(5, "b"), media(3, "a")) as events:
+            entries = list(json.loads(await anext(events))["ec_transfer_params"].values())
+            assert [entry["item_indices"] for entry in entries] == [[0, 2], [1]]
+            fetching = asyncio.create_task(it.toy.fetch(entries[1]["where"], embedding(5, "b").nbytes))
+            await until(lambda: it.toy.transfer.audit()["pushes"] == 1)
+            assert not fetching.done() and it.toy.model.items == 0
+            it.toy.model.gate.set()
+            assert (await fetching).equal(embedding(5, "b"))
+            assert await anext(events) == b"[DONE]"
+            assert [rest async for rest in events] == []
+        assert (await it.cache())["pinned"] == 1, "one was named and read, the other is still promised to a reader"
+        assert (await it.toy.fetch(entries[0]["where"], embedding(3, "a").nbytes)).equal(embedding(3, "a"))
+        assert (await it.cache())["pinned"] == 0
+        it.toy.check()
+
+
+async def test_who_joins_a_flight_is_told_at_once_where_it_will_land() -> None:
+    async with client() as it:
+        it.toy.model.gate.clear()
+        async with it.announced(media(3)) as first, it.announced(media(3)) as second:
+            said = [json.loads(await anext(events))["ec_transfer_params"] for events in (first, second)]
+            assert said[0] == said[1]
+            it.toy.model.gate.set()
+            assert [await anext(events) for events in (first, second)] == [b"[DONE]"] * 2
+        assert it.toy.model.items == 1
+
+
+async def test_a_failure_after_the_announcement_is_told_to_the_caller_and_to_readers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with client() as it:
+        it.toy.model.gate.clear()
+        async with it.announced(media(3)) as events:
+            (entry,) = json.loads(await anext(events))["ec_transfer_params"].values()
+            fetching = asyncio.create_task(it.toy.fetch(entry["where"], embedding(3).nbytes))
+            await until(lambda: it.toy.transfer.audit()["pushes"] == 1)
+            monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: 1 / 0)
+            it.toy.model.gate.set()
+            error = json.loads(await anext(events))["error"]
+            assert (error["stage"], error["code"], error["param"]) == ("encode", "encode_failed", PARAM)
+            assert [rest async for rest in events] == []
+            with pytest.raises(PeerFailed, match="promised"):
+                await fetching
+        await until(lambda: it.toy.encoder.cache_info()["bytes"] == 0)
+        it.toy.check()
+
+
+async def test_a_caller_that_leaves_breaks_the_promise_unless_the_model_has_begun() -> None:
+    async with client() as it:
+        it.toy.model.gate.clear()
+        async with it.announced(media(3, "begun")) as begun:
+            await anext(begun)
+            await asyncio.to_thread(it.toy.model.entered.acquire)
+            async with it.announced(media(3, "waits")) as waits:
+                (entry,) = json.loads(await anext(waits))["ec_transfer_params"].values()
+                fetching = asyncio.create_task(it.toy.fetch(entry["where"], embedding(3).nbytes))
+                await until(lambda: it.toy.transfer.audit()["pushes"] == 1)
+            with pytest.raises(PeerFailed, match="promised"):
+                await fetching
+            it.toy.model.gate.set()
+            assert await anext(begun) == b"[DONE]"
+        it.toy.check()
+
+
+async def test_what_is_known_at_once_is_not_announced(tmp_path: Path) -> None:
+    async with client() as it:
+        await it.encode(media(3))
+        status, reply = await it.encode(media(3), announce=True)
+        assert (status, len(reply["ec_transfer_params"])) == (200, 1)
+        status, reply = await it.encode(media(1, "broken"), announce=True)
+        assert (status, reply["error"]["code"]) == (400, "invalid_image")
+    async with client(transport="storage", folder=tmp_path) as it:
+        status, reply = await it.encode(media(3), announce=True)
+        assert (status, len(reply["ec_transfer_params"])) == (200, 1)
 
 
 async def test_a_broken_item_is_named_and_its_neighbours_are_cached() -> None:

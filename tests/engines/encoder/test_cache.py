@@ -56,7 +56,8 @@ def test_pinned_and_held_entries_stay() -> None:
     assert cache.pin(pinned)
     assert cache.evict(now=5.0) is None
     assert cache.info(now=5.0)["pinned"] == 2
-    cache.unpin(pinned, held_until=8.0)
+    cache.named(pinned, 8.0)
+    cache.unpin(pinned)
     assert cache.evict(now=5.0) is None
     assert cache.evict(now=9.0) is pinned
     assert cache.evict(now=9.0) is None
@@ -66,8 +67,7 @@ def test_pinned_and_held_entries_stay() -> None:
 def test_what_is_brought_is_not_held_unless_others_were_told_of_it() -> None:
     cache = EmbeddingCache(2 * UNIT)
     brought, named = put(cache, "a", held_until=10.0), put(cache, "b", held_until=10.0)
-    assert cache.pin(named)
-    cache.unpin(named, held_until=9.0)
+    cache.named(named, 9.0)
     for entry in (brought, named):
         cache.not_named(entry)
     assert brought.evictable(0.0) and not named.evictable(0.0)
@@ -81,12 +81,22 @@ def test_a_hold_is_only_ever_extended() -> None:
     assert entry.held_until == 10.0
 
 
+def test_a_hold_may_begin_before_the_embedding_is_there() -> None:
+    cache = EmbeddingCache(UNIT)
+    entry = cache.reserve("a", UNIT)
+    assert entry is not None
+    cache.named(entry, 10.0)
+    cache.commit(entry, None, held_until=0.0)
+    assert cache.evict(now=9.0) is None
+    cache.was_read(entry)
+    assert cache.evict(now=9.0) is entry
+
+
 def test_the_last_promised_reader_ends_the_hold() -> None:
     cache = EmbeddingCache(UNIT)
     entry = put(cache, "a")
     for _ in range(2):
-        assert cache.pin(entry)
-        cache.unpin(entry, held_until=10.0)
+        cache.named(entry, 10.0)
     cache.was_read(entry)
     assert cache.evict(now=5.0) is None, "another answer named it, and its reader has not come"
     cache.was_read(entry)

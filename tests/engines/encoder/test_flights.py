@@ -139,3 +139,24 @@ async def test_close_cancels_what_it_can_and_waits_for_the_rest() -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert results[0] == "landed"
     assert isinstance(results[1], asyncio.CancelledError)
+
+
+async def test_what_a_flight_tells_ahead_reaches_all_who_wait_and_those_who_come_later() -> None:
+    flights: Flights[str] = Flights()
+    landing = asyncio.Event()
+    heard: list[str] = []
+
+    async def work(flight: Flight[str]) -> str:
+        flight.tell("soon")
+        await landing.wait()
+        return "landed"
+
+    early = asyncio.create_task(flights.join("k", work, lambda said: heard.append(f"early {said}")))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    late = asyncio.create_task(flights.join("k", work, lambda said: heard.append(f"late {said}")))
+    deaf = asyncio.create_task(flights.join("k", work))
+    await asyncio.sleep(0)
+    assert heard == ["early soon", "late soon"]
+    landing.set()
+    assert await asyncio.gather(early, late, deaf) == ["landed"] * 3

@@ -103,7 +103,7 @@ def test_the_answer_groups_repeated_items() -> None:
     a = Embedding((1, 6, 8), 12, "float32", (12, 128), {"where": "A"})
     b = Embedding((1, 2, 2), 1, "float32", (1, 128), {"where": "B"})
     items = [MediaItem(n, f"p{n}", "u") for n in range(3)]
-    reply = answer("req:0", "M", 7, items, [("x", a), ("y", b), ("x", a)])
+    reply = answer("req:0", "M", 7, items, [("x", a, False), ("y", b, True), ("x", a, False)])
     assert reply["id"] == "chatcmpl-req:0"
     assert reply["usage"] == {"prompt_tokens": 25, "completion_tokens": 0, "total_tokens": 25}
     assert list(reply["ec_transfer_params"]) == ["x", "y"]
@@ -115,4 +115,5 @@ def test_the_answer_groups_repeated_items() -> None:
         "dtype": "float32",
         "shape": [12, 128],
         "where": {"where": "A"},
+        "cached": False,
     }

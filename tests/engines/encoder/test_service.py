@@ -20,7 +20,9 @@ NEVER_HELD = {"handle_ttl": 1e-9}
 
 async def encoded(toy: Toy, tokens: int, seed: str, *, named: bool = True) -> Entry:
     entry = await toy.encoder.encode(item(tokens, seed))
-    toy.encoder.release(entry, named=named)
+    if named:
+        toy.encoder.named(entry)
+    toy.encoder.release(entry)
     return entry
 
 
@@ -97,7 +99,7 @@ async def test_a_pinned_entry_outlives_its_hold() -> None:
         pinned = await toy.encoder.encode(item(6, "a"))
         with pytest.raises(Overloaded):
             await toy.encoder.encode(item(6, "b"))
-        toy.encoder.release(pinned, named=False)
+        toy.encoder.release(pinned)
         assert await encoded(toy, 6, "b")
 
 
@@ -233,7 +235,8 @@ async def test_many_items_at_once_keep_the_arena_straight() -> None:
                 entry = await toy.encoder.encode(item(1 + n % 7, f"seed {n % 20}"))
                 view = toy.encoder._bytes[entry.offset : entry.offset + entry.nbytes].view(toy.model.dtype)
                 assert view.view(-1, 16).equal(embedding(1 + n % 7, f"seed {n % 20}"))
-                toy.encoder.release(entry, named=True)
+                toy.encoder.named(entry)
+                toy.encoder.release(entry)
 
         async with asyncio.TaskGroup() as group:
             for n in range(200):

@@ -9,7 +9,7 @@ from engines.transfer import create
 from engines.transfer.base import GoneError, LayoutMismatch, TransferCancelled, TransferError, TransferTimeout
 from engines.transfer.lifecycle import TicketState
 from engines.transfer.storage import describe
-from tests.engines.transfer.nodes import IDLE, nothing, publish, reserve
+from tests.engines.transfer.nodes import IDLE, nothing, reserve
 
 KEY = "ab" * 32
 
@@ -219,7 +219,7 @@ async def test_an_unused_ticket_expires_and_kv_is_refused(pair):
 async def test_nothing_is_promised_in_a_folder(nodes):
     node = await nodes("storage")
     with pytest.raises(TransferError, match="once its bytes are there"):
-        await publish(node, KEY, b"data", promised=True)
+        await publish(node, torch.zeros(4), promised=True)
     with pytest.raises(LookupError):
         node.transfer.fulfil(KEY)
     assert node.transfer.audit() == IDLE
