@@ -30,6 +30,7 @@ async def publish(node, tensor, key=KEY, spans=None, **options):
         on_free=options.pop("on_free", nothing),
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tensor.shape,
+        **options,
     )
 
 
