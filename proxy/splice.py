@@ -14,7 +14,7 @@ from __future__ import annotations
 import binascii
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import orjson
@@ -56,6 +56,12 @@ class Media:
     mm_hash: str  # BLAKE3 of their bytes
     head: bytes  # of the media: all if they are small
     nbytes: int
+    text: str | Buffer = field(repr=False, compare=False)  # their base64
+
+    def at(self, start: int, count: int) -> bytes:
+        """`count` of their bytes from an offset, fewer where they end; only these are decoded."""
+        data = decode(self.text[start // 3 * 4 : (start + count + 2) // 3 * 4]) or b""
+        return data[start % 3 : start % 3 + count]
 
 
 def digest(text: str | Buffer, key: bytes) -> Media | None:
@@ -73,7 +79,7 @@ def digest(text: str | Buffer, key: bytes) -> Media | None:
         hasher.update(data)
         head = head or data
         nbytes += len(data)
-    return Media(hasher.hexdigest(), head, nbytes)
+    return Media(hasher.hexdigest(), head, nbytes, text)
 
 
 def decode(text: str | Buffer) -> bytes | None:
