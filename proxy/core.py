@@ -102,6 +102,8 @@ class Item:
     mm_hash: str | None  # None: the media is a URL whose bytes the encoder fetches and hashes
     identity: str  # equal for two items only if they are the same media: mm_hash, else the URL
     tokens: int  # predicted vision (or audio) tokens
+    work: int = 1  # predicted, of encoding it: in tokens of a small image
+    nbytes: int = 0  # predicted, of its embedding
 
     @property
     def param(self) -> str:
@@ -122,18 +124,25 @@ class Job:
     api: Api
     body: Body
     items: tuple[Item, ...]
-    text_tokens: int
+    text_tokens: int  # predicted: of text and tools; told: of token ids
     output_tokens: int  # predicted, of all choices together
     stream: bool
     headers: Mapping[str, str] = field(default_factory=dict)  # end-to-end headers that every engine gets
     fields: str = ""  # the same as lines of a head
     nbytes: int = 0  # of the request's body
     raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
+    text_bytes: int = 0  # of the text behind `text_tokens`, in UTF-8; 0 where there are token ids: nothing to correct
 
     def with_headers(self, headers: Mapping[str, str]) -> Job:
         """The same job, sent with more headers."""
         merged = {**self.headers, **headers}
         return replace(self, headers=merged, fields=field_lines(merged))
+
+    @property
+    def model(self) -> str:
+        """As the client names it; empty if it does not."""
+        named = self.body.get("model")
+        return named if isinstance(named, str) else ""
 
     @property
     def prompt_tokens(self) -> int:

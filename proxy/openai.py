@@ -12,15 +12,17 @@ from typing import Any
 import orjson
 from blake3 import blake3
 
-from proxy import media, splice
+from proxy import splice
 from proxy.core import Api, Body, Item, Job, field_lines
+from proxy.costs import Costs
 from proxy.errors import BadRequest, ForbiddenField
 from proxy.splice import Cut, Media, Pieces
+from proxy.text import BYTES_PER_TOKEN
+from proxy.vision import Vision
 
 # Part kinds with their modality; a part without `type` is known by the key it has, as vLLM does.
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 _RESERVED = ("kv_transfer_params", "ec_transfer_params")
-_CHARS_PER_TOKEN = 4
 _DEFAULT_OUTPUT_TOKENS = 256  # predicted for balancing, never sent
 
 
@@ -32,15 +34,23 @@ class Identity:
     trust_client: bool = False  # keep client uuids, accept *_embeds and transfer parameters
 
 
+_PLAIN = Costs()
+
+
 def parse(
-    raw: bytes | bytearray, api: Api, request_id: str, identity: Identity, headers: Mapping[str, str] | None = None
+    raw: bytes | bytearray,
+    api: Api,
+    request_id: str,
+    identity: Identity,
+    headers: Mapping[str, str] | None = None,
+    costs: Costs = _PLAIN,
 ) -> Job:
     """The job in a request's bytes, which its body goes on to use. Raises BadRequest, ForbiddenField.
 
     Takes a fraction of a millisecond per megabyte of media; large bodies belong in a thread.
     """
     body, cuts = _load(raw)
-    reading = _Reading(identity, cuts)
+    reading = _Reading(identity, cuts, costs)
     try:
         items = reading.items(body, api)
     except BadRequest:
@@ -49,19 +59,22 @@ def parse(
         items = None
     if items is None or not reading.complete:  # something stands where media do not: read it all as plain JSON
         body = _object(orjson.loads(raw))
-        items = _Reading(identity, []).items(body, api)
+        items = _Reading(identity, [], costs).items(body, api)
+    text_bytes, token_ids = _text(body)
+    model = body.get("model")
     return Job(
         id=request_id,
         api=api,
         body=body,
         items=items,
-        text_tokens=_text_tokens(body),
+        text_tokens=token_ids or costs.text.tokens(model if isinstance(model, str) else "", text_bytes),
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
         fields=field_lines(headers or {}),
         nbytes=len(raw),
         raw=raw,
+        text_bytes=0 if token_ids else text_bytes,
     )
 
 
@@ -112,9 +125,10 @@ def _kind(part: Mapping[str, Any]) -> str | None:
 class _Reading:
     """Items out of one parsed body. Strings that were cut out of it become `splice.Cut`s in their place."""
 
-    def __init__(self, identity: Identity, cuts: list[memoryview]) -> None:
+    def __init__(self, identity: Identity, cuts: list[memoryview], costs: Costs) -> None:
         self._identity = identity
         self._cuts = cuts
+        self._costs = costs
         self._used: set[int] = set()
         self._salt = b""
 
@@ -137,15 +151,17 @@ class _Reading:
 
     def _items(self, body: Body) -> Iterator[Item]:
         index = 0
+        vision: Vision | None = None
         for m, p, part in parts(body):
             if not self._identity.trust_client:
                 _refuse_embeds(part, f"messages[{m}].content[{p}]")
             kind = _kind(part)
             if kind is not None:
-                yield self._item(index, m, p, part, kind)
+                vision = vision or _vision(body, self._costs)
+                yield self._item(index, m, p, part, kind, vision)
                 index += 1
 
-    def _item(self, index: int, m: int, p: int, part: dict[str, Any], kind: str) -> Item:
+    def _item(self, index: int, m: int, p: int, part: dict[str, Any], kind: str, vision: Vision) -> Item:
         modality = _MEDIA[kind]
         url = _url(part.get(kind), kind, f"messages[{m}].content[{p}]")
         found = self._media(part, kind, url)
@@ -157,8 +173,9 @@ class _Reading:
             content.pop("uuid", None)
             if mm_hash is not None:
                 content["uuid"] = mm_hash
-        tokens = media.UNKNOWN_TOKENS if found is None else media.tokens(modality, found.head, found.nbytes)
-        return Item(index, m, p, modality, content, mm_hash, mm_hash or url, tokens)
+        same = mm_hash or url
+        tokens, work = self._costs.price(vision, modality, found, same)
+        return Item(index, m, p, modality, content, mm_hash, same, tokens, work, tokens * vision.embedding_bytes)
 
     def _media(self, part: dict[str, Any], kind: str, url: str) -> Media | None:
         """What the media are, or None if they are not here."""
@@ -224,7 +241,13 @@ def _salt(body: Body, identity: Identity) -> bytes:
     return blake3(material, derive_key_context="triptych mm_hash v1").digest()
 
 
-def _text_tokens(body: Body) -> int:
+def _vision(body: Body, costs: Costs) -> Vision:
+    model = body.get("model")
+    return costs.visions.of(model if isinstance(model, str) else "").bounded(body.get("mm_processor_kwargs"))
+
+
+def _text(body: Body) -> tuple[int, int]:
+    """(bytes of text in UTF-8, tokens that are told as ids, with what text stands beside them)."""
     size = 0
     for message in body.get("messages") or ():
         content = message.get("content") if isinstance(message, dict) else None
@@ -233,16 +256,19 @@ def _text_tokens(body: Body) -> int:
     size += sum(_size(part["text"]) for _, _, part in parts(body) if isinstance(part.get("text"), str))
     if body.get("tools"):
         size += len(orjson.dumps(body["tools"]))
-    return max(1, size // _CHARS_PER_TOKEN + _prompt_tokens(body.get("prompt")))
+    more, ids = _prompt(body.get("prompt"))
+    size += more
+    return size, ids + size // BYTES_PER_TOKEN if ids else 0
 
 
-def _prompt_tokens(prompt: Any) -> int:
-    """Of a text, a list of token ids, or a list of either."""
+def _prompt(prompt: Any) -> tuple[int, int]:
+    """(bytes of text, token ids) in a text, a list of token ids, or a list of either."""
     if isinstance(prompt, str):
-        return _size(prompt) // _CHARS_PER_TOKEN
-    if isinstance(prompt, Sequence):
-        return sum(1 if isinstance(entry, int) else _prompt_tokens(entry) for entry in prompt)
-    return 0
+        return _size(prompt), 0
+    if not isinstance(prompt, Sequence):
+        return 0, 0
+    others = [_prompt(entry) for entry in prompt if not isinstance(entry, int)]
+    return sum(size for size, _ in others), len(prompt) - len(others) + sum(ids for _, ids in others)
 
 
 def _size(text: str) -> int:

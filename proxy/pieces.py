@@ -19,8 +19,9 @@ from typing import Any
 
 import orjson
 
-from proxy import media, splice
+from proxy import splice
 from proxy.core import Item
+from proxy.costs import Costs, Price
 from proxy.errors import BadRequest
 from proxy.splice import Cut, Media
 
@@ -30,7 +31,7 @@ _MODALITIES = ("image", "video", "audio")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What `POST /encode` brought. `body` has all its fields, `tokens` the predicted tokens of each item."""
+    """What `POST /encode` brought. `body` has all its fields, `tokens` and `work` the predicted ones of each item."""
 
     rid: str
     index: int
@@ -38,6 +39,7 @@ class Part:
     modality: str
     body: Mapping[str, Any]
     tokens: tuple[int, ...]
+    work: tuple[int, ...]
 
     @property
     def rendezvous(self) -> bool:
@@ -66,7 +68,10 @@ def request_of(req_id: str) -> str:
     return req_id.rpartition(_SUFFIX)[0] or req_id
 
 
-def read(raw: bytes | bytearray) -> Part:
+_PLAIN = Costs()
+
+
+def read(raw: bytes | bytearray, costs: Costs = _PLAIN) -> Part:
     """Raises BadRequest. Takes a fraction of a millisecond per megabyte."""
     try:
         body, cuts = splice.loads(raw)
@@ -74,16 +79,17 @@ def read(raw: bytes | bytearray) -> Part:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object")
-    items, tokens = _items(body, cuts)
+    items, prices = _items(body, cuts, costs)
     if any(isinstance(item, _Unread) for item in items):  # a string like no medium's: read all of it as plain JSON
         body = orjson.loads(raw)
-        items, tokens = _items(body, [])
+        items, prices = _items(body, [], costs)
     req_id, index, count = body.get("req_id"), body.get("part_idx"), body.get("num_parts")
     if not isinstance(req_id, str) or not req_id:
         raise BadRequest("missing or invalid req_id", param="req_id")
     if type(index) is not int or type(count) is not int or not 0 <= index < count:
         raise BadRequest("part_idx must be in [0, num_parts)", param="part_idx")
-    return Part(request_of(req_id), index, count, _modality(body), {**body, "mm_items": items}, tuple(tokens))
+    tokens, work = zip(*prices, strict=True)
+    return Part(request_of(req_id), index, count, _modality(body), {**body, "mm_items": items}, tokens, work)
 
 
 def cut(parts: Iterable[Part]) -> dict[int, list[Piece]]:
@@ -100,7 +106,7 @@ def cut(parts: Iterable[Part]) -> dict[int, list[Piece]]:
 
 def whole(part: Part) -> Piece:
     """A part as it came, to one encoder."""
-    return Piece(part.index, _item(part, part.index, sum(part.tokens)), part.body)
+    return Piece(part.index, _item(part, part.index, sum(part.tokens), sum(part.work)), part.body)
 
 
 def rank(item: Item) -> int:
@@ -119,11 +125,11 @@ def _piece(part: Part, n: int, index: int, total: int) -> Piece:
     hashes = body.pop("hashes", None)
     if isinstance(hashes, list) and len(hashes) == len(part.tokens):
         body["hashes"] = [hashes[n]]
-    return Piece(index, _item(part, index, part.tokens[n]), body)
+    return Piece(index, _item(part, index, part.tokens[n], part.work[n]), body)
 
 
-def _item(part: Part, index: int, tokens: int) -> Item:
-    return Item(index, 0, index, part.modality, {}, None, f"{part.rid}/{index}", tokens)
+def _item(part: Part, index: int, tokens: int, work: int) -> Item:
+    return Item(index, 0, index, part.modality, {}, None, f"{part.rid}/{index}", tokens, work)
 
 
 def _modality(body: Mapping[str, Any]) -> str:
@@ -141,11 +147,12 @@ class _Unread:
     """A string that lost its end to a cut, and is no item."""
 
 
-def _items(body: Mapping[str, Any], cuts: Sequence[memoryview]) -> tuple[list[Any], list[int]]:
+def _items(body: Mapping[str, Any], cuts: Sequence[memoryview], costs: Costs) -> tuple[list[Any], list[Price]]:
     items, modality, left = body.get("mm_items"), _modality(body), list(range(len(cuts)))
+    vision = costs.visions.of("")  # these calls do not say for which model
     if not isinstance(items, list) or not items:
         raise BadRequest("missing or empty mm_items", param="mm_items")
-    found, tokens = [], []
+    found, prices = [], []
     for item in items:
         url = item.get("url") if isinstance(item, dict) else item
         if not isinstance(url, str):
@@ -153,25 +160,21 @@ def _items(body: Mapping[str, Any], cuts: Sequence[memoryview]) -> tuple[list[An
         hit = splice.find(url, list(cuts)) if cuts else None
         if hit is None:
             found.append(item)
-            tokens.append(_tokens(modality, _here(url)))
+            prices.append(costs.price(vision, modality, _here(url), url))
             continue
         number, prefix = hit
         if (held := splice.digest(cuts[number], b"")) is not None:
             left.remove(number)
         whole = Cut(prefix, cuts[number])
         found.append({**item, "url": whole} if isinstance(item, dict) else whole)
-        tokens.append(_tokens(modality, held))
-    return ([_Unread()], []) if left else (found, tokens)
+        prices.append(costs.price(vision, modality, held, ""))
+    return ([_Unread()], []) if left else (found, prices)
 
 
 def _here(url: str) -> Media | None:
     """Media that are in the string itself; None if they are elsewhere."""
     head, comma, text = url.partition(",")
     return splice.digest(text, b"") if comma and head.endswith(";base64") else None
-
-
-def _tokens(modality: str, found: Media | None) -> int:
-    return media.UNKNOWN_TOKENS if found is None else media.tokens(modality, found.head, found.nbytes)
 
 
 def _black(side: int) -> str:

@@ -12,13 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import openai
-from proxy.core import Api, Job
+from proxy.core import Api, Handle, Item, Job
+from proxy.costs import Costs
 from proxy.errors import BadRequest, ForbiddenField
 from proxy.openai import Identity
+from proxy.vision import DEFAULT, FAMILIES, UNKNOWN_TOKENS, Vision
 from tests.fakes.media import chat, data_url, image, part
 
 PNG, JPEG = image(56, 28), image(28, 28, "JPEG")
 PLAIN = Identity()
+
+
+class ByModel:
+    def of(self, model: str) -> Vision:
+        return FAMILIES.get(model, DEFAULT)
 
 
 def parse(body: Any, identity: Identity = PLAIN, api: Api = Api.CHAT) -> Job:
@@ -48,12 +55,7 @@ def test_items_come_in_reading_order_with_their_positions() -> None:
         blake3(b"hi").hexdigest(),
         None,
     ]
-    assert items[0].tokens == media_tokens(56, 28)
     assert items[3].param == "messages[3].content[0]"
-
-
-def media_tokens(width: int, height: int) -> int:
-    return max(4, -(-width // 28) * -(-height // 28))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,44 @@ def test_text_counts_wherever_it_stands() -> None:
     assert plain == parts == 100
     assert parse({"messages": [{"role": "user", "content": "猫" * 400}]}).text_tokens == 300
     assert parse(chat(tools=[{"type": "function", "function": {"name": "f" * 400}}])).text_tokens > 100
+
+
+def test_text_is_corrected_for_its_model_and_token_ids_are_not() -> None:
+    costs = Costs()
+    for _ in range(200):
+        costs.text.learn("m", 4000, 2000)
+
+    def read(model: Any, prompt: Any) -> Job:
+        raw = orjson.dumps({"model": model, "prompt": prompt})
+        return openai.parse(raw, Api.COMPLETIONS, "id", PLAIN, costs=costs)
+
+    assert read("m", "x" * 4000).text_tokens == pytest.approx(2000, rel=0.02)
+    assert read("n", "x" * 4000).text_tokens == read(["m"], "x" * 4000).text_tokens == 1000
+    assert (read("m", "猫" * 9).text_bytes, read("m", "x").model, read(None, "x").model) == (27, "m", "")
+    ids = read("m", [[1] * 100, "x" * 40])
+    assert (ids.text_tokens, ids.text_bytes) == (110, 0), "told, and nothing to learn from"
+
+
+def test_items_cost_what_their_pixels_do_to_the_model_they_are_for() -> None:
+    costs = Costs(ByModel())
+
+    def read(**fields: Any) -> Item:
+        raw = orjson.dumps(chat(part(image(1280, 720)), **fields))
+        return openai.parse(raw, Api.CHAT, "id", PLAIN, costs=costs).items[0]
+
+    two, three = read(model="two"), read(model="qwen3_vl")
+    assert (two.tokens, two.work, two.nbytes) == (1196, 1287, 1196 * 7168)
+    assert (three.tokens, three.work, three.nbytes) == (880, 1307, 880 * 32768)
+    assert read(model="two", mm_processor_kwargs={"max_pixels": 78400}).tokens <= 100
+
+
+def test_an_items_url_costs_what_an_encoder_told_of_it() -> None:
+    costs = Costs()
+    raw = orjson.dumps(chat({"type": "image_url", "image_url": {"url": "https://h/a.png"}}))
+    item = openai.parse(raw, Api.CHAT, "id", PLAIN, costs=costs).items[0]
+    assert item.tokens == UNKNOWN_TOKENS
+    costs.sizes.learn(item, Handle("hash", "image", {"image_grid_thw": [1, 20, 20]}, {}))
+    assert openai.parse(raw, Api.CHAT, "id", PLAIN, costs=costs).items[0].tokens == 100
 
 
 def test_output_is_predicted_from_what_is_asked_for() -> None:
