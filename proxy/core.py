@@ -208,6 +208,7 @@ class Plan:
     path: Path
     reason: str
     legs: tuple[Leg, ...]
+    foreseen: float = 0.0  # predicted seconds to the first token, from when it was drawn; 0: nobody needed to know
 
     def leg(self, role: Role) -> Leg:
         """The one leg with this role. Raises LookupError if the path has none."""
@@ -226,4 +227,6 @@ class Plan:
         for role in self.path.roles:
             where = ",".join(leg.instance.netloc for leg in self.legs if leg.role == role)
             parts.append(f"{role.label}={where}")
+        if self.foreseen:
+            parts.append(f"foreseen={self.foreseen * 1000:.0f}ms")
         return "; ".join([*parts, f"reason={self.reason}"])

@@ -21,6 +21,7 @@ _STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL}
 class Route:
     path: Path
     reason: str
+    others: tuple[Path, ...] = ()  # that could serve as well, the more wanted first
 
 
 def route(items: int, census: Census, param: str | None = None, inline: tuple[Path, ...] = ()) -> Route:
@@ -35,21 +36,26 @@ def route(items: int, census: Census, param: str | None = None, inline: tuple[Pa
             param=param,
             code="media_unsupported",
         )
-    for path in options:
-        if all(census.get(role, {}).get(State.READY) for role in path.roles):
-            return Route(path, _reason(path, items, census))
-    raise _unavailable(options, census)
+    served = [path for path in options if all(census.get(role, {}).get(State.READY) for role in path.roles)]
+    if not served:
+        raise _unavailable(options, census)
+    return Route(served[0], _reason(served[0], items, census), tuple(served[1:]))
+
+
+def what(items: int) -> str:
+    """A request in words, as every reason begins."""
+    return "text only" if not items else f"{items} item" + "s" * (items > 1)
 
 
 def _reason(path: Path, items: int, census: Census) -> str:
-    what = "text only" if not items else f"{items} item" + "s" * (items > 1)
+    asked = what(items)
     if path in paths.INLINE:
-        return f"{what}, encoded inline because no encoder is {'ready' if census.get(Role.ENCODE) else 'listed'}"
+        return f"{asked}, encoded inline because no encoder is {'ready' if census.get(Role.ENCODE) else 'listed'}"
     if Role.PREFILL in path.roles:
-        return f"{what}, prefill and decode apart"
+        return f"{asked}, prefill and decode apart"
     if census.get(Role.PREFILL):
-        return f"{what}, combined because no prefill and decode pair is ready"
-    return f"{what}, combined engines only"
+        return f"{asked}, combined because no prefill and decode pair is ready"
+    return f"{asked}, combined engines only"
 
 
 def _possible(path: Path, census: Census) -> bool:

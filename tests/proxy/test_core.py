@@ -1,5 +1,7 @@
 """The nouns: labels that other programs read, and the route receipt."""
 
+from dataclasses import replace
+
 import pytest
 
 from proxy.core import BOTH, Api, Instance, Item, Job, Leg, Path, Plan, Role
@@ -31,6 +33,7 @@ def test_the_receipt_names_every_leg_and_the_reason() -> None:
         ),
     )
     assert str(plan) == ("E-P-D; encode=h:1,h:2; prefill=h:3; decode=h:4; reason=2 items, prefill and decode apart")
+    assert str(replace(plan, foreseen=0.4124)).endswith("; decode=h:4; foreseen=412ms; reason=" + plan.reason)
     assert plan.leg(Role.PREFILL).instance.url == "http://h:3"
     with pytest.raises(LookupError, match="no both leg"):
         plan.leg(BOTH)

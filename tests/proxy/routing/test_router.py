@@ -43,6 +43,14 @@ def test_the_reason_says_why() -> None:
     assert "no prefill and decode pair is ready" in router.route(0, census(prefill=[DOWN], both=[READY])).reason
 
 
+def test_other_paths_that_could_serve_are_told_in_order() -> None:
+    full = census(encode=[READY], prefill=[READY], decode=[READY], both=[READY])
+    assert router.route(0, full).others == (Path.PD,)
+    assert router.route(1, full).others == (Path.E_PD,)
+    assert router.route(1, full, inline=paths.INLINE).others == (Path.E_PD, Path.EP_D, Path.EPD)
+    assert router.route(1, census(encode=[READY], prefill=[DOWN], both=[READY])).others == ()
+
+
 def test_a_fleet_without_encoders_can_never_serve_media() -> None:
     with pytest.raises(BadRequest, match="no encoder") as caught:
         router.route(1, census(both=[READY]), "messages[0].content[1]")
