@@ -65,12 +65,21 @@ class EncoderApp:
     stage = "encode"
     role = "encode"
 
-    def __init__(self, settings: EncoderSettings, encoder: Encoder, transfer: Transfer, weights: LoadReport) -> None:
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        encoder: Encoder,
+        transfer: Transfer,
+        weights: LoadReport,
+        vision: Mapping[str, Any],
+    ) -> None:
+        """`vision`: the numbers of its tower and its processor."""
         self.registry = encoder.metrics.registry
         self._settings = settings
         self._encoder = encoder
         self._transfer = transfer
         self._weights = weights
+        self._vision = vision
         self._sglang = SglangProtocol(encoder, self._encode, settings.encode_timeout) if settings.sglang else None
 
     def routes(self) -> Iterable[web.RouteDef]:
@@ -99,6 +108,7 @@ class EncoderApp:
                 "bytes": self._weights.nbytes,
                 "prefixes": list(self._weights.prefixes),
             },
+            "vision": self._vision,
         }
 
     async def drain(self) -> None:
@@ -191,7 +201,8 @@ async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
             raise SetupError(f"--transfer {settings.transfer}: {error}") from None
         encoder = Encoder(settings, model, reader, transfer, arena, Metrics(CollectorRegistry()))
         await stack.enter_async_context(encoder.running())
-        app = EncoderApp(settings, encoder, transfer, model.report)
+        vision = {**model.numbers(), "image_processor": reader.numbers()}
+        app = EncoderApp(settings, encoder, transfer, model.report, vision)
         stack.push_async_callback(app.close)
         yield app
 

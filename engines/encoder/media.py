@@ -64,6 +64,15 @@ class ImageReader:
         self.merge_size: int = self._processor.merge_size
         self._patch_size: int = self._processor.patch_size
 
+    def numbers(self) -> dict[str, Any]:
+        """How the processor cuts an image, for whoever predicts its tokens: as its file says it. JSON."""
+        return {
+            "patch_size": self._patch_size,
+            "merge_size": self.merge_size,
+            "temporal_patch_size": self._processor.temporal_patch_size,
+            "size": self._size(),
+        }
+
     def read(self, data: bytes, size: Mapping[str, int]) -> Prepared:
         """Raises BadRequest (`invalid_image`) or TooLarge (`image_too_large`)."""
         try:

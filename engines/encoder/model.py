@@ -29,12 +29,20 @@ TOWERS = {
 }
 
 
+# What of a tower's configuration decides how long an image takes and how large its embedding is.
+_NUMBERS = (
+    *("depth", "embed_dim", "hidden_size", "intermediate_size", "mlp_ratio", "out_hidden_size", "patch_size"),
+    *("window_size", "fullatt_block_indexes", "deepstack_visual_indexes"),
+)
+
+
 class VisionModel:
     """A loaded tower. `encode` is called by one thread at a time."""
 
     def __init__(self, tower: torch.nn.Module, config: Any, report: weights.LoadReport, device: str) -> None:
         self._tower = tower
         self._device = torch.device(device)
+        self._config = config
         self.report = report
         self.dtype: torch.dtype = next(tower.parameters()).dtype
         self.merge_size: int = config.spatial_merge_size
@@ -65,6 +73,16 @@ class VisionModel:
     def dtype_name(self) -> str:
         """As safetensors and vLLM write it: float32, bfloat16, float16."""
         return str(self.dtype).removeprefix("torch.")
+
+    def numbers(self) -> dict[str, Any]:
+        """For whoever predicts the cost of an image: its family, of its configuration what counts, and the bytes of a
+        number of its embeddings. JSON."""
+        told = {name: getattr(self._config, name, None) for name in _NUMBERS}
+        return {
+            "model_type": self._config.model_type,
+            "vision_config": {name: value for name, value in told.items() if value is not None},
+            "itemsize": self.dtype.itemsize,
+        }
 
     def nbytes(self, tokens: int) -> int:
         return tokens * self.width * self.dtype.itemsize

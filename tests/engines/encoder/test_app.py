@@ -63,7 +63,7 @@ class Client:
 @asynccontextmanager
 async def client(**changes: Any) -> AsyncIterator[Client]:
     async with toy_encoder(**changes) as toy:
-        app = EncoderApp(toy.settings, toy.encoder, toy.transfer, REPORT)
+        app = EncoderApp(toy.settings, toy.encoder, toy.transfer, REPORT, {"model_type": "toy"})
         async with running(app, toy.settings) as url, aiohttp.ClientSession() as session:
             yield Client(url, toy, session)
 
@@ -240,6 +240,7 @@ async def test_info_and_metrics() -> None:
         assert info["role"] == "encode"
         assert info["weights"] == {"tensors": 2, "bytes": 1024, "prefixes": ["visual.blocks", "visual.merger"]}
         assert info["cache"]["items"] == info["transfer"]["audit"]["publications"] == 1
+        assert info["vision"] == {"model_type": "toy"}
         assert info["transfer"]["nonce"] == it.toy.transfer.address.nonce
         assert info["queue"] == {"items": 0, "waiting": 0, "running": 0, "patches": 0}
         metrics = await it.get("/metrics")

@@ -241,3 +241,13 @@ async def test_waiting_for_a_thread_is_not_held_against_a_task_and_a_cancelled_o
     finally:
         release.set()
         pool.close()
+
+
+def test_a_readers_numbers_are_those_of_the_checkpoint() -> None:
+    told = reader("qwen3_vl").numbers()
+    assert told == {
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 4096, "longest_edge": 1024 * 1024},
+    }

@@ -95,3 +95,13 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((checkpoint("qwen2_vl") / "config.json").read_text())
     with pytest.raises(SetupError, match=r"neither model\.safetensors"):
         VisionModel.load(tmp_path)
+
+
+@EACH_FAMILY
+def test_its_numbers_are_those_of_the_checkpoint(family: str) -> None:
+    told = model(family).numbers()
+    config = json.loads((checkpoint(family) / "config.json").read_text())["vision_config"]
+    assert told["model_type"].startswith(family) and told["itemsize"] == 4
+    assert told["vision_config"].items() <= config.items()
+    assert {"depth", "hidden_size", "patch_size"} <= told["vision_config"].keys()
+    assert ("deepstack_visual_indexes" in told["vision_config"]) == (family == "qwen3_vl")

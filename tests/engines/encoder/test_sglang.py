@@ -68,7 +68,7 @@ async def server(**changes: Any) -> AsyncIterator[Server]:
     context = zmq.asyncio.Context()
     try:
         async with toy_encoder(sglang=True, **changes) as toy:
-            app = EncoderApp(toy.settings, toy.encoder, toy.transfer, LoadReport((), 0))
+            app = EncoderApp(toy.settings, toy.encoder, toy.transfer, LoadReport((), 0), {})
             async with running(app, toy.settings) as url, aiohttp.ClientSession() as http:
                 yield Server(url, toy, http, context)
             await app.close()
@@ -147,7 +147,7 @@ async def test_a_receiver_that_never_comes_is_told_of() -> None:
 
 async def test_without_the_flag_nobody_can_have_embeddings_pushed() -> None:
     async with toy_encoder() as toy:
-        app = EncoderApp(toy.settings, toy.encoder, toy.transfer, LoadReport((), 0))
+        app = EncoderApp(toy.settings, toy.encoder, toy.transfer, LoadReport((), 0), {})
         async with running(app, toy.settings) as url, aiohttp.ClientSession() as http:
             response = await http.post(f"{url}/encode", json=OLD)
             assert response.status == 404
