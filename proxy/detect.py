@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 
+from proxy import vision
 from proxy.core import BOTH, Instance, Role
 from proxy.errors import EngineFailed, Unreachable
 from proxy.upstream import Upstream
@@ -57,6 +58,8 @@ async def native(ask: Ask) -> Found | None:
     if not isinstance(info, dict) or info.get("engine") != "triptych":
         return None
     label, facts = info.get("role"), {"version": info.get("version")}
+    if (cut := vision.told(info.get("vision"))) is not None:
+        facts["vision"] = asdict(cut)
     try:
         role = Role.named(str(label))
     except KeyError:

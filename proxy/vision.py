@@ -190,6 +190,9 @@ def vision(
     patch, merge = int(image.get("patch_size") or at["patch_size"]), int(image.get("merge_size") or 2)
     levels = 1 + len(at.get("deepstack_visual_indexes") or ())
     width = int(at.get("out_hidden_size") or at["hidden_size"])
+    temporal = int(image.get("temporal_patch_size") or 2)
+    if min(patch, merge, temporal, width, itemsize) <= 0:
+        raise ValueError("sizes are above 0")
     low, high = _area(image, _IMAGES[family])
     video_low, video_high = _area(video, _FRAMES[family])
     return Vision(
@@ -200,7 +203,7 @@ def vision(
         max_pixels=high,
         knee=_knee(at, merge, width, levels),
         embedding_bytes=width * levels * itemsize,
-        temporal=int(image.get("temporal_patch_size") or 2),
+        temporal=temporal,
         video_min=video_low,
         video_max=video_high,
         whole=family == "qwen3_vl",
@@ -208,6 +211,19 @@ def vision(
         min_frames=int(video.get("min_frames") or 4),
         max_frames=int(video.get("max_frames") or 768),
     )
+
+
+def told(said: object) -> Vision | None:
+    """Out of what one of our encoders says of itself (`vision` in its `/info`); None if it makes no sense."""
+    if not isinstance(said, dict):
+        return None
+    family = family_of(str(said.get("model_type")))
+    if family is None:
+        return None
+    try:
+        return vision(family, said["vision_config"], said["image_processor"], None, int(said["itemsize"]))
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError):
+        return None
 
 
 def _area(processor: Mapping[str, Any], released: tuple[int, int]) -> tuple[int, int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from proxy import detect
 from proxy.core import BOTH, Instance, Role
 from proxy.detect import Found
+from proxy.vision import FAMILIES, Vision
 
 VLLM_CARDS = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 9}]}
 SGLANG_CARDS = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "sglang"}]}
@@ -137,3 +139,10 @@ async def test_a_bootstrap_server_tells_engine_ids_by_rank(answer: Any, expected
 )
 def test_a_bootstrap_server_is_on_its_engines_host(url: str, facts: dict[str, Any], expected: str) -> None:
     assert detect.bootstrap_url(Instance(url, Role.PREFILL, "vllm", facts=facts), 8998) == expected
+
+
+async def test_one_of_our_encoders_tells_how_it_cuts_media() -> None:
+    said = {"model_type": "qwen3_vl", "vision_config": {}, "image_processor": {"merge_size": 2}, "itemsize": 2}
+    found = await detect.detect(asking({"/info": OURS | {"role": "encode", "vision": said}}))
+    assert found is not None and Vision(**found.facts["vision"]) == FAMILIES["qwen3_vl"]
+    assert orjson.loads(orjson.dumps(found.facts)) == found.facts, "other workers read it"

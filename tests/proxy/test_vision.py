@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as resize_frames
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_film
 
+from engines.encoder.media import ImageReader
+from engines.encoder.model import VisionModel
+from engines.settings import EncoderSettings
 from proxy import vision
 from proxy.media import Shape
 from proxy.vision import DEFAULT, FAMILIES, Vision
@@ -178,3 +182,34 @@ def test_no_claim_makes_a_load_without_bounds(width: int, height: int, seconds: 
 )
 def test_names_tell_their_family(name: str, family: str | None) -> None:
     assert vision.family_of(name) == family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_an_encoder_tells_of_itself_is_what_its_files_say(family: str) -> None:
+    reader = ImageReader(checkpoint(family), EncoderSettings(model=checkpoint(family)))
+    said = {**VisionModel.load(checkpoint(family)).numbers(), "image_processor": reader.numbers()}
+    released, mine = FAMILIES[family], of_checkpoint(family)
+    assert vision.told(json.loads(json.dumps(said))) == replace(
+        mine, video_min=released.video_min, video_max=released.video_max
+    ), "which encodes no videos"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "toy"},
+        {"vision_config": 3},
+        {"vision_config": {"depth": "many"}},
+        {"vision_config": {"patch_size": -14}},
+        {"vision_config": {"hidden_size": 0}},
+        {"image_processor": 3},
+        {"image_processor": {"patch_size": [1]}},
+        {"image_processor": {"merge_size": float("inf")}},
+        {"itemsize": "x"},
+    ],
+)
+def test_what_makes_no_sense_is_not_believed(change: dict[str, Any]) -> None:
+    said = {"model_type": "qwen3_vl", "vision_config": {}, "image_processor": {}, "itemsize": 2}
+    assert vision.told(said) == FAMILIES["qwen3_vl"]
+    assert vision.told(said | change) is None
+    assert vision.told("qwen3_vl") is None
