@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, nan
+from math import nan
 from time import perf_counter
 
 from bench.simulator.clock import Clock
@@ -23,12 +23,36 @@ from bench.simulator.stations import Station
 from proxy.balancer.balance import Balancer
 from proxy.core import BOTH, Api, Item, Job, Leg, Plan, Role
 from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
+from proxy.media import Shape
 from proxy.plan import Held, Holds, Planner, family_of, reader
 from proxy.retry import STAGES
 from proxy.routing import paths
+from proxy.vision import Vision as ProxyVision
 
-_SIDE = 28  # pixels of a vision token, as the proxy assumes
 ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`
+
+
+class Pricing:
+    """Requests as the live proxy parses and prices them, by what it knows of its encoders: `vision`."""
+
+    def __init__(self, vision: ProxyVision) -> None:
+        self._vision = vision
+        self._prices: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # by shape: tokens and work
+
+    def job(self, request: Request) -> Job:
+        items = tuple([self._item(index, one) for index, one in enumerate(request.media)])
+        return Job("", Api.CHAT, {}, items, request.text_tokens, request.output_tokens, stream=True)
+
+    def _item(self, index: int, one: Media) -> Item:
+        key = one.modality, one.width, one.height, one.frames
+        price = self._prices.get(key)
+        if price is None:
+            seconds = one.frames / self._vision.fps
+            shape = Shape(one.modality, None, one.width, one.height, one.frames, seconds)
+            price = self._prices[key] = self._vision.price(shape)
+        tokens, work = price
+        nbytes = tokens * self._vision.embedding_bytes
+        return Item(index, 0, index, one.modality, {}, one.identity, one.identity, tokens, work, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +61,7 @@ class World:
 
     clock: Clock
     planner: Planner
+    pricing: Pricing
     balancer: Balancer
     park: Park
     vision: Vision | None
@@ -98,7 +123,7 @@ class Course:
 
     def begin(self) -> None:
         world = self._world
-        self._job = job_of(self._request)
+        self._job = world.pricing.job(self._request)
         began = perf_counter()
         try:
             plan = world.planner.draw(self._job, world.clock.now, self._holds)
@@ -340,30 +365,19 @@ def _error(leg: Leg, refused: bool) -> EngineFailed:
     return kind(f"{leg.instance.netloc} was killed", stage=STAGES[leg.role])
 
 
-def job_of(request: Request) -> Job:
-    """The request as the proxy has parsed it: with what it can know of the media, which is their size."""
-    items = tuple(_item(index, one) for index, one in enumerate(request.media))
-    return Job("", Api.CHAT, {}, items, request.text_tokens, request.output_tokens, stream=True)
-
-
-def _item(index: int, one: Media) -> Item:
-    tokens = ceil(one.width / _SIDE) * ceil(one.height / _SIDE) * one.frames
-    return Item(index, 0, index, one.modality, {}, one.identity, one.identity, tokens)
-
-
 def parts_of(request: Request, engine: SimulatedEngine, vision: Vision | None) -> tuple[Part, ...]:
-    """The prompt in tokens. The key of a part tells all that is before it."""
-    key, end = 0, 0
+    """The prompt in tokens. The key of a part tells all that is before it; after text like no other there is none."""
+    key: int | None = 0
+    end = 0
     parts = []
     for part in request.parts:
+        key = hash((key, part.identity)) if key is not None and part.identity else None
         if isinstance(part, Text):
-            key = hash((key, part.identity)) if part.identity else hash((key, id(request)))
             end += part.tokens
             parts.append(Part(key, end))
         else:
             own = engine.spec.vision or vision
             assert own is not None
-            key = hash((key, part.identity))
             end += own.cost(part).tokens
             parts.append(Part(key, end, part))
     return tuple(parts)

@@ -42,9 +42,9 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a prompt: `key` is equal for prompts that are the same up to its end."""
+    """A piece of a prompt: `key` is equal for prompts that are the same up to its end, and None if no other ever is."""
 
-    key: Hashable
+    key: Hashable | None
     end: int  # tokens of the prompt up to here
     media: Media | None = None
 
@@ -244,7 +244,7 @@ class SimulatedEngine:
         """What is here already need not be computed; the last token must be."""
         if self.spec.prefix_tokens:
             for part in generation.parts:
-                if not self._prefixes.touch(part.key):
+                if part.key is None or not self._prefixes.touch(part.key):
                     break
                 generation.cached = part.end
         generation.cached = min(generation.cached, generation.prompt - 1)
@@ -293,6 +293,8 @@ class SimulatedEngine:
     def _remember(self, generation: Generation) -> None:
         begin = 0
         for part in generation.parts:
+            if part.key is None:
+                break
             self._prefixes.put(part.key, part.end - begin)
             begin = part.end
 

@@ -17,7 +17,7 @@ class Link:
 
 
 RDMA = Link(1 / 25e9)  # 20 to 40 GB/s and about 1 ms: Mooncake over RoCE or NVLink
-PICKLED = Link(1.5e-9)  # embeddings through ZMQ into every rank's scheduler: a fit to published runs, 1.5 ms per MB
+PICKLED = Link(1.6e-9)  # embeddings through ZMQ into each rank's scheduler in turn: a fit to `scenarios.seed000`
 LinkBetween = Callable[[str, str], Link]
 """By the URLs of sender and receiver."""
 

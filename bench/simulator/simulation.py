@@ -7,7 +7,7 @@ from functools import partial
 from random import Random
 
 from bench.simulator.clock import Clock
-from bench.simulator.courses import Course, World
+from bench.simulator.courses import Course, Pricing, World
 from bench.simulator.encoders import Encoder
 from bench.simulator.faults import Fault, Kill
 from bench.simulator.links import RDMA, LinkBetween, everywhere
@@ -24,6 +24,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.core import ROLES, Role
 from proxy.families import Families
 from proxy.plan import Planner
+from proxy.vision import FAMILIES, Vision
 
 FAMILY = "native"
 PROBE_S = 1.0  # until the proxy's probes see that an engine died, or is back
@@ -42,8 +43,12 @@ class Simulation:
         embedding_link: LinkBetween | None = None,
         kv_link: LinkBetween | None = None,
         faults: Iterable[Fault] = (),
+        vision: Vision = FAMILIES["qwen3_vl"],
     ) -> None:
-        """`policies`: by role, or one for all; roles without any get least_loaded."""
+        """`policies`: by role, or one for all; roles without any get least_loaded.
+
+        `vision` is what the proxy prices media by: right or wrong, engines take as long as their own models say.
+        """
         self.clock = Clock()
         self.results = Results()
         self.fleet = Fleet()
@@ -67,6 +72,7 @@ class Simulation:
         self._world = World(
             self.clock,
             self.planner,
+            Pricing(vision),
             self.balancer,
             self._park,
             visions[0] if visions else None,

@@ -1,0 +1,33 @@
+"""Simulate whole deployments with the live proxy's own decisions, one scenario at a time.
+
+See `bench.simulator` for what is simulated and how, and each scenario's module for what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from bench.report import Report, add_arguments
+from bench.simulator.scenarios import seed000, seed001
+
+SCENARIOS: Mapping[str, Callable[[Report, argparse.Namespace], None]] = {
+    "seed000": seed000.run,
+    "seed001": seed001.run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenario", choices=SCENARIOS, required=True)
+    parser.add_argument("--runs", type=int, default=None, help="repeats with other arrivals; default: the scenario's")
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    report = Report(f"simulate {arguments.scenario}")
+    SCENARIOS[arguments.scenario](report, arguments)
+    sys.exit(report.emit(arguments))
+
+
+if __name__ == "__main__":
+    main()
