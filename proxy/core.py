@@ -111,6 +111,12 @@ class Item:
         return f"messages[{self.message}].content[{self.part}]"
 
 
+def model_of(body: Body) -> str:
+    """The model that a request names; empty if it does not."""
+    named = body.get("model")
+    return named if isinstance(named, str) else ""
+
+
 def field_lines(headers: Mapping[str, str]) -> str:
     """Headers as lines of a head."""
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
@@ -140,9 +146,7 @@ class Job:
 
     @property
     def model(self) -> str:
-        """As the client names it; empty if it does not."""
-        named = self.body.get("model")
-        return named if isinstance(named, str) else ""
+        return model_of(self.body)
 
     @property
     def prompt_tokens(self) -> int:

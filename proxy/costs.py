@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from proxy import media
+from proxy.core import Body, model_of
+from proxy.media import Shape
 from proxy.sizes import Sizes
 from proxy.splice import Media
 from proxy.text import Text
@@ -38,12 +40,17 @@ class Costs:
     sizes: Sizes = field(default_factory=Sizes)
     text: Text = field(default_factory=Text)
 
+    def vision(self, body: Body) -> Vision:
+        """What encodes the media of a request, in the bounds that it sets."""
+        return self.visions.of(model_of(body)).bounded(body.get("mm_processor_kwargs"))
+
     def price(self, vision: Vision, modality: str, found: Media | None, identity: str) -> Price:
         """Of an item. `found`: None where its bytes are elsewhere; then an encoder may have told of `identity`."""
         if found is not None and modality == "image":
             return vision.price(media.measure(modality, found.head, found.nbytes, found.at))
-        if (grid := self.sizes.find(identity)) is not None:
-            return vision.price_of(grid)
+        known = self.sizes.find(identity)
+        if known is not None:
+            return vision.price(known) if isinstance(known, Shape) else vision.price_of(known)
         if found is None:
             return vision.price(None)
         return vision.price(media.measure(modality, found.head, found.nbytes, found.at))

@@ -13,7 +13,7 @@ import orjson
 from blake3 import blake3
 
 from proxy import splice
-from proxy.core import Api, Body, Item, Job, field_lines
+from proxy.core import Api, Body, Item, Job, field_lines, model_of
 from proxy.costs import Costs
 from proxy.errors import BadRequest, ForbiddenField
 from proxy.splice import Cut, Media, Pieces
@@ -61,13 +61,12 @@ def parse(
         body = _object(orjson.loads(raw))
         items = _Reading(identity, [], costs).items(body, api)
     text_bytes, token_ids = _text(body)
-    model = body.get("model")
     return Job(
         id=request_id,
         api=api,
         body=body,
         items=items,
-        text_tokens=token_ids or costs.text.tokens(model if isinstance(model, str) else "", text_bytes),
+        text_tokens=token_ids or costs.text.tokens(model_of(body), text_bytes),
         output_tokens=_output_tokens(body),
         stream=body.get("stream") is True,
         headers=headers or {},
@@ -157,7 +156,7 @@ class _Reading:
                 _refuse_embeds(part, f"messages[{m}].content[{p}]")
             kind = _kind(part)
             if kind is not None:
-                vision = vision or _vision(body, self._costs)
+                vision = vision or self._costs.vision(body)
                 yield self._item(index, m, p, part, kind, vision)
                 index += 1
 
@@ -239,11 +238,6 @@ def _salt(body: Body, identity: Identity) -> bytes:
         return b""
     material = identity.salt + b"\0" + orjson.dumps(factors, option=orjson.OPT_SORT_KEYS)
     return blake3(material, derive_key_context="triptych mm_hash v1").digest()
-
-
-def _vision(body: Body, costs: Costs) -> Vision:
-    model = body.get("model")
-    return costs.visions.of(model if isinstance(model, str) else "").bounded(body.get("mm_processor_kwargs"))
 
 
 def _text(body: Body) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from proxy.core import Handle, Item
+from proxy.media import Shape
 
 Grid: TypeAlias = tuple[int, int, int]
 """Patches in time, height and width, as an encoder cut them."""
@@ -22,26 +23,33 @@ class Sizes:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._grids: dict[str, Grid] = {}
+        self._known: dict[str, Grid | Shape] = {}
 
     def __len__(self) -> int:
-        return len(self._grids)
+        return len(self._known)
 
-    def find(self, identity: str) -> Grid | None:
-        """The grid of the media with this `Item.identity`."""
-        return self._grids.get(identity)
+    def find(self, identity: str) -> Grid | Shape | None:
+        """Of the media with this `Item.identity`, as their encoder cut them, or as their own first bytes tell."""
+        return self._known.get(identity)
 
     def learn(self, item: Item, handle: Handle) -> None:
         """`handle` is the encoder's answer for `item`. An image that came whole has nothing to teach."""
         if (item.modality == "image" and item.mm_hash is not None) or len(item.identity) > _LONGEST:
             return
         grid = grid_of(handle.metadata)
-        if grid is None:
-            return
-        self._grids.pop(item.identity, None)
-        self._grids[item.identity] = grid
-        if len(self._grids) > self._capacity:
-            del self._grids[next(iter(self._grids))]
+        if grid is not None:
+            self._keep(item.identity, grid)
+
+    def measured(self, item: Item, shape: Shape) -> None:
+        """Somebody has looked at the media behind the URL of `item`; an encoder's word comes before that."""
+        if not isinstance(self.find(item.identity), tuple):
+            self._keep(item.identity, shape)
+
+    def _keep(self, identity: str, size: Grid | Shape) -> None:
+        self._known.pop(identity, None)
+        self._known[identity] = size
+        if len(self._known) > self._capacity:
+            del self._known[next(iter(self._known))]
 
 
 def grid_of(metadata: Mapping[str, Any]) -> Grid | None:

@@ -10,8 +10,9 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import cache
 from types import TracebackType
 from typing import Self, TypeAlias, cast
 from urllib.parse import urlsplit
@@ -39,6 +40,10 @@ Feed: TypeAlias = Callable[[bytes], None]
 Shortcut: TypeAlias = Callable[[bytes], bool]
 """Gets what was read from the socket while between two chunks of a body. True: it was whole chunks, written as
 HTTP writes them, and has been dealt with; False: nothing was done with it, and it is parsed."""
+
+
+Resolve: TypeAlias = Callable[[str, int], Awaitable[str]]
+"""The address to connect to for a host and port. Raises OSError where there is none."""
 
 
 class ConnectFailed(Exception):
@@ -446,13 +451,19 @@ def _whole(data: bytes) -> int:
     return end
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    """Read once: the system's certificates take tens of milliseconds."""
+    return ssl.create_default_context()
+
+
 class _Origin:
     """The connections to one engine."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.host = parts.hostname or ""
-        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self.tls = _tls() if parts.scheme == "https" else None
         self.port = parts.port or (443 if self.tls else 80)
         self.prefix = parts.path.rstrip("/")
         self.authority = parts.netloc.rpartition("@")[2]
@@ -490,8 +501,10 @@ class _Origin:
 class Client:
     """The pools of all engines. `open` and `close` it once each."""
 
-    def __init__(self, connect_timeout: float) -> None:
+    def __init__(self, connect_timeout: float, resolve: Resolve | None = None) -> None:
+        """`resolve`: None leaves names to the system."""
         self._connect_timeout = connect_timeout
+        self._resolve = resolve
         self._origins: dict[str, _Origin] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._watcher: asyncio.TimerHandle | None = None
@@ -547,7 +560,11 @@ class Client:
         until = loop.time() + self._connect_timeout
         try:
             async with asyncio.timeout_at(min(until, exchange.deadline)) as timer:
-                await loop.create_connection(lambda: connection, origin.host, origin.port, ssl=origin.tls)
+                host = origin.host if self._resolve is None else await self._resolve(origin.host, origin.port)
+                name = origin.host if origin.tls else None
+                await loop.create_connection(
+                    lambda: connection, host, origin.port, ssl=origin.tls, server_hostname=name
+                )
         except TimeoutError:
             connection.abandon()
             if not timer.expired():

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.core import Handle, Item
+from proxy.media import Shape
 from proxy.sizes import Sizes, grid_of
 
 
@@ -34,6 +35,15 @@ def test_what_the_proxy_knows_better_is_not_kept() -> None:
     assert len(sizes) == 0
     sizes.learn(item("film", "video", "film"), handle(video_grid_thw=[5, 46, 80]))
     assert sizes.find("film") == (5, 46, 80), "of a video a header tells less"
+
+
+def test_an_encoders_word_comes_before_a_look() -> None:
+    sizes, seen = Sizes(), Shape("image", 99, 640, 480)
+    sizes.measured(item(), seen)
+    assert sizes.find(item().identity) == seen
+    sizes.learn(item(), handle(image_grid_thw=[1, 46, 80]))
+    sizes.measured(item(), seen)
+    assert sizes.find(item().identity) == (1, 46, 80)
 
 
 def test_what_was_told_longest_ago_goes_first() -> None:
