@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from math import nan
 from time import perf_counter
 
@@ -26,9 +27,10 @@ from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
 from proxy.media import Shape
 from proxy.plan import Held, Holds, Planner, family_of, reader
 from proxy.retry import STAGES
-from proxy.routing import paths
 from proxy.vision import Vision as ProxyVision
 
+_IMAGE = {"type": "image_url"}
+_BYTES_PER_TOKEN = 4
 ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`
 
 
@@ -37,13 +39,24 @@ class Pricing:
 
     def __init__(self, vision: ProxyVision) -> None:
         self._vision = vision
+        self._count = count()
         self._prices: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # by shape: tokens and work
 
     def job(self, request: Request) -> Job:
-        items = tuple([self._item(index, one) for index, one in enumerate(request.media)])
-        return Job("", Api.CHAT, {}, items, request.text_tokens, request.output_tokens, stream=True)
+        """With a body of the same parts in the same order, whose texts are equal where their identities are."""
+        content: list[dict[str, str]] = []
+        items: list[Item] = []
+        for number, part in enumerate(request.parts):
+            if isinstance(part, Media):
+                content.append(_IMAGE)
+                items.append(self._item(len(items), number, part))
+            else:
+                words = part.identity or f"text {next(self._count)}"
+                content.append({"type": "text", "text": words.ljust(_BYTES_PER_TOKEN * part.tokens)})
+        body = {"messages": [{"role": "user", "content": content}]}
+        return Job("", Api.CHAT, body, tuple(items), request.text_tokens, request.output_tokens, stream=True)
 
-    def _item(self, index: int, one: Media) -> Item:
+    def _item(self, index: int, number: int, one: Media) -> Item:
         key = one.modality, one.width, one.height, one.frames
         price = self._prices.get(key)
         if price is None:
@@ -52,7 +65,7 @@ class Pricing:
             price = self._prices[key] = self._vision.price(shape)
         tokens, work = price
         nbytes = tokens * self._vision.embedding_bytes
-        return Item(index, 0, index, one.modality, {}, one.identity, one.identity, tokens, work, nbytes)
+        return Item(index, 0, number, one.modality, {}, one.identity, one.identity, tokens, work, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,7 @@ class Course:
         "_holds",
         "_job",
         "_life",
+        "_media",
         "_missing",
         "_plan",
         "_ready",
@@ -108,6 +122,7 @@ class Course:
     def __init__(self, world: World, request: Request) -> None:
         self._world = world
         self._request = request
+        self._media = request.media
         self._holds = Holds()
         self._tried: set[str] = set()
         self._life = 0  # of the present plan: what an older one still brings is void
@@ -148,7 +163,7 @@ class Course:
     def _encode(self, leg: Leg) -> None:
         sent = self._sent(leg)
         encoder = self._world.park.encoders[leg.instance.url]
-        media = [self._request.media[item.index] for item in leg.items]
+        media = [self._media[item.index] for item in leg.items]
         life = self._life
         if not encoder.alive:
             self._soon(self._encode_failed, sent, True, life)
@@ -224,7 +239,8 @@ class Course:
             lambda generation: self._last(sent, generation, life),
             lambda: self._generation_failed(sent, False, life),
         )
-        generation.inline = plan.path in paths.INLINE
+        if plan.path.encodes:
+            generation.delivered = {item.identity for leg in plan.encodes for item in leg.items}
         self._generation = generation
         if engine.alive:
             self._soon(self._prefill, engine, generation, life, seconds=engine.spec.overhead)
@@ -343,7 +359,7 @@ class Course:
         row = (
             self._arrival,
             float(error is None),
-            float(len(self._request.media)),
+            float(len(self._media)),
             float(self._hits + (0 if generation is None else generation.hits)),
             self._encoded,
             self._encode_wait,

@@ -10,7 +10,7 @@ steps of a batch that does not change take first · n + slope · n (n-1) / 2 sec
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, sqrt
@@ -57,10 +57,10 @@ class Generation:
         "begun",
         "cached",
         "computed",
+        "delivered",
         "failed",
         "first",
         "hits",
-        "inline",
         "last",
         "output",
         "parts",
@@ -82,13 +82,22 @@ class Generation:
         self.first = first  # its first token is there
         self.last = last  # its last one is; the same moment where there is only one
         self.failed = failed
-        self.inline = False  # its media are encoded here
+        self.delivered: Collection[
+            str
+        ] = ()  # identities of media whose embeddings come with it; others are encoded here
         self.available = self.prompt  # tokens that can be computed by now
         self.computed = 0
         self.cached = 0  # tokens of the prompt that were here already
         self.hits = 0  # items that were encoded here already
         self.room = 0
         self.begun = 0.0  # when its prefill began
+
+    def inline(self) -> list[tuple[int, Media]]:
+        """Media that this engine must see itself, each with the tokens of the prompt up to its end."""
+        parts, delivered = self.parts, self.delivered
+        return [
+            (part.end, part.media) for part in parts if part.media is not None and part.media.identity not in delivered
+        ]
 
 
 class SimulatedEngine:
@@ -125,11 +134,8 @@ class SimulatedEngine:
     def prefill(self, generation: Generation) -> None:
         """From the first token of the prompt on; media are prepared first where they are encoded here."""
         self._present[generation] = None
-        if not generation.inline:
-            self._queue(generation)
-            return
-        missing = [part.media for part in generation.parts if part.media is not None]
-        missing = [media for media in missing if media.identity not in self._embeddings]
+        held = self._held(generation) if self.spec.prefix_tokens else 0
+        missing = [media for end, media in generation.inline() if end > held and media.identity not in self._embeddings]
         for number, media in enumerate(missing, 1):
             ready = self._queue if number == len(missing) else _ignore
             self._hosts.serve(self._cost(media).host * self.slowness, ready, generation)
@@ -243,19 +249,24 @@ class SimulatedEngine:
     def _admit(self, generation: Generation) -> None:
         """What is here already need not be computed; the last token must be."""
         if self.spec.prefix_tokens:
-            for part in generation.parts:
-                if part.key is None or not self._prefixes.touch(part.key):
-                    break
-                generation.cached = part.end
-        generation.cached = min(generation.cached, generation.prompt - 1)
-        generation.computed = generation.cached
+            generation.cached = min(self._held(generation), generation.prompt - 1)
+            generation.computed = generation.cached
+
+    def _held(self, generation: Generation) -> int:
+        """Tokens of its prompt that are in KV."""
+        held = 0
+        for part in generation.parts:
+            if part.key is None or not self._prefixes.touch(part.key):
+                break
+            held = part.end
+        return held
 
     def _prefill(self, chunk: list[tuple[Generation, int]]) -> None:
         tokens = sum(count for _, count in chunk)
         context = sum(count * generation.computed for generation, count in chunk) // tokens
         seconds = self.spec.language.prefill(tokens, context)
         for generation, _ in chunk:
-            if generation.inline and generation.computed == generation.cached:
+            if generation.computed == generation.cached:
                 seconds += self._encode(generation)
         rides = self.spec.mixed and bool(self._running)
         if rides:
@@ -265,14 +276,12 @@ class SimulatedEngine:
     def _encode(self, generation: Generation) -> float:
         """Seconds on this engine's GPUs for the media that are in no cache."""
         seconds = 0.0
-        for part in generation.parts:
-            if part.media is None:
-                continue
-            if part.end <= generation.cached or self._embeddings.touch(part.media.identity):
+        for end, media in generation.inline():
+            if end <= generation.cached or self._embeddings.touch(media.identity):
                 generation.hits += 1
             else:
-                cost = self._cost(part.media)
-                self._embeddings.put(part.media.identity, cost.nbytes)
+                cost = self._cost(media)
+                self._embeddings.put(media.identity, cost.nbytes)
                 seconds += cost.gpu
         return seconds
 

@@ -129,7 +129,6 @@ def test_images_encoded_inline_stall_the_loop_once_each() -> None:
     parts = (Part("i", 100, Media("cat", 1, 1)), Part("it", 110))
     for name in ("once", "again"):
         generation = bench.made(name, parts, 1)
-        generation.inline = True
         bench.clock.at(0.0 if name == "once" else 10.0, bench.engine.prefill, generation)
     bench.clock.run()
     assert bench.first["once"] == pytest.approx(1.0 + 0.5 + LANGUAGE.prefill(110, 0))
@@ -139,7 +138,6 @@ def test_images_encoded_inline_stall_the_loop_once_each() -> None:
 def test_an_engine_that_cannot_see_says_so() -> None:
     bench = Bench(Engine(LANGUAGE))
     generation = bench.made("x", (Part("i", 100, Media("cat", 1, 1)),), 1)
-    generation.inline = True
     with pytest.raises(ValueError, match="without a vision model"):
         bench.engine.prefill(generation)
 
