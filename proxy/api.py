@@ -17,7 +17,6 @@ from prometheus_client import Counter
 
 from proxy import openai
 from proxy.access import AccessLog
-from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
@@ -29,6 +28,7 @@ from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.relay import ClientSink
 from proxy.routing import router
+from proxy.sizing import Sizing
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class OpenAI:
     def __init__(
         self,
         fleet: Fleet,
-        balancer: Balancer,
+        sizing: Sizing,
         dispatcher: Dispatcher,
         upstream: Upstream,
         metrics: Metrics,
@@ -58,7 +58,7 @@ class OpenAI:
         access: AccessLog,
     ) -> None:
         self._fleet = fleet
-        self._balancer = balancer
+        self._sizing = sizing
         self._dispatcher = dispatcher
         self._upstream = upstream
         self._metrics = metrics
@@ -98,6 +98,7 @@ class OpenAI:
         try:
             await self._dispatcher.run(run)
             self._ended(run, "200")
+            self._sizing.finished(run)
         except ProxyError as error:
             self._ended(run, str(error.status), error)
             error.settle()
@@ -175,7 +176,7 @@ class OpenAI:
         return json_response({"ready": ready, "instances": states}, status=200 if ready else 503)
 
     async def exposition(self, request: Request) -> Response:
-        text = self._metrics.render(self._fleet, self._balancer.ledger)
+        text = self._metrics.render()
         return Response(200, text, {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from math import inf
 
 import uvloop
 
-from proxy import api, callbacks, tally
+from proxy import api, callbacks, flow, tally
 from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission, Limits
+from proxy.advising import Advising
 from proxy.balancer import POLICIES
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
@@ -34,7 +36,7 @@ from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
 from proxy.enrolment import Enrolment
 from proxy.families import Families
-from proxy.gate import Gate
+from proxy.gate import Gate, Targets
 from proxy.health import Health, Probing
 from proxy.hedge import Hedge
 from proxy.http.router import Router, post
@@ -42,12 +44,14 @@ from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
 from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
+from proxy.outlooks import Outlooks
 from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiling import Profiling
 from proxy.settings import ProxySettings
+from proxy.sizing import Sizing
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
 from proxy.virtual_encoder import VirtualEncoder
@@ -74,6 +78,10 @@ class Proxy:
         }
         self.balancer = Balancer(policies, seat.board() if seat else None, rates)
         self.metrics = Metrics(seat.folder if seat else None)
+        self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
+        self.advising = Advising(self.sizing)
+        self.metrics.also(Standing(self.fleet, self.balancer.ledger))
+        self.metrics.also(self.advising)
         self.upstream = Upstream(_timeouts(settings))
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
         self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
@@ -84,7 +92,9 @@ class Proxy:
         introduction = Introduction(self.upstream, self.speakers, self.families, patience)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, introduction, probing)
         self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
-        self.gate = Gate(Admission(_limits(settings)), self.metrics)
+        outlooks = Outlooks(self.fleet, self.balancer, self.sizing)
+        targets = Targets(settings.ttft_target or inf, settings.tpot_target or inf)
+        self.gate = Gate(Admission(_limits(settings)), self.metrics, time.monotonic, outlooks.of, targets)
         self.virtual: VirtualEncoder | None = None
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
@@ -110,11 +120,12 @@ class Proxy:
     def server(self) -> Server:
         settings = self.settings
         openai = api.OpenAI(
-            *(self.fleet, self.balancer, self.dispatcher, self.upstream, self.metrics, self._identity, self.access)
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self._identity, self.access)
         )
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
-        routes = [*openai.routes(), *admin.routes(), *profiling.routes(), post(callbacks.ROUTE, self.metaserver.handle)]
+        told = [*admin.routes(), *profiling.routes(), *self.advising.routes()]
+        routes = [*openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
 
     @asynccontextmanager

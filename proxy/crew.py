@@ -1,7 +1,8 @@
 """What the workers of one proxy share, and each one's place in it. Starts no process: `workers` does.
 
-    0              the fleet       balancer.roster
-    roster.SIZE    loads, turns    balancer.board
+    0              the fleet            balancer.roster
+    roster.SIZE    loads, turns         balancer.board
+    … + board      what was asked       flow
 
 Beside the memory there is a folder for the sockets between workers and for their counters, gone with the supervisor or,
 if that was killed, with the workers.
@@ -16,11 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy import tally
+from proxy import flow, tally
 from proxy.balancer import board, roster
 from proxy.balancer.board import Board
 from proxy.balancer.roster import Roster
 from proxy.core import Instance, State
+from proxy.flow import Flow
 from proxy.health import Health
 from proxy.segment import Segment
 from proxy.siblings import Siblings
@@ -41,7 +43,7 @@ class Crew:
 
     @classmethod
     def create(cls, workers: int) -> Crew:
-        segment = Segment.create(roster.SIZE + board.size(workers))
+        segment = Segment.create(roster.SIZE + board.size(workers) + flow.size(workers))
         return cls(workers, segment, Path(tempfile.mkdtemp(prefix="triptych-")))
 
     def fleet(self, told: Told = lambda instance, before: None) -> Roster:
@@ -50,6 +52,9 @@ class Crew:
     def board(self, worker: int) -> Board:
         cells = self.segment.buffer[roster.SIZE :]
         return Board(cells, self.workers, worker, lambda: self.segment.locked(_ROWS))
+
+    def flow(self, worker: int) -> Flow:
+        return Flow(self.segment.buffer[roster.SIZE + board.size(self.workers) :], self.workers, worker)
 
     def lost(self, worker: int) -> None:
         """A worker is dead: its leases are given back, and what it had in flight is over."""
@@ -81,6 +86,9 @@ class Seat:
 
     def board(self) -> Board:
         return self._crew.board(self.worker)
+
+    def flow(self) -> Flow:
+        return self._crew.flow(self.worker)
 
     def fleet(self, told: Told) -> Roster:
         """This worker's look at the fleet; `told` as a Roster's."""

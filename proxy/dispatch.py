@@ -148,7 +148,7 @@ class Dispatcher:
             raise error from None
 
     async def _admitted(self, run: Run) -> None:
-        entry = await self._gate.enter(wishes.priority(run.job), run.job.nbytes)
+        entry = await self._gate.enter(run.job)
         holds = Holds()
         try:
             await self._serve(run, holds)

@@ -32,8 +32,10 @@ class Sum(IntEnum):
     ENCODE_SQUARES = auto()  # of each item's work
     ENCODE_TIME = auto()  # of engines, that the work took
     PROMPT = auto()
-    PROMPT_TIME = auto()
     OUTPUT = auto()
+    # Over prefills whose time was seen, each by how much it tells.
+    FIRST_PROMPT = auto()
+    FIRST_TIME = auto()
     # Over answers whose pace was seen; the batch is how many the engine decoded at once, this one included.
     PACES = auto()
     BATCH = auto()

@@ -27,6 +27,7 @@ class Metrics:
         """`shared`: the folder with the counts of all workers, where `tally` is installed."""
         self._shared = shared
         self._registry = registry = CollectorRegistry()
+        self._standing: list[Collector] = []
         self._stages = {
             name: Histogram(f"triptych_{name}_seconds", what, buckets=_SECONDS, registry=registry)
             for name, what in {
@@ -59,6 +60,12 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.refused = Counter(
+            "triptych_refused",
+            "Requests that were not admitted, by modality and error code",
+            ["modality", "code"],
+            registry=registry,
+        )
         self.hedges = Counter("triptych_hedges", "Second attempts beside a slow encoder", registry=registry)
         self.resumes = Counter("triptych_resumes", "Streams continued by another instance", registry=registry)
         self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)
@@ -71,13 +78,17 @@ class Metrics:
         """`stage` is encode, prefill, decode, ttft or e2e."""
         self._stages[stage].observe(seconds)
 
-    def render(self, fleet: Fleet, ledger: Ledger) -> bytes:
+    def also(self, standing: Collector) -> None:
+        """Show these gauges too, which their owner knows for all workers."""
+        self._standing.append(standing)
+
+    def render(self) -> bytes:
         """The exposition text, with the gauges read from their owners now."""
         counted = self._registry if self._shared is None else tally.summed(self._shared)
-        return generate_latest(counted) + generate_latest(_Standing(fleet, ledger))
+        return b"".join(map(generate_latest, [counted, *self._standing]))
 
 
-class _Standing(Collector):
+class Standing(Collector):
     """What is so now, by its owners."""
 
     def __init__(self, fleet: Fleet, ledger: Ledger) -> None:

@@ -170,6 +170,14 @@ class ProxySettings(BaseSettings):
     max_bytes_in_flight: PositiveInt = Field(4 << 30, description="body bytes of the requests served at once")
     max_queue: int = Field(1024, ge=0, description="requests that may wait for a place; more are refused with 429")
     queue_timeout: PositiveFloat = Field(30.0, description="seconds that a request waits for a place at the most")
+    ttft_target: PositiveFloat | None = Field(
+        None,
+        description="seconds to the first token that are foreseen for every request admitted: others wait while that "
+        "may help, and are refused with 429; the header x-ttft-target comes first; default: no target",
+    )
+    tpot_target: PositiveFloat | None = Field(
+        None, description="seconds per output token that are foreseen for every request admitted; default: no target"
+    )
     request_timeout: PositiveFloat | None = Field(
         None, description="seconds for a whole request; the header x-request-timeout comes first; default: no limit"
     )

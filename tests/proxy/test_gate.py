@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+from math import inf
 
+import orjson
 import pytest
 
-from proxy.admission import Admission, Limits
-from proxy.errors import Overloaded, ProxyError, QueueTimeout, ShuttingDown
-from proxy.gate import Gate
+from proxy import openai
+from proxy.admission import Admission, Limits, Outlook
+from proxy.core import Api, Job, Stage
+from proxy.errors import BadRequest, Overloaded, ProxyError, QueueTimeout, ShuttingDown, TooLate
+from proxy.gate import Gate, Targets
 from proxy.metrics import Metrics
+from proxy.openai import Identity
+from tests.fakes.media import chat, image, part
 
 
-def gate(queue: int = 2, patience: float = 10.0) -> Gate:
-    return Gate(Admission(Limits(1, 100, queue, patience)), Metrics())
+def nothing_foreseen(job: Job) -> Outlook:
+    raise AssertionError("without a target nobody asks")
+
+
+def gate(
+    queue: int = 2,
+    patience: float = 10.0,
+    requests: int = 1,
+    foresee: Callable[[Job], Outlook] = nothing_foreseen,
+    targets: Targets = Targets(),  # noqa: B008 - frozen
+) -> Gate:
+    return Gate(Admission(Limits(requests, 1 << 20, queue, patience)), Metrics(), time.monotonic, foresee, targets)
+
+
+def job(priority: int = 0, media: bool = False, **headers: str) -> Job:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    body = chat(*([part(image())] if media else []), priority=priority)
+    return openai.parse(orjson.dumps(body), Api.CHAT, "id", Identity(), named)
 
 
 async def visit(gate: Gate, left: asyncio.Event, priority: int = 0) -> None:
-    entry = await gate.enter(priority, 1)
+    entry = await gate.enter(job(priority))
     try:
         await left.wait()
     finally:
@@ -82,4 +106,96 @@ async def test_who_waits_in_vain_is_told_why(how: str) -> None:
         await waiting
     left.set()
     await asyncio.gather(inside, *filter(None, [urgent]))
+    assert (g.admission.requests, g.admission.waiting) == (0, 0)
+
+
+class Engines:
+    """Idle ones take 10 ms to a first token; `busy` is the work before them, in seconds."""
+
+    def __init__(self, busy: float = 0.0) -> None:
+        self.busy = busy
+        self.room = True
+        self.served: list[int] = []  # priorities, as they began
+
+    def foresee(self, job: Job) -> Outlook:
+        return Outlook(0.01 + self.busy, 0.01, 0.001, 0.001, Stage.ENCODE, self.room or not job.items)
+
+    async def serve(self, gate: Gate, asked: Job, work: float = 0.0, left: asyncio.Event | None = None) -> None:
+        """As the dispatcher does: the work is charged in the moment in which it is let in."""
+        entry = await gate.enter(asked)
+        self.served.append(asked.body.get("priority", 0))
+        self.busy += work
+        try:
+            if left is not None:
+                await left.wait()
+        finally:
+            self.busy -= work
+            gate.leave(entry)
+
+
+async def test_parked_ones_go_on_one_by_one_as_load_drains_though_nobody_leaves() -> None:
+    engines, left = Engines(busy=30.0), asyncio.Event()
+    g = gate(9, requests=9, foresee=engines.foresee, targets=Targets(first=20.0))
+    async with asyncio.TaskGroup() as group:
+        for priority in (2, 1, 3):
+            group.create_task(engines.serve(g, job(priority), 15.0, left))
+        await until_waiting(g, 3)
+        engines.busy = 1.0
+        async with asyncio.timeout(10):
+            while len(engines.served) < 1:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)  # several looks
+        assert engines.served == [1, 2], "before the third there would be 31 seconds of work"
+        left.set()
+    assert engines.served == [1, 2, 3]
+    assert (g.admission.requests, g.admission.waiting) == (0, 0)
+
+
+async def test_who_is_parked_too_long_is_told_and_leaves_nothing() -> None:
+    engines = Engines(busy=9.0)
+    g = gate(9, requests=9, foresee=engines.foresee)
+    with pytest.raises(TooLate, match=r"within 0\.05 s") as late:
+        await g.enter(job(x_ttft_target="0.05"))
+    assert (late.value.status, late.value.retry_after) == (429, 9.0)
+    with pytest.raises(TooLate):
+        await g.enter(job(x_ttft_target="0.005"))
+    with pytest.raises(BadRequest):
+        await g.enter(job(x_ttft_target="soon"))
+    await engines.serve(g, job())
+    await engines.serve(g, job(x_ttft_target="20"))
+    assert (g.admission.requests, g.admission.waiting, g.admission.nbytes) == (0, 0, 0)
+
+
+async def test_who_leaves_while_parked_leaves_nothing() -> None:
+    engines = Engines(busy=9.0)
+    g = gate(9, requests=9, foresee=engines.foresee, targets=Targets(first=5.0))
+    parked = [asyncio.create_task(g.enter(job())) for _ in range(3)]
+    await until_waiting(g, 3)
+    parked[0].cancel()
+    await until_waiting(g, 2)
+    g.close()
+    for result in (await asyncio.gather(*parked, return_exceptions=True))[1:]:
+        assert isinstance(result, ShuttingDown)
+    assert (g.admission.requests, g.admission.waiting, g.admission.wishing) == (0, 0, False)
+
+
+async def test_media_wait_for_room_for_embeddings_as_long_as_for_a_place() -> None:
+    engines = Engines()
+    engines.room = False
+    g = gate(9, 0.05, 9, engines.foresee, Targets(rooms=True))
+    await engines.serve(g, job())
+    with pytest.raises(QueueTimeout, match="--max-embedding-bytes"):
+        await g.enter(job(media=True))
+    engines.room = True
+    await engines.serve(g, job(media=True))
+    assert (g.admission.requests, g.admission.waiting) == (0, 0)
+
+
+async def test_a_pace_that_does_not_come_back_is_refused_as_too_late() -> None:
+    def slow(job: Job) -> Outlook:
+        return Outlook(0.01, 0.01, 0.5, 0.01, Stage.PREFILL)
+
+    g = gate(9, 0.05, 9, slow, Targets(inf, pace=0.1))
+    with pytest.raises(TooLate, match=r"every 0\.1 s \(--tpot-target\): now a token would take 0\.5 s"):
+        await g.enter(job())
     assert (g.admission.requests, g.admission.waiting) == (0, 0)

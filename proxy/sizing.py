@@ -1,0 +1,167 @@
+"""What the fleet was asked lately, and what one engine of it carries: learnt from each request that ends.
+
+All of it goes into `flow`, so that any worker tells of all of them: also what this worker's rates are, as the engine
+time that the work it saw must have taken. Token counts of answers are those that were predicted, in what is offered and
+in what is carried alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from proxy.balancer.balance import PRIORS, Balancer
+from proxy.balancer.fleet import Fleet
+from proxy.capacity import Carried, Offered
+from proxy.core import Leg, Role, State
+from proxy.dispatch import Run
+from proxy.flow import Flow, Sum
+from proxy.plan import Held
+
+_LEAST = 0.05  # requests, faded: below this the last one ended several minutes ago
+_BATCH = 256  # sequences that engines decode at once by default
+_STEP, _SEQUENCE, _TOKEN = 6e-3, 16e-6, 17e-9  # seconds of a 7B model's step on an H100, and more for each of them
+_KEPT = 4096.0  # tokens of KV of a sequence, until one has been seen
+_DOUBT = 64.0  # of how a pace grows with the batch: as if batches one apart had been seen so often
+
+Sums = Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """Seconds per token of each of `batch` sequences that one engine decodes at once: alone + crowd · batch."""
+
+    alone: float
+    crowd: float
+
+    def of(self, batch: float) -> float:
+        return self.alone + self.crowd * batch
+
+
+class Sizing:
+    """One per worker."""
+
+    def __init__(self, fleet: Fleet, balancer: Balancer, flow: Flow, clock: Callable[[], float]) -> None:
+        self._fleet = fleet
+        self._balancer = balancer
+        self._flow = flow
+        self._clock = clock
+
+    def finished(self, run: Run) -> None:
+        """A request has been served to its end, and what it held is returned."""
+        if run.plan is not None:
+            now = self._clock()
+            amounts = [(Sum.REQUESTS, 1.0), (Sum.OUTPUT, float(run.job.output_tokens))]
+            for leg in run.plan.legs:
+                amounts += self._encoded(leg) if leg.role is Role.ENCODE else self._generated(run, leg, now)
+            self._flow.add(now, amounts)
+
+    # ---- what one leg tells
+
+    def _encoded(self, leg: Leg) -> Iterator[tuple[Sum, float]]:
+        rate = self._balancer.rates[Role.ENCODE].seconds(leg.instance.url)
+        for work in _works(leg):
+            yield Sum.ENCODES, 1.0
+            yield Sum.ENCODE_WORK, work
+            yield Sum.ENCODE_SQUARES, work * work
+            yield Sum.ENCODE_TIME, work * rate
+
+    def _generated(self, run: Run, leg: Leg, now: float) -> Iterator[tuple[Sum, float]]:
+        work, url = sum(_works(leg)), leg.instance.url
+        batch = self._balancer.ledger.leases(url=url) + 1
+        if leg.role is Role.PREFILL:
+            yield Sum.PROMPT, work
+            yield Sum.FIRST_PROMPT, work
+            yield Sum.FIRST_TIME, work * self._balancer.rates[Role.PREFILL].seconds(url)
+            return
+        if leg.role is not Role.DECODE:
+            prompt = max(1.0, work - run.job.output_tokens)
+            yield Sum.PROMPT, prompt
+            if (first := _first(run)) is not None:
+                # Who had the engine to itself tells how fast it prefills; among others much of the time was theirs.
+                yield Sum.FIRST_PROMPT, prompt / batch**2
+                yield Sum.FIRST_TIME, (first - run.decode_began) / batch**2
+        pace = _pace(run, leg.role, now)
+        if pace is not None:
+            yield Sum.PACES, 1.0
+            yield Sum.BATCH, batch
+            yield Sum.BATCH_SQUARES, batch * batch
+            yield Sum.PACE, pace
+            yield Sum.BATCH_PACE, batch * pace
+            yield Sum.KEPT, work
+
+    # ---- what they tell together
+
+    def offered(self) -> Offered:
+        """All zero where nothing has ended for minutes."""
+        now = self._clock()
+        sums, span = self._flow.sums(now), self._flow.span(now)
+        if sums[Sum.REQUESTS] < _LEAST:
+            return Offered(0.0, 0.0, 0.0, 0.0)
+        mean = _ratio(sums[Sum.ENCODE_WORK], sums[Sum.ENCODES], 0.0)
+        spread = _ratio(sums[Sum.ENCODE_SQUARES], sums[Sum.ENCODES] * mean**2, 2.0) - 1
+        requests, encode, prompt, output = (
+            sums[what] / span for what in (Sum.REQUESTS, Sum.ENCODE_WORK, Sum.PROMPT, Sum.OUTPUT)
+        )
+        return Offered(requests, encode, prompt, output, max(0.0, spread))
+
+    def carried(self) -> Carried:
+        """With a stage's prior where nothing was seen of it."""
+        sums = self._flow.sums(self._clock())
+        census = self._fleet.census()
+        batch = max(1.0, min(_BATCH, self._room() / _kept(sums)))
+        return Carried(
+            {role: counted[State.READY] for role, counted in census.items()},
+            encode=_ratio(sums[Sum.ENCODE_WORK], sums[Sum.ENCODE_TIME], 1 / PRIORS[Role.ENCODE]),
+            prefill=_ratio(sums[Sum.FIRST_PROMPT], sums[Sum.FIRST_TIME], 1 / PRIORS[Role.PREFILL]),
+            decode=batch / _pacing(sums).of(batch),
+        )
+
+    def pacing(self) -> Pacing:
+        return _pacing(self._flow.sums(self._clock()))
+
+    def _room(self) -> float:
+        """Tokens of KV of an engine that decodes, on average of those that tell."""
+        told = [float(i.facts["kv_tokens"]) for i in self._fleet if Role.DECODE in i.role and "kv_tokens" in i.facts]
+        return sum(told) / len(told) if told else float("inf")
+
+
+def _works(leg: Leg) -> list[int]:
+    """What the leg was charged with: one work for each item of an encode leg."""
+    return [lease.tokens for lease in leg.hold.leases] if isinstance(leg.hold, Held) else []
+
+
+def _first(run: Run) -> float | None:
+    """When the first token of a stream came, if nothing had failed before."""
+    seconds = run.timings.get("ttft")
+    return run.began + seconds if run.job.stream and seconds is not None and run.attempts == 1 else None
+
+
+def _pace(run: Run, role: Role, now: float) -> float | None:
+    """Seconds per token, where they can be told from the prompt's: of a stream, or of a decode engine."""
+    tokens = run.job.output_tokens
+    if (first := _first(run)) is not None:
+        return (now - first) / (tokens - 1) if tokens > 1 else None
+    return (now - run.decode_began) / tokens if role is Role.DECODE and run.attempts == 1 and tokens else None
+
+
+def _pacing(sums: Sums) -> Pacing:
+    """The line through what was seen, as steep as engines' steps are known to grow where batches hardly differed."""
+    growth = (_SEQUENCE + _TOKEN * _kept(sums)) / _STEP  # for each sequence more, of the time of one alone
+    count = sums[Sum.PACES]
+    if count < _LEAST:
+        return Pacing(_STEP, _STEP * growth)
+    batch, pace = sums[Sum.BATCH] / count, sums[Sum.PACE] / count
+    varied = max(0.0, sums[Sum.BATCH_SQUARES] - count * batch**2)
+    together = sums[Sum.BATCH_PACE] - count * batch * pace
+    usual = pace * growth / (1 + growth * batch)
+    crowd = min(max(0.0, (together + _DOUBT * usual) / (varied + _DOUBT)), 0.99 * pace / batch)
+    return Pacing(pace - crowd * batch, crowd)
+
+
+def _kept(sums: Sums) -> float:
+    return _ratio(sums[Sum.KEPT], sums[Sum.PACES], _KEPT)
+
+
+def _ratio(amount: float, count: float, otherwise: float) -> float:
+    return amount / count if amount > 0 and count > 0 else otherwise

@@ -1,0 +1,123 @@
+"""What is learnt of real requests, and what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+
+import pytest
+
+from proxy import flow
+from proxy.balancer.balance import PRIORS, Balancer
+from proxy.balancer.fleet import Event, Fleet
+from proxy.core import Role
+from proxy.flow import Sum
+from proxy.sizing import Pacing, Sizing
+from tests.fakes.deployment import Deployment, deployment
+from tests.fakes.faults import Fault, Kind
+from tests.fakes.media import chat, image, part
+
+E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
+
+
+def sums(d: Deployment) -> dict[Sum, float]:
+    """As they would be if nothing had faded."""
+    found = d.proxy.sizing._flow.sums(d.proxy.sizing._clock())
+    whole = 1 / found[Sum.REQUESTS] * round(found[Sum.REQUESTS]) if found[Sum.REQUESTS] else 1.0
+    return {what: value * whole for what, value in zip(Sum, found, strict=True)}
+
+
+async def test_every_stage_of_a_finished_request_is_counted() -> None:
+    async with deployment("1e1p1d") as d:
+        asked = chat(part(image(64, 32)), part(image(32, 64)), stream=True, max_tokens=9)
+        assert [(await d.post(asked)).status for _ in range(3)] == [200] * 3
+        await d.settle()
+        found = sums(d)
+        near = pytest.approx
+        assert found[Sum.REQUESTS] == near(3)
+        assert (found[Sum.ENCODES], found[Sum.OUTPUT]) == (near(6, rel=0.01), near(27, rel=0.01))
+        assert found[Sum.PROMPT] == near(found[Sum.FIRST_PROMPT]) and found[Sum.PROMPT] > 0
+        assert found[Sum.ENCODE_WORK] > 0 and found[Sum.PACES] == found[Sum.BATCH] == near(3, rel=0.01)
+        offered = d.proxy.sizing.offered()
+        assert offered.encode / offered.requests == near(found[Sum.ENCODE_WORK] / 3)
+        assert offered.spread == near(0, abs=1e-6), "all images are alike"
+        carried = d.proxy.sizing.carried()
+        assert carried.engines == {E: 1, P: 1, D: 1}
+        assert carried.encode == near(found[Sum.ENCODE_WORK] / found[Sum.ENCODE_TIME])
+
+
+async def test_failed_requests_and_cancelled_ones_are_not() -> None:
+    async with deployment("1b") as d:
+        d.combined[0].fail(Fault(Kind.STATUS, status=400))
+        assert (await d.post(chat())).status == 400
+        assert (await d.post(b"{")).status == 400
+        d.combined[0].gate = asyncio.Event()
+        leaving = asyncio.create_task(d.post(chat()))
+        await d.combined[0].until(lambda: d.combined[0].running == 1)
+        leaving.cancel()
+        await d.settle()
+        assert d.proxy.sizing.offered().requests == 0
+
+
+async def test_a_combined_engine_is_known_by_streams_that_had_it_to_themselves() -> None:
+    async with deployment("1b") as d:
+        await d.post(chat(max_tokens=5))
+        await d.settle()
+        assert sums(d)[Sum.PACES] == sums(d)[Sum.FIRST_TIME] == 0, "of a whole answer nothing can be told apart"
+        engine = d.combined[0]
+        engine.gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat(stream=True, max_tokens=5))) for _ in range(3)]
+        await engine.until(lambda: engine.running == 3)
+        engine.gate.set()
+        assert {answer.status for answer in await asyncio.gather(*asking)} == {200}
+        await d.settle()
+        found = sums(d)
+        assert found[Sum.PACES] == pytest.approx(3, rel=0.01)
+        assert found[Sum.BATCH] == pytest.approx(1 + 2 + 3, rel=0.01), "as many as were served when each ended"
+        prompt = found[Sum.PROMPT] / 4
+        assert found[Sum.FIRST_PROMPT] == pytest.approx(prompt * (1 + 1 / 4 + 1 / 9), rel=0.01)
+
+
+def sizing(**engines: int) -> tuple[Sizing, flow.Flow]:
+    fleet, numbers = Fleet(), count(1)
+    for label, number in engines.items():
+        for _ in range(number):
+            made = fleet.join(f"http://h:{next(numbers)}", Role.named(label), "native")
+            fleet.apply(made, Event.HEALTHY, "healthy")
+    shared = flow.alone()
+    return Sizing(fleet, Balancer({}), shared, lambda: 1000.0), shared
+
+
+def test_what_was_not_seen_is_assumed() -> None:
+    size, _ = sizing(encode=2, both=1)
+    assert size.offered().requests == 0
+    carried = size.carried()
+    assert carried.engines == {E: 2, P | D: 1}
+    assert (carried.encode, carried.prefill) == (1 / PRIORS[E], 1 / PRIORS[P])
+    assert carried.decode == pytest.approx(256 / size.pacing().of(256))
+
+
+@pytest.mark.parametrize("seen", [2, 10_000])
+def test_a_pace_is_the_line_through_what_was_seen_once_batches_differed(seen: int) -> None:
+    size, shared = sizing(both=1)
+    truth = Pacing(0.02, 0.002)
+    for number in range(seen):
+        batch = 1 + number % 2
+        pace = truth.of(batch)
+        values = [(Sum.PACES, 1), (Sum.BATCH, batch), (Sum.BATCH_SQUARES, batch**2)]
+        shared.add(1000.0, [*values, (Sum.PACE, pace), (Sum.BATCH_PACE, batch * pace), (Sum.KEPT, 100)])
+    found = size.pacing()
+    assert found.of(1.5) == pytest.approx(truth.of(1.5)), "through the middle of what was seen"
+    if seen > 100:
+        assert (found.alone, found.crowd) == (pytest.approx(0.02, rel=0.02), pytest.approx(0.002, rel=0.1))
+    else:
+        assert 0 < found.crowd < 0.001, "two answers are no reason to doubt what is known of engines"
+
+
+def test_room_for_kv_bounds_the_batch() -> None:
+    size, shared = sizing(both=2)
+    first, second = size._fleet.ready(P | D)
+    first.facts, second.facts = {"kv_tokens": 10_000}, {"kv_tokens": 30_000}
+    values = [(Sum.PACES, 1), (Sum.BATCH, 1), (Sum.BATCH_SQUARES, 1), (Sum.PACE, 0.01), (Sum.BATCH_PACE, 0.01)]
+    shared.add(1000.0, [*values, (Sum.KEPT, 1000)])
+    assert size.carried().decode == pytest.approx(20 / size.pacing().of(20))
