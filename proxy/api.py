@@ -8,14 +8,13 @@ import math
 import random
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import orjson
 from prometheus_client import Counter
 
-from proxy import openai
 from proxy.access import AccessLog
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
@@ -25,7 +24,7 @@ from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
 from proxy.metrics import Metrics
-from proxy.openai import Identity
+from proxy.reading import Reading
 from proxy.relay import ClientSink
 from proxy.routing import router
 from proxy.sizing import Sizing
@@ -40,7 +39,6 @@ _APIS = {str(api): api for api in Api}
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"})
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
-_LARGE = 1 << 18  # bytes; parsing and hashing more than this takes a millisecond and leaves the loop
 _MODELS_TIMEOUT_S = 5.0
 _RETRY_AFTER_S = 1  # probes bring an engine back within seconds
 _CLIENT_GONE = "499"  # nginx's number for it, in logs and metrics only
@@ -54,7 +52,7 @@ class OpenAI:
         dispatcher: Dispatcher,
         upstream: Upstream,
         metrics: Metrics,
-        identity: Callable[[Mapping[str, str]], Identity],
+        reading: Reading,
         access: AccessLog,
     ) -> None:
         self._fleet = fleet
@@ -62,7 +60,7 @@ class OpenAI:
         self._dispatcher = dispatcher
         self._upstream = upstream
         self._metrics = metrics
-        self._identity = identity
+        self._reading = reading
         self._access = access
         self._active: set[str] = set()  # engine-facing ids in flight
         self._received, self._sent = (metrics.bytes.labels(way) for way in ("from_clients", "to_clients"))
@@ -115,9 +113,8 @@ class OpenAI:
         raw = await request.read()
         self._received.inc(len(raw))
         api, headers = _APIS[request.path], _end_to_end(request.headers)
-        arguments = (raw, api, engine_id, self._identity(request.headers), headers)
         try:
-            job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
+            job = await self._reading.job(raw, api, engine_id, request.headers, headers)
         except ProxyError as error:
             self._count("none", str(error.status))
             raise

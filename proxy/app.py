@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from math import inf
 
 import uvloop
@@ -28,6 +28,7 @@ from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
+from proxy.costs import Costs
 from proxy.crew import Crew, Seat
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
@@ -44,12 +45,15 @@ from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
 from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
+from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
 from proxy.outlooks import Outlooks
 from proxy.pictures import Pictures
 from proxy.plan import Planner
+from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
+from proxy.reading import Reading
 from proxy.settings import ProxySettings
 from proxy.sizing import Sizing
 from proxy.tasks import together
@@ -95,6 +99,9 @@ class Proxy:
         outlooks = Outlooks(self.fleet, self.balancer, self.sizing)
         targets = Targets(settings.ttft_target or inf, settings.tpot_target or inf)
         self.gate = Gate(Admission(_limits(settings)), self.metrics, time.monotonic, outlooks.of, targets)
+        self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
+        self.measuring = _measuring(settings, self.costs)
+        self.reading = Reading(self._identity, self.costs, self.measuring)
         self.virtual: VirtualEncoder | None = None
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
@@ -108,7 +115,7 @@ class Proxy:
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
         if settings.virtual_encoder_port is not None:
             calls = EncoderCalls(legs, self.upstream)
-            self.virtual = VirtualEncoder(self.fleet, planner, legs, calls, settings.max_attempts)
+            self.virtual = VirtualEncoder(self.fleet, planner, legs, calls, settings.max_attempts, self.costs)
         over = Pictures(self.speakers).over if self.virtual is None else self.virtual.over
         return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules, over)
 
@@ -120,7 +127,7 @@ class Proxy:
     def server(self) -> Server:
         settings = self.settings
         openai = api.OpenAI(
-            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self._identity, self.access)
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self.reading, self.access)
         )
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
@@ -131,7 +138,8 @@ class Proxy:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
-        async with self.upstream, self.metaserver.listening(), self._encoding(), together() as group:
+        measuring = nullcontext() if self.measuring is None else self.measuring.running()
+        async with self.upstream, self.metaserver.listening(), measuring, self._encoding(), together() as group:
             server = self.server()
             try:
                 shared = self._seat is not None
@@ -204,6 +212,12 @@ def _timeouts(settings: ProxySettings) -> Timeouts:
         stream_idle=settings.stream_idle_timeout,
         answer=settings.answer_timeout,
     )
+
+
+def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:
+    if settings.measure_urls == "never":
+        return None
+    return Measuring(costs, settings.measure_timeout, private=settings.measure_urls == "all")
 
 
 def _limits(settings: ProxySettings) -> Limits:

@@ -31,6 +31,7 @@ from proxy.dialects.base import Media
 from proxy.dialects.sglang import Sglang
 from proxy.hedge import Hedge
 from proxy.links import LABELS, labels
+from proxy.profiles import flagged
 
 _NOTHING = frozenset({"", "disable", "none"})
 _ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL, "together": Order.TOGETHER}
@@ -154,6 +155,17 @@ class ProxySettings(BaseSettings):
         120.0, description="seconds for the one real request that an engine of another family answers before it serves"
     )
     probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
+    vision: str = Field(
+        "",
+        description="how images and videos become tokens: qwen2_vl, qwen2_5_vl, qwen3_vl, or a model's folder, for all "
+        "models or as MODEL=…,MODEL=…; default: as encoders tell, else by the model's name",
+    )
+    measure_urls: Literal["never", "public", "all"] = Field(
+        "never",
+        description="before planning, read up to 64 KiB of media behind URLs to know their size; public: at addresses "
+        "of the open Internet; all: at private ones too, which clients then make the proxy connect to",
+    )
+    measure_timeout: PositiveFloat = Field(1.0, description="seconds that a request waits for its media's sizes")
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
     inline_encoding: bool = Field(
         False, description="combined engines have an encoder of their own: give them media when encoders fail"
@@ -223,6 +235,7 @@ class ProxySettings(BaseSettings):
         if twice is not None:
             raise ValueError(f"{twice} is listed twice: an engine has one role")
         self.policies()
+        flagged(self.vision)
         if self.lists() and self.virtual_encoder_port is None:
             raise ValueError("--encoder-register-urls: what is to be registered listens on --virtual-encoder-port")
         if self.workers > 1 and self.virtual_encoder_port is not None:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
@@ -28,6 +29,7 @@ import orjson
 from proxy import pieces
 from proxy.balancer.fleet import Fleet
 from proxy.core import Job, Plan, Role, Stage
+from proxy.costs import Costs
 from proxy.dialects.sglang import SELF_FED, Sglang
 from proxy.encoder_calls import Call, EncoderCalls, Receivers
 from proxy.errors import BadRequest, Conflict, NoInstance, NotFound, ProxyError, Refused
@@ -73,13 +75,16 @@ class Gathered:
 class VirtualEncoder:
     """`attempts`: at the most, per item."""
 
-    def __init__(self, fleet: Fleet, planner: Planner, legs: Legs, calls: EncoderCalls, attempts: int) -> None:
+    def __init__(
+        self, fleet: Fleet, planner: Planner, legs: Legs, calls: EncoderCalls, attempts: int, costs: Costs
+    ) -> None:
         self._fleet = fleet
         self._planner = planner
         self._clock = legs.clock
         self._metrics = legs.metrics
         self._calls = calls
         self._attempts = attempts
+        self._costs = costs
         self._gathered: dict[str, Gathered] = {}  # by rid
         self.wards = Wards()
 
@@ -103,7 +108,8 @@ class VirtualEncoder:
         raw = await request.read()
         req_id = None
         try:
-            part = await asyncio.to_thread(pieces.read, raw) if len(raw) > _LARGE else pieces.read(raw)
+            read = partial(pieces.read, raw, self._costs)
+            part = await asyncio.to_thread(read) if len(raw) > _LARGE else read()
             req_id = part.body["req_id"]
             began = self._clock()
             async with self._gathering(part) as gathered:

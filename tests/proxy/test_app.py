@@ -14,9 +14,11 @@ import pytest
 
 from proxy.app import Proxy
 from proxy.settings import ProxySettings
-from tests.fakes.deployment import FAST
+from proxy.vision import FAMILIES
+from tests.fakes.deployment import FAST, deployment
 from tests.fakes.media import chat
 from tests.fakes.native import Decode, Language, Prefill
+from tests.proxy.test_measuring import hosted, parts
 
 
 @contextlib.asynccontextmanager
@@ -34,6 +36,16 @@ async def command(*argv: str) -> AsyncIterator[tuple[asyncio.subprocess.Process,
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.communicate()
+
+
+@pytest.mark.parametrize("measure", ["never", "all"])
+async def test_media_are_measured_before_planning_where_that_is_asked_for(measure: str) -> None:
+    async with hosted() as host, deployment("1e1b", measure_urls=measure, vision="tiny=qwen3_vl") as d:
+        assert d.proxy.costs.visions.of("tiny") is FAMILIES["qwen3_vl"]
+        assert (await d.post(chat(*parts(f"{host.url}/x")))).status == 200
+        assert len(host.asked) == (measure == "all"), "this encoder fetches nothing"
+        known = d.proxy.costs.sizes.find(f"{host.url}/x")
+        assert (getattr(known, "width", None) == 1280) == (measure == "all")
 
 
 async def ready(http: aiohttp.ClientSession, url: str) -> None:

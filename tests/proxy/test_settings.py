@@ -87,6 +87,8 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         ([*D, "--encode-timeout", "0"], "--encode-timeout: Input should be greater than 0"),
         ([*D, "--policy", "magic"], "no policy 'magic' (known: least_loaded, round_robin)"),
         ([*D, "--policy", "chef=round_robin"], "no role 'chef'"),
+        ([*D, "--vision", "m=llava"], "--vision: 'llava' is neither a family (qwen2_vl"),
+        ([*D, "--measure-urls", "yes"], "--measure-urls: Input should be 'never', 'public' or 'all'"),
         ([*D, "--hedge-after", "soon"], "--hedge-after: 'soon' is neither seconds like 0.5 nor a percentile like p95"),
         ([*D, "--max-attempts", "0"], "--max-attempts: Input should be greater than 0"),
         ([*D, "--virtual-encoder-port", "0", "--workers", "2"], "must meet in one process"),
