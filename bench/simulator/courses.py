@@ -8,64 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from math import nan
 from time import perf_counter
+from typing import NamedTuple
 
 from bench.simulator.clock import Clock
 from bench.simulator.encoders import Encode
-from bench.simulator.engines import Generation, Part, SimulatedEngine
+from bench.simulator.engines import Generation, SimulatedEngine
 from bench.simulator.links import LinkBetween
 from bench.simulator.machines import Park
 from bench.simulator.models import Vision
-from bench.simulator.requests import Media, Request, Text
+from bench.simulator.parsing import Parser, prompt
+from bench.simulator.requests import Request
 from bench.simulator.results import Results
 from bench.simulator.stations import Station
 from proxy.balancer.balance import Balancer
-from proxy.core import BOTH, Api, Item, Job, Leg, Plan, Role
+from proxy.core import BOTH, Leg, Plan, Role
 from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
-from proxy.media import Shape
 from proxy.plan import Held, Holds, Planner, family_of, reader
 from proxy.retry import STAGES
-from proxy.vision import Vision as ProxyVision
 
-_IMAGE = {"type": "image_url"}
-_BYTES_PER_TOKEN = 4
 ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`
-
-
-class Pricing:
-    """Requests as the live proxy parses and prices them, by what it knows of its encoders: `vision`."""
-
-    def __init__(self, vision: ProxyVision) -> None:
-        self._vision = vision
-        self._count = count()
-        self._prices: dict[tuple[str, int, int, int], tuple[int, int]] = {}  # by shape: tokens and work
-
-    def job(self, request: Request) -> Job:
-        """With a body of the same parts in the same order, whose texts are equal where their identities are."""
-        content: list[dict[str, str]] = []
-        items: list[Item] = []
-        for number, part in enumerate(request.parts):
-            if isinstance(part, Media):
-                content.append(_IMAGE)
-                items.append(self._item(len(items), number, part))
-            else:
-                words = part.identity or f"text {next(self._count)}"
-                content.append({"type": "text", "text": words.ljust(_BYTES_PER_TOKEN * part.tokens)})
-        body = {"messages": [{"role": "user", "content": content}]}
-        return Job("", Api.CHAT, body, tuple(items), request.text_tokens, request.output_tokens, stream=True)
-
-    def _item(self, index: int, number: int, one: Media) -> Item:
-        key = one.modality, one.width, one.height, one.frames
-        price = self._prices.get(key)
-        if price is None:
-            seconds = one.frames / self._vision.fps
-            shape = Shape(one.modality, None, one.width, one.height, one.frames, seconds)
-            price = self._prices[key] = self._vision.price(shape)
-        tokens, work = price
-        nbytes = tokens * self._vision.embedding_bytes
-        return Item(index, 0, number, one.modality, {}, one.identity, one.identity, tokens, work, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +37,7 @@ class World:
 
     clock: Clock
     planner: Planner
-    pricing: Pricing
+    parser: Parser
     balancer: Balancer
     park: Park
     vision: Vision | None
@@ -96,13 +59,24 @@ class _Sent:
         self.began = now
 
 
+class _Share(NamedTuple):
+    """What one encode leg brought: it can be sent again from there."""
+
+    url: str
+    nbytes: int
+    identities: list[str]
+
+
 class Course:
     __slots__ = (
         "_arrival",
+        "_arrived",
         "_attempts",
         "_decision",
         "_encode_wait",
         "_encoded",
+        "_encodes",
+        "_encoding",
         "_first",
         "_generation",
         "_hits",
@@ -110,7 +84,6 @@ class Course:
         "_job",
         "_life",
         "_media",
-        "_missing",
         "_plan",
         "_ready",
         "_request",
@@ -125,9 +98,11 @@ class Course:
         self._media = request.media
         self._holds = Holds()
         self._tried: set[str] = set()
-        self._life = 0  # of the present plan: what an older one still brings is void
-        self._missing = 0  # encode legs whose embeddings are not where they are read
-        self._shares: list[tuple[str, int]] = []  # encoders that hold embeddings of it, and bytes
+        self._life = 0  # of the present generation: what an older one still brings is void
+        self._encodes = True  # false: what encoders still bring is void
+        self._encoding = 0  # legs that encoders have not ended
+        self._shares: list[_Share] = []  # encoded
+        self._arrived: set[str] = set()  # identities whose embeddings are where they are read
         self._plan: Plan | None = None
         self._generation: Generation | None = None
         self._arrival = world.clock.now
@@ -138,7 +113,7 @@ class Course:
 
     def begin(self) -> None:
         world = self._world
-        self._job = world.pricing.job(self._request)
+        self._job = world.parser.job(self._request)
         began = perf_counter()
         try:
             plan = world.planner.draw(self._job, world.clock.now, self._holds)
@@ -152,10 +127,10 @@ class Course:
 
     def _follow(self, plan: Plan) -> None:
         encodes = plan.encodes if plan.path.encodes else ()
-        self._missing = len(encodes)
+        self._encoding = len(encodes)
         for leg in encodes:
             self._encode(leg)
-        if not encodes:
+        if not encodes or self._world.park.engines[reader(plan).url].spec.overlap:
             self._generate()
 
     # ---- encode
@@ -164,45 +139,51 @@ class Course:
         sent = self._sent(leg)
         encoder = self._world.park.encoders[leg.instance.url]
         media = [self._media[item.index] for item in leg.items]
-        life = self._life
-        if not encoder.alive:
-            self._soon(self._encode_failed, sent, True, life)
-            return
-
-        def done(encode: Encode) -> None:
-            if life == self._life:
-                self._leg_encoded(sent, encode)
-
-        encoder.encode(media, done, lambda: self._encode_failed(sent, False, life))
+        if encoder.alive:
+            encoder.encode(
+                media, lambda encode: self._leg_encoded(sent, encode), lambda: self._encode_failed(sent, False)
+            )
+        else:
+            self._soon(self._encode_failed, sent, True)
 
     def _leg_encoded(self, sent: _Sent, encode: Encode) -> None:
-        world, url = self._world, sent.leg.instance.url
+        world = self._world
         self._succeeded(sent)
+        if not self._encodes:
+            return
+        self._encoding -= 1
         self._hits += encode.hits
         self._encoded = world.clock.now - self._arrival
         self._encode_wait = max(0.0, world.clock.now - sent.began - encode.busy)
-        self._shares.append((url, encode.nbytes))
-        self._send(url, encode.nbytes)
+        share = _Share(sent.leg.instance.url, encode.nbytes, [item.identity for item in sent.leg.items])
+        self._shares.append(share)
+        self._send(share)
 
-    def _send(self, url: str, nbytes: int) -> None:
+    def _send(self, share: _Share) -> None:
         """One leg's embeddings to whoever reads them."""
         world = self._world
         assert self._plan is not None
         to = reader(self._plan).url
-        link = world.embedding_link(url, to)
-        seconds = link.seconds(nbytes, world.park.engines[to].spec.language.ranks)
-        world.inlets[to].serve(seconds, world.clock.after, link.latency, self._leg_arrived, self._life)
+        link = world.embedding_link(share.url, to)
+        seconds = link.seconds(share.nbytes, world.park.engines[to].spec.language.ranks)
+        world.inlets[to].serve(seconds, world.clock.after, link.latency, self._leg_arrived, share, self._life)
 
-    def _leg_arrived(self, life: int) -> None:
-        if life == self._life:
-            self._missing -= 1
-            if not self._missing:
-                self._generate()
+    def _leg_arrived(self, share: _Share, life: int) -> None:
+        if life != self._life:
+            return
+        self._arrived.update(share.identities)
+        generation = self._generation
+        if generation is not None:
+            self._ready = self._world.clock.now
+            assert self._plan is not None
+            self._world.park.engines[reader(self._plan).url].extend(generation, generation.up_to(self._arrived))
+        elif not self._encoding and len(self._arrived) == sum(len(share.identities) for share in self._shares):
+            self._generate()
 
-    def _encode_failed(self, sent: _Sent, refused: bool, life: int) -> None:
+    def _encode_failed(self, sent: _Sent, refused: bool) -> None:
         """Its items go to another encoder; to none, if there is no other and engines may encode."""
         self._failed(sent, refused)
-        if life != self._life:
+        if not self._encodes:
             return
         world, plan, now = self._world, self._plan, self._world.clock.now
         assert plan is not None
@@ -215,13 +196,22 @@ class Course:
         if leg is not None:
             self._encode(leg)
             return
+        self._withdraw()
+        self._encodes = False
         inline = world.planner.inline(plan, self._job, now, self._holds)
         if inline is None:
             self._end(_error(sent.leg, refused))
         else:
-            self._life += 1
             self._plan = inline
             self._generate()
+
+    def _withdraw(self) -> None:
+        """What has been asked of an engine, while items still encode."""
+        self._life += 1
+        generation, plan = self._generation, self._plan
+        if generation is not None and plan is not None:
+            self._world.park.engines[reader(plan).url].cancel(generation)
+        self._generation = None
 
     # ---- prefill and decode
 
@@ -233,7 +223,7 @@ class Course:
         engine = world.park.engines[leg.instance.url]
         sent, life = self._sent(leg), self._life
         generation = Generation(
-            parts_of(self._request, engine, world.vision),
+            prompt(self._request, engine.spec.vision or world.vision),
             self._request.output_tokens,
             lambda generation: self._prefilled(sent, generation, life),
             lambda generation: self._last(sent, generation, life),
@@ -241,6 +231,7 @@ class Course:
         )
         if plan.path.encodes:
             generation.delivered = {item.identity for leg in plan.encodes for item in leg.items}
+            generation.available = generation.up_to(self._arrived)
         self._generation = generation
         if engine.alive:
             self._soon(self._prefill, engine, generation, life, seconds=engine.spec.overhead)
@@ -320,10 +311,12 @@ class Course:
             return
         self._life += 1
         self._plan = drawn
-        self._missing = len(self._shares)
-        for url, nbytes in self._shares:
-            self._send(url, nbytes)
-        if not self._shares:
+        self._generation = None
+        self._arrived.clear()
+        for share in self._shares:
+            self._send(share)
+        waits = bool(self._shares or self._encoding)
+        if not waits or world.park.engines[reader(drawn).url].spec.overlap:
             self._generate()
 
     # ---- legs
@@ -354,6 +347,8 @@ class Course:
         world, generation, plan = self._world, self._generation, self._plan
         self._holds.close()
         self._life += 1
+        self._encodes = False
+        self._generation = None  # it knows this course, too
         e2e = world.clock.now - self._arrival
         more = self._request.output_tokens - 1
         row = (
@@ -379,21 +374,3 @@ class Course:
 def _error(leg: Leg, refused: bool) -> EngineFailed:
     kind = Unreachable if refused else Broken
     return kind(f"{leg.instance.netloc} was killed", stage=STAGES[leg.role])
-
-
-def parts_of(request: Request, engine: SimulatedEngine, vision: Vision | None) -> tuple[Part, ...]:
-    """The prompt in tokens. The key of a part tells all that is before it; after text like no other there is none."""
-    key: int | None = 0
-    end = 0
-    parts = []
-    for part in request.parts:
-        key = hash((key, part.identity)) if key is not None and part.identity else None
-        if isinstance(part, Text):
-            end += part.tokens
-            parts.append(Part(key, end))
-        else:
-            own = engine.spec.vision or vision
-            assert own is not None
-            end += own.cost(part).tokens
-            parts.append(Part(key, end, part))
-    return tuple(parts)

@@ -38,6 +38,7 @@ class Engine:
     embedding_bytes: float = 1e9  # of a cache of embeddings that it encoded inline
     prefix_tokens: float = 0.0  # of KV kept for prompts that begin alike; 0: none is
     mixed: bool = False  # a decode step rides along with each chunk
+    overlap: bool = False  # a prompt is computed up to its first image that is still encoded elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,15 @@ class Generation:
         self.hits = 0  # items that were encoded here already
         self.room = 0
         self.begun = 0.0  # when its prefill began
+
+    def up_to(self, arrived: Collection[str]) -> int:
+        """Tokens of the prompt before the first media whose embeddings are on their way."""
+        end = 0
+        for part in self.parts:
+            if part.media is not None and part.media.identity in self.delivered and part.media.identity not in arrived:
+                return end
+            end = part.end
+        return end
 
     def inline(self) -> list[tuple[int, Media]]:
         """Media that this engine must see itself, each with the tokens of the prompt up to its end."""
@@ -153,6 +163,18 @@ class SimulatedEngine:
         generation.available = available
         self._wake()
 
+    def cancel(self, generation: Generation) -> None:
+        """It will never be complete: parts of its prompt cannot be computed yet."""
+        if generation not in self._present:
+            return
+        del self._present[generation]
+        if generation in self._prefilling:
+            self._prefilling.remove(generation)
+            self._reserved -= generation.room
+        elif generation in self._waiting:
+            self._waiting.remove(generation)
+        self._wake()
+
     def kill(self) -> None:
         """All that is in work fails, and nothing is remembered."""
         self.alive = False
@@ -173,8 +195,9 @@ class SimulatedEngine:
     # ---- the loop
 
     def _queue(self, generation: Generation) -> None:
-        self._waiting.append(generation)
-        self._wake()
+        if generation in self._present:
+            self._waiting.append(generation)
+            self._wake()
 
     def _wake(self) -> None:
         if not self._busy:

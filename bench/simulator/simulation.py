@@ -7,11 +7,12 @@ from functools import partial
 from random import Random
 
 from bench.simulator.clock import Clock
-from bench.simulator.courses import Course, Pricing, World
+from bench.simulator.courses import Course, World
 from bench.simulator.encoders import Encoder
 from bench.simulator.faults import Fault, Kill
 from bench.simulator.links import RDMA, LinkBetween, everywhere
 from bench.simulator.machines import Machine, Park
+from bench.simulator.parsing import Parser
 from bench.simulator.requests import Request
 from bench.simulator.results import Results
 from bench.simulator.stations import Station
@@ -72,7 +73,7 @@ class Simulation:
         self._world = World(
             self.clock,
             self.planner,
-            Pricing(vision),
+            Parser(vision),
             self.balancer,
             self._park,
             visions[0] if visions else None,

@@ -1,18 +1,18 @@
-"""What the proxy sees of a simulated request, and how its legs' ends come back to it."""
+"""Requests on their way, and how their legs' ends come back to the proxy."""
 
 from __future__ import annotations
 
 import pytest
 
-from bench.simulator.courses import Pricing
 from bench.simulator.encoders import Encoder
 from bench.simulator.engines import Engine
+from bench.simulator.faults import Fault, Kill
 from bench.simulator.machines import Machine
 from bench.simulator.models import H100, QWEN3_VL_30B
 from bench.simulator.requests import Media, Request, Text
+from bench.simulator.results import Results
 from bench.simulator.simulation import Simulation
 from proxy.core import BOTH, Role
-from proxy.vision import FAMILIES
 
 VISION = QWEN3_VL_30B.vision(H100)
 ENCODERS = [
@@ -20,17 +20,6 @@ ENCODERS = [
     Machine("http://slow", Role.ENCODE, Encoder(VISION, cache_bytes=0), slowness=5.0),
 ]
 ENGINE = Machine("http://pd", BOTH, Engine(QWEN3_VL_30B.language(H100, 4), prefix_tokens=100_000))
-
-
-def test_a_job_has_an_item_for_each_image_with_its_identity_and_predicted_size() -> None:
-    pricing = Pricing(FAMILIES["qwen3_vl"])
-    job = pricing.job(Request((Media("cat", 1280, 720), Text(50), Media("dog", 640, 480)), 20))
-    assert [item.identity for item in job.items] == ["cat", "dog"]
-    assert [item.index for item in job.items] == [0, 1]
-    assert [item.tokens for item in job.items] == [880, 300]
-    assert job.items[0].work > 3 * job.items[1].work
-    assert job.items[0].nbytes == 880 * FAMILIES["qwen3_vl"].embedding_bytes
-    assert (job.text_tokens, job.output_tokens) == (50, 20)
 
 
 def test_rates_are_learnt_from_the_legs() -> None:
@@ -60,3 +49,27 @@ def test_text_without_an_identity_is_like_no_other() -> None:
         simulation.offer(Request((Text(5000),)), 10.0 * number)
     results = simulation.run()
     assert results["ttft"][1] == pytest.approx(results["ttft"][0])
+
+
+def images_apart(overlap: bool, *faults: Fault) -> Results:
+    """A long text before one image, whose encoder takes longer than the text."""
+    engine = Machine("http://pd", BOTH, Engine(QWEN3_VL_30B.language(H100, 4), VISION, overlap=overlap))
+    simulation = Simulation([ENCODERS[1], engine], "round_robin", faults=faults)
+    simulation.offer(Request((Text(9000), Media("cat", 3840, 2160), Text(10)), 5), 0.0)
+    results = simulation.run()
+    assert simulation.balancer.ledger.leases() == 0
+    return results
+
+
+def test_with_overlap_the_text_before_an_image_is_computed_while_it_encodes() -> None:
+    after, during = images_apart(False), images_apart(True)
+    assert during["encode"][0] == after["encode"][0]
+    text = QWEN3_VL_30B.language(H100, 4).prefill(9000, 0)
+    assert after["ttft"][0] - during["ttft"][0] > 0.8 * text
+
+
+def test_what_was_computed_for_an_image_that_never_came_is_given_up() -> None:
+    results = images_apart(True, Kill("http://slow", at=0.5))
+    assert results["ok"].all()
+    assert results.paths == ["EPD"]
+    assert results["ttft"][0] > 0.5 + VISION.cost(Media("cat", 3840, 2160)).gpu

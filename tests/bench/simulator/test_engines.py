@@ -191,3 +191,27 @@ def test_a_killed_engine_fails_all_that_is_there_and_begins_anew() -> None:
     bench.clock.run()
     assert again.cached == 0
     assert bench.last["again"] > bench.first["again"] > 0.3
+
+
+def test_what_is_cancelled_gives_its_room_back_and_never_ends() -> None:
+    bench = Bench(Engine(LANGUAGE, kv_tokens=150))
+    bench.engine.prefill(bench.text("stays", 20, 2000))
+    half = bench.text("half", 100)
+    half.available = 40
+    late = bench.text("late", 60)
+    bench.clock.at(0.1, bench.engine.prefill, half)
+    bench.clock.at(0.2, bench.engine.prefill, late)
+    bench.clock.at(5.0, bench.engine.cancel, half)
+    bench.clock.at(5.0, bench.engine.cancel, half)
+    bench.clock.run()
+    assert set(bench.last) == {"stays", "late"}
+
+
+def test_a_prompt_is_available_up_to_the_first_image_that_is_missing() -> None:
+    bench = Bench(Engine(LANGUAGE))
+    parts = (Part("t", 10), Part("i", 110, Media("cat", 1, 1)), Part("j", 210, Media("dog", 1, 1)), Part("u", 220))
+    generation = bench.made("x", parts, 1)
+    generation.delivered = {"cat"}
+    assert generation.up_to(()) == 10
+    assert generation.up_to({"cat"}) == 220
+    assert generation.inline() == [(210, Media("dog", 1, 1))]
