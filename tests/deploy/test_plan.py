@@ -1,0 +1,107 @@
+"""The table of a plan, and every way not to get one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from deploy import plan
+
+
+def role(name: str, **numbers: Any) -> dict[str, Any]:
+    usual = {"engines": 2, "utilisation": 0.5, "limit": 0.9, "carries": 18.0, "headroom": 8.0, "one_more": 0.0}
+    return {"role": name, "advised": 2, **usual, **numbers}
+
+
+PLAN = {
+    "offered": {"requests": 10.0},
+    "carries": 6.912,
+    "would_carry": 12.5,
+    "bottleneck": "encode",
+    "ratio": "3:2:2",
+    "roles": [
+        role("encode", utilisation=0.83, limit=0.6, carries=6.912, headroom=-3.088, one_more=3.456, advised=3),
+        role("prefill"),
+        role("decode", carries=None, headroom=None),
+    ],
+}
+
+
+@contextmanager
+def proxy(status: int, body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    asked: list[str] = []
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+    assert asked and all(path.startswith("/plan") for path in asked)
+
+
+def test_a_table_marks_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
+    with proxy(200, json.dumps(PLAN).encode()) as url:
+        assert plan.main(["--url", url + "/"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{url}/ is asked 10 requests/s and carries 6.91"
+    assert lines[2:6] == [
+        "role     engines  busy  limit  carries  headroom  one more  advised",
+        "encode         2   83%    60%     6.91     -3.09     +3.46        3  <- bottleneck",
+        "prefill        2   50%    90%       18        +8        +0        2",
+        "decode         2   50%    90%      any       any        +0        2",
+    ]
+    assert lines[7] == "advised 3:2:2 carries 12.5"
+
+
+def test_json_is_the_proxys_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with proxy(200, json.dumps(PLAN).encode()) as url:
+        assert plan.main(["--url", url, "--engines", "7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == PLAN
+
+
+NOTHING = {"offered": {"requests": 0.0}, "reason": "nothing is offered"}
+BROKEN = {"offered": {"requests": 1.0}, "reason": "no role of the fleet can answer"}
+REFUSED = {"error": {"message": "engines must be a number"}}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "why"),
+    [
+        (200, json.dumps(NOTHING), "no request has ended there in the last minutes"),
+        (200, json.dumps(BROKEN), "no role of the fleet can answer"),
+        (400, json.dumps(REFUSED), "answered 400: engines must be a number"),
+        (404, "nothing here", "answered 404: Not Found"),
+        (200, "<html>", "Expecting value"),
+        (200, "[]", "is not a proxy of Triptych"),
+    ],
+)
+def test_without_a_plan_it_says_why(status: int, body: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with proxy(status, body.encode()) as url:
+        assert plan.main(["--url", url]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("triptych plan: ") and why in told.err
+
+
+@pytest.mark.parametrize(("url", "why"), [("http://127.0.0.1:9", "refused"), ("proxy:8000", "unknown url type")])
+def test_who_cannot_be_reached_is_named(url: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--url", url]) == 1
+    told = capsys.readouterr().err
+    assert url in told and why in told
