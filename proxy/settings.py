@@ -30,7 +30,7 @@ from proxy.dialects import DIALECTS
 from proxy.dialects.base import Media
 from proxy.dialects.sglang import Sglang
 from proxy.hedge import Hedge
-from proxy.links import LABELS, labels
+from proxy.links import LABELS, Links, labels
 from proxy.profiles import flagged
 
 _NOTHING = frozenset({"", "disable", "none"})
@@ -190,6 +190,14 @@ class ProxySettings(BaseSettings):
     tpot_target: PositiveFloat | None = Field(
         None, description="seconds per output token that are foreseen for every request admitted; default: no target"
     )
+    max_embedding_bytes: PositiveInt | None = Field(
+        None, description="predicted bytes of embeddings on their way to one prefill engine; default: no bound"
+    )
+    link_rates: str = Field(
+        "",
+        description="bytes per second between engines that share a label (?host=…&rack=…&zone=… in their URLs), as "
+        "host=40e9,rack=20e9,zone=10e9,other=2.5e9; these are the defaults",
+    )
     request_timeout: PositiveFloat | None = Field(
         None, description="seconds for a whole request; the header x-request-timeout comes first; default: no limit"
     )
@@ -240,6 +248,10 @@ class ProxySettings(BaseSettings):
             raise ValueError("--encoder-register-urls: what is to be registered listens on --virtual-encoder-port")
         if self.workers > 1 and self.virtual_encoder_port is not None:
             raise ValueError("--virtual-encoder-port: a request's calls must meet in one process, so with --workers 1")
+        try:
+            Links.parse(self.link_rates)
+        except ValueError as error:
+            raise ValueError(f"--link-rates: {error}") from None
         try:
             Hedge(self.hedge_after)
         except ValueError as error:

@@ -90,6 +90,8 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         ([*D, "--vision", "m=llava"], "--vision: 'llava' is neither a family (qwen2_vl"),
         ([*D, "--measure-urls", "yes"], "--measure-urls: Input should be 'never', 'public' or 'all'"),
         ([*D, "--hedge-after", "soon"], "--hedge-after: 'soon' is neither seconds like 0.5 nor a percentile like p95"),
+        ([*D, "--link-rates", "moon=1"], "--link-rates: no link 'moon' (known: host, rack, zone, other)"),
+        ([*D, "--max-embedding-bytes", "0"], "--max-embedding-bytes: Input should be greater than 0"),
         ([*D, "--max-attempts", "0"], "--max-attempts: Input should be greater than 0"),
         ([*D, "--virtual-encoder-port", "0", "--workers", "2"], "must meet in one process"),
         ([*D, "--encoder-register-urls", "http://l:8997"], "listens on --virtual-encoder-port"),
