@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from proxy.app import Proxy
 from proxy.settings import ProxySettings
 from proxy.vision import FAMILIES
 from tests.fakes.deployment import FAST, deployment
 from tests.fakes.media import chat
-from tests.fakes.native import Decode, Language, Prefill
+from tests.fakes.native import ENGINES, Decode, Encoder, Language, Prefill
 from tests.proxy.test_measuring import hosted, parts
 
 
@@ -46,6 +47,23 @@ async def test_media_are_measured_before_planning_where_that_is_asked_for(measur
         assert len(host.asked) == (measure == "all"), "this encoder fetches nothing"
         known = d.proxy.costs.sizes.find(f"{host.url}/x")
         assert (getattr(known, "width", None) == 1280) == (measure == "all")
+
+
+class Telling(Encoder):
+    """Says how it cuts images, as our own encoders do."""
+
+    async def _info(self, request: web.Request) -> web.Response:
+        vision = {"model_type": "qwen3_vl", "vision_config": {}, "image_processor": {"merge_size": 4}, "itemsize": 4}
+        said = {"engine": "triptych", "version": "0", "role": self.role, "model": "tiny", "vision": vision}
+        return web.json_response(said)
+
+
+async def test_an_encoder_tells_how_its_images_become_tokens() -> None:
+    async with deployment("1e1b", make={**ENGINES, "e": Telling}) as d:
+        found = d.proxy.costs.visions.of("tiny")
+        assert (found.family, found.merge, found.embedding_bytes) == ("qwen3_vl", 4, 4 * 4096 * 4)
+        shown = (await d.get("/instances")).json["instances"][0]
+        assert shown["facts"]["vision"]["max_pixels"] == found.max_pixels, "people can see it"
 
 
 async def ready(http: aiohttp.ClientSession, url: str) -> None:

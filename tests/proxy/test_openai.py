@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from typing import Any
 
 import orjson
@@ -10,6 +11,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from proxy import openai
 from proxy.core import Api, Handle, Item, Job
@@ -195,6 +197,13 @@ def test_items_cost_what_their_pixels_do_to_the_model_they_are_for() -> None:
     assert (two.tokens, two.work, two.nbytes) == (1196, 1287, 1196 * 7168)
     assert (three.tokens, three.work, three.nbytes) == (880, 1307, 880 * 32768)
     assert read(model="two", mm_processor_kwargs={"max_pixels": 78400}).tokens <= 100
+
+
+def test_a_large_profile_hides_no_images_size() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (1280, 720)).save(out, "JPEG", icc_profile=bytes(200_000))
+    body = chat(part(out.getvalue(), "jpeg"), part(out.getvalue(), "jpeg"))
+    assert [item.tokens for item in parse(body).items] == [1196, 1196]
 
 
 def test_an_items_url_costs_what_an_encoder_told_of_it() -> None:

@@ -163,6 +163,14 @@ def test_base64_is_strict(text: str) -> None:
     assert found in (None, expected), "stricter is safe, laxer is not"
 
 
+@given(st.binary(max_size=400), st.integers(0, 420), st.integers(0, 60), st.sampled_from([str, bytes, memoryview]))
+def test_media_are_decoded_anywhere(data: bytes, start: int, count: int, form: Any) -> None:
+    text = base64.b64encode(data)
+    found = splice.digest(text.decode() if form is str else form(text), b"")
+    assert found is not None and found.nbytes == len(data)
+    assert found.at(start, count) == data[start : start + count]
+
+
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(TypeError):
         splice.dumps({"a": object()})
