@@ -38,6 +38,7 @@ class Report:
     bench: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    picture: Callable[[Report, Path], None] | None = None  # what `--plot` draws; None: `plot`
 
     def progress(self, text: str) -> None:
         """One line on stderr, so that a long run shows where it is."""
@@ -52,7 +53,7 @@ class Report:
     def emit(self, arguments: argparse.Namespace) -> int:
         """Print as the flags of `add_arguments` ask; the exit status."""
         if arguments.plot:
-            plot(self, arguments.plot)
+            (self.picture or plot)(self, arguments.plot)
         text = json.dumps(self.as_dict()) if arguments.json else self.table()
         print(text, flush=True)
         return 0 if all(bar.holds for bar in self.bars) else 1

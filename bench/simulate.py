@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from bench.report import Report, add_arguments
-from bench.simulator.scenarios import seed000, seed001
+from bench.simulator.plots import PICTURES
+from bench.simulator.scenarios import policies, seed000, seed001
 
 SCENARIOS: Mapping[str, Callable[[Report, argparse.Namespace], None]] = {
     "seed000": seed000.run,
     "seed001": seed001.run,
+    "policies": policies.run,
 }
 
 
@@ -22,9 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scenario", choices=SCENARIOS, required=True)
     parser.add_argument("--runs", type=int, default=None, help="repeats with other arrivals; default: the scenario's")
+    parser.add_argument("--requests", type=int, default=None, help="of each run; default: the scenario's")
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    report = Report(f"simulate {arguments.scenario}")
+    report = Report(f"simulate {arguments.scenario}", picture=PICTURES[arguments.scenario])
     SCENARIOS[arguments.scenario](report, arguments)
     sys.exit(report.emit(arguments))
 

@@ -47,3 +47,11 @@ def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file = tmp_path / "speed.png"
     report().emit(arguments("--plot", str(file)))
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_benchmark_may_have_a_picture_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = []
+    made = report()
+    made.picture = lambda report, file: drawn.append((report, file))
+    made.emit(arguments("--plot", str(tmp_path / "own.png")))
+    assert drawn == [(made, tmp_path / "own.png")]
