@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from proxy import relay, wishes
 from proxy.callbacks import Metaserver, PrefillCall
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
-from proxy.encoding import Encoding, Handles
+from proxy.encoding import Encoded, Encoding, Handles
 from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
@@ -37,6 +37,7 @@ from proxy.upstream import Post
 log = logging.getLogger(__name__)
 
 _PREFILL_LAG_S = 1.0  # a prefill engine may answer after decode has
+_ENCODE_LAG_S = 1.0  # an encoder may say that it is done after all has been answered
 _RETRY_AFTER_S = 1.0  # where every engine is busy and none says for how long
 
 
@@ -65,6 +66,8 @@ class Run:
     tried: set[str] = field(default_factory=set)  # URLs whose legs of this request failed
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     call: Post | None = None  # the leg that answers
+    handles: Handles | None = None  # of the present plan's items; None: they are not encoded yet
+    encoded: Encoded = field(default_factory=Encoded)  # by the present attempt
     _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
@@ -161,32 +164,54 @@ class Dispatcher:
     async def _serve(self, run: Run, holds: Holds) -> None:
         plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
         run.tape = self._tape(run.job, plan)
-        handles: Handles | None = None
+        run.handles = None if plan.encodes else {}
         while True:
             run.attempts += 1
             job = _attempt(run)
             try:
-                if handles is None:
-                    plan, handles = await self._encode(run, plan, job, holds)
-                run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
-                if self._over is None or not job.items:
-                    await self._generate(run, plan, job, handles)
+                if run.handles is None:
+                    await self._encode_first(run, plan, job, holds)
                 else:
-                    await self._over(plan, job, run.out, partial(self._into, run, plan, job, handles))
+                    await self._attend(run, plan, job, run.handles)
                 return
             except ProxyError as error:
                 error.attempts = max(error.attempts, run.attempts)
-                if handles is None:
+                if run.handles is None and not run.encoded.broken:
                     raise  # encoding has a ladder of its own
                 if run.sink.started and self._closed(run):
                     return
-                role = culprit(error, plan.path)
+                assert run.plan is not None
+                plan, handles = run.plan, run.handles or {}
+                role = Role.ENCODE if run.encoded.broken else culprit(error, plan.path)
                 doubt = self._doubt(run, plan, role, error, handles)
                 before, plan = plan, self._mend(run, plan, role, error, doubt, holds)
                 run.plan = plan
                 error.settle()
-                handles = None if role is Role.ENCODE else self._kept(before, plan, role, handles)
+                again = role is Role.ENCODE or not run.encoded.whole
+                run.handles = None if again else self._kept(before, plan, role, handles)
             log.info("%s goes on elsewhere: %s", job.id, plan)
+
+    async def _encode_first(self, run: Run, plan: Plan, job: Job, holds: Holds) -> None:
+        """Encode, then attend; what encoders have only announced, the first time, is computed beside that."""
+        found = run.encoded = Encoded()
+        try:
+            async with together() as group:
+                found.beside = group if run.attempts == 1 else None
+                plan, run.handles = await self._encode(run, plan, job, holds, group)
+                await self._attend(run, plan, job, run.handles)
+                await found.over(_ENCODE_LAG_S)
+                for task in found.going:
+                    task.cancel()
+        finally:
+            found.settle()
+
+    async def _attend(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
+        """Prefill, decode and answer."""
+        run.out = run.sink if run.tape is None else TapedSink(run.sink, run.tape)
+        if self._over is None or not job.items:
+            await self._generate(run, plan, job, handles)
+        else:
+            await self._over(plan, job, run.out, partial(self._into, run, plan, job, handles))
 
     def _doubt(self, run: Run, plan: Plan, role: Role, error: ProxyError, handles: Handles) -> bool:
         """Whether the same engine may do better with what it got from others made anew: the media, the KV."""
@@ -233,15 +258,15 @@ class Dispatcher:
         return tape if tape.needed else None
 
     def _redrawn(self, run: Run, plan: Plan, role: Role, again: bool, now: float, holds: Holds) -> Plan | None:
-        if role is Role.ENCODE:
-            if not plan.encodes:
-                return None
+        if role is Role.ENCODE and not plan.encodes:
+            return None
+        if role is not Role.ENCODE:
+            run.tried.add(plan.leg(role).instance.url)
+        if role is Role.ENCODE or not run.encoded.whole:
             try:
                 plan = self._planner.encode_again(plan, run.job, now, holds)
             except NoInstance:
                 return None
-        else:
-            run.tried.add(plan.leg(role).instance.url)
         drawn = self._planner.redraw(plan, run.job, now, run.tried, holds)
         if drawn is None and again:
             drawn = self._planner.redraw(plan, run.job, now, NOBODY, holds)
@@ -255,13 +280,14 @@ class Dispatcher:
         run.sink.end()
         return True
 
-    async def _encode(self, run: Run, plan: Plan, job: Job, holds: Holds) -> tuple[Plan, Handles]:
+    async def _encode(self, run: Run, plan: Plan, job: Job, holds: Holds, group: together) -> tuple[Plan, Handles]:
         """All items' handles; or fewer, and a plan whose engine encodes the others itself."""
-        if not plan.encodes:
-            return plan, {}
-        began = self._clock()
-        found = await self._encoding.run(plan, job, self._planner.can_inline(plan, began))
-        self._timed(run, "encode", began)
+        began, found = self._clock(), run.encoded
+        await self._encoding.run(plan, job, self._planner.can_inline(plan, began), found)
+        if found.going:
+            found.going.append(group.create_task(self._encoded(run, tuple(found.going), began)))
+        else:
+            self._timed(run, "encode", began)
         if found.failure is not None:
             log.warning("%s is encoded inline: %s", job.id, found.failure)
             inline = self._planner.inline(plan, job, self._clock(), holds)
@@ -269,6 +295,10 @@ class Dispatcher:
                 raise found.failure
             plan = run.plan = inline
         return plan, found.handles
+
+    async def _encoded(self, run: Run, going: Collection[asyncio.Task[None]], began: float) -> None:
+        await asyncio.wait(going)
+        self._timed(run, "encode", began)
 
     async def _into(self, run: Run, plan: Plan, job: Job, handles: Handles, sink: Sink) -> None:
         run.out = sink

@@ -1,15 +1,20 @@
 """The encode stage of one request: all its encoders at once, failed items alone to others, slow ones hedged.
 
 Handles that are there are kept whatever happens to other items. Prefill and decode are not known here.
+
+    call ─▶ announced ─▶ done      where the reader can wait for embeddings: handles are there from `announced` on, and
+     │          └─ failed ─▶ the whole attempt fails: its reader was promised what does not come
+     └─ failed ─▶ elsewhere
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from proxy.core import Handle, Instance, Item, Job, Leg, Plan, Stage
+from proxy.core import Body, Handle, Instance, Item, Job, Leg, Plan, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
@@ -22,10 +27,31 @@ Handles = dict[int, Handle]
 
 @dataclass(slots=True)
 class Encoded:
-    """By item index. `failure`: why some items have no handle, where the caller said that it can do without."""
+    """What has become of a request's items.
+
+    handles: by item index. failure: why some items have none, where the caller said that it can do without.
+    beside: where encoders may go on with what they have announced; an error of theirs is raised there. None: nobody is
+    to announce anything. going: what does. broken: something that was announced will not come. whole: all embeddings
+    are there; known once `settle` was called.
+    """
 
     handles: Handles = field(default_factory=dict)
     failure: ProxyError | None = None
+    beside: together | None = None
+    going: list[asyncio.Task[None]] = field(default_factory=list)
+    broken: bool = False
+    whole: bool = True
+
+    async def over(self, patience: float | None = None) -> None:
+        """Until nothing goes on any more, `patience` seconds at the most."""
+        if self.going:
+            await asyncio.wait(self.going, timeout=patience)
+
+    def settle(self) -> None:
+        """Nothing goes on any more. What did is forgotten: a failed task's error has this object, in its traceback."""
+        self.whole = not self.broken and not any(task.cancelled() for task in self.going)
+        self.going.clear()
+        self.beside = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +79,13 @@ class Encoding:
         self._hedge = hedge
         self._attempts = attempts
 
-    async def run(self, plan: Plan, job: Job, spare: bool) -> Encoded:
-        """Handles of every item of `job`. An item that cannot be encoded is left out if `spare`, else its error raised.
-
-        A client's mistake is raised either way, and the first error cancels everything else.
+    async def run(self, plan: Plan, job: Job, spare: bool, found: Encoded) -> None:
+        """Find the handles of every item of `job`. One that cannot be encoded is left out if `spare`, else its error
+        raised. A client's mistake is raised either way, and the first error cancels everything else.
         """
-        found, whom = Encoded(), reader(plan)
+        whom = reader(plan)
+        if not self._legs.speaker(whom).awaits():
+            found.beside = None
         async with together() as group:
             for leg in plan.encodes:
                 group.create_task(self._share(Share(leg, whom), job, found, spare))
@@ -69,12 +96,11 @@ class Encoding:
             if item.index in found.handles
         }
         found.handles = {i.index: by_identity[i.identity] for i in job.items if i.identity in by_identity}
-        return found
 
     async def _share(self, share: Share, job: Job, found: Encoded, spare: bool) -> None:
         """Encode a share into `found`; if that fails, each of its items alone elsewhere."""
         try:
-            found.handles.update(await self._hedged(share, job))
+            found.handles.update(await self._hedged(share, job, found))
         except ProxyError as error:
             error.attempts = share.number
             if not rule(error).elsewhere:
@@ -103,9 +129,11 @@ class Encoding:
         tried = {*share.tried, share.leg.instance.url}
         return self._planner.encoder(items, self._legs.clock(), tried, share.reader.dialect, holds)
 
-    async def _hedged(self, share: Share, job: Job) -> Handles:
+    async def _hedged(self, share: Share, job: Job, found: Encoded) -> Handles:
         """One attempt, or two where the first is slow and another encoder is there; the loser is cancelled."""
         delay = self._hedge.delay()
+        if delay is None and found.beside is not None and share.number == 1:
+            return await self._ahead(share, found.beside, job, found)
         with Holds() as holds:
             if delay is None:
                 return await self._attempt(share, share.leg, "", job)
@@ -121,34 +149,83 @@ class Encoding:
                 ProxyError,
             )
 
-    async def _attempt(self, share: Share, leg: Leg, beside: str, job: Job) -> Handles:
+    async def _ahead(self, share: Share, beside: together, job: Job, found: Encoded) -> Handles:
+        """The handles of one attempt as soon as they are known; `beside` sees to it that their embeddings come."""
+        known: asyncio.Future[Handles | None] = asyncio.get_running_loop().create_future()
+        failures: list[ProxyError] = []  # emptied: an error's traceback has this list, which must not have it in turn
+
+        def announce(handles: Handles) -> None:
+            if not known.done():
+                known.set_result(handles)
+
+        async def attempt() -> None:
+            try:
+                announce(await self._attempt(share, share.leg, "", job, announce))
+            except ProxyError as error:
+                if known.done():
+                    found.broken = True
+                    raise
+                failures.append(error)
+                known.set_result(None)
+
+        task = beside.create_task(attempt())
+        try:
+            handles = await known
+        except BaseException:
+            task.cancel()
+            raise
+        if handles is None:
+            raise failures.pop()
+        found.going.append(task)
+        return handles
+
+    async def _attempt(
+        self, share: Share, leg: Leg, beside: str, job: Job, announce: Callable[[Handles], None] | None = None
+    ) -> Handles:
         began = self._legs.clock()
         try:
             with self._legs.judged(leg):
-                found = await self._calls(share, leg, beside, job)
+                found = await self._calls(share, leg, beside, job, announce)
         finally:
             if leg.hold is not None:
                 leg.hold.close()
         self._hedge.observe(self._legs.clock() - began)
         return found
 
-    async def _calls(self, share: Share, leg: Leg, beside: str, job: Job) -> Handles:
+    async def _calls(
+        self, share: Share, leg: Leg, beside: str, job: Job, announce: Callable[[Handles], None] | None
+    ) -> Handles:
         """All items of a leg: one call, or several at once where the family wants that."""
         first, *others = self._legs.dialect(leg).batches(leg.items)
         if not others:
-            return await self._call(share, leg, first, beside, job)
+            return await self._call(share, leg, first, beside, job, announce)
         async with together() as group:
             tasks = [group.create_task(self._call(share, leg, batch, beside, job)) for batch in (first, *others)]
         return {index: handle for task in tasks for index, handle in task.result().items()}
 
-    async def _call(self, share: Share, leg: Leg, items: Sequence[Item], beside: str, job: Job) -> Handles:
+    async def _call(
+        self,
+        share: Share,
+        leg: Leg,
+        items: Sequence[Item],
+        beside: str,
+        job: Job,
+        announce: Callable[[Handles], None] | None = None,
+    ) -> Handles:
         dialect, name = self._legs.dialect(leg), f"{job.id}:{items[0].index}{share.tail}{beside}"
         try:
             body = dialect.encode(job, items)
             if told := self._legs.speaker(share.reader).expects(items, secrets.randbits(63)):
                 body = {**body, **told}
+            ahead = None
+            if announce is not None:
+                body = {**body, **self._legs.speaker(share.reader).awaits()}
+
+                def ahead(reply: Body) -> None:
+                    announce(dialect.read_encode(items, reply))
+
             with fetching(items if dialect.vague else ()):
-                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode)
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode, ahead)
         except Refused as error:
             error.param = dialect.blame(items, error.param)
             raise

@@ -16,6 +16,7 @@ from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
 from proxy.metrics import Metrics
 from proxy.retry import STAGES, cause
+from proxy.sse import DONE, Splitter
 from proxy.upstream import Post, Upstream
 
 _ENCODE_ROUTE = "/v1/chat/completions"
@@ -64,12 +65,40 @@ class Legs:
         fields = f"x-request-id: {request_id}\r\n{job.fields}"
         return self._upstream.post(leg.instance, stage, path, data, fields, seconds)
 
-    async def call(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float) -> Body:
-        """A leg whose answer is a small JSON object for the proxy. Raises EngineFailed."""
+    async def call(
+        self,
+        leg: Leg,
+        stage: Stage,
+        body: Body,
+        job: Job,
+        request_id: str,
+        seconds: float,
+        ahead: Callable[[Body], None] | None = None,
+    ) -> Body:
+        """A leg whose answer is a small JSON object for the proxy. Raises EngineFailed.
+
+        `ahead` gets an answer that comes as an event, before what it says is so; this returns when it is.
+        """
         async with self.post(leg, stage, body, job, request_id, seconds) as answer:
-            reply = await answer.read()
+            if ahead is not None and answer.header("content-type").startswith("text/event-stream"):
+                return await self._announced(answer, leg, stage, ahead)
+            return self._object(await answer.read(), leg, stage)
+
+    async def _announced(self, answer: Post, leg: Leg, stage: Stage, ahead: Callable[[Body], None]) -> Body:
+        splitter, said = Splitter(), None
+        while chunk := await answer.chunk():
+            for event in splitter.feed(chunk):
+                if event.data != DONE:
+                    said = self._object(event.data, leg, stage)
+                    ahead(said)
+                elif said is not None:
+                    return said
+        raise Broken(f"the {stage} engine {leg.instance.netloc} broke off what it had announced", stage=stage)
+
+    @staticmethod
+    def _object(data: bytes, leg: Leg, stage: Stage) -> Body:
         try:
-            parsed = orjson.loads(reply)
+            parsed = orjson.loads(data)
         except orjson.JSONDecodeError:
             parsed = None
         if not isinstance(parsed, dict):

@@ -44,7 +44,7 @@ class Dialect(Protocol):
 
     Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
     `version` "0.32.0"; of an engine that prefills `ec_port`, where embeddings are pushed to, `bootstrap_port`, its URL
-    `bootstrap`, and `engine_ids` by data-parallel rank.
+    `bootstrap`, and `engine_ids` by data-parallel rank; of one of our encoders `vision`, the fields of `vision.Vision`.
     """
 
     name: str
@@ -64,6 +64,14 @@ class Dialect(Protocol):
     def encode(self, job: Job, items: Sequence[Item]) -> Body:
         """To an encoder: these items and nothing else of the conversation."""
         raise NotImplementedError
+
+    def awaits(self) -> Mapping[str, Any]:
+        """What encoders are told so that they answer before embeddings are there, where this instance is to read them.
+
+        They answer as ever, or with events: `read_encode`'s reply, when it is known where the embeddings will be, and
+        [DONE] when they are there. Whoever reads waits for them. Empty: this instance would not.
+        """
+        return {}
 
     def expects(self, items: Sequence[Item], room: int) -> Mapping[str, Any]:
         """What encoders are told beside, where this instance is to read the embeddings. `room` as for `rendezvous`."""

@@ -29,6 +29,9 @@ class Native(Dialect):
         content = [item.content for item in items]
         return {**kept, "messages": [{"role": "user", "content": content}], "stream": False}
 
+    def awaits(self) -> Mapping[str, Any]:
+        return {"announce": True}
+
     def read_encode(self, items: Sequence[Item], reply: Body) -> dict[int, Handle]:
         entries = reply.get("ec_transfer_params")
         if not isinstance(entries, dict):

@@ -231,12 +231,25 @@ class Engine:
 
 
 class Encoder(Engine):
-    """Reports one entry per distinct item, with a grid of its own."""
+    """Reports one entry per distinct item, with a grid of its own: before it has computed it, where that is asked for
+    and `computing` is an event, for which it then waits. `breaks`: how what it has announced fails.
+    """
 
     role = "encode"
+    computing: asyncio.Event | None = None
+    breaks: Fault | None = None
 
     async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
-        return web.json_response(await self.reply(call))
+        if self.computing is None or not call.body.get("announce"):
+            return web.json_response(await self.reply(call))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: " + json.dumps(await self.reply(call)).encode() + b"\n\n")
+        await self.computing.wait()
+        if self.breaks is not None:
+            await self._break(self.breaks, request, response)
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
     async def reply(self, call: Call) -> dict[str, Any]:
         entries: dict[str, dict[str, Any]] = {}

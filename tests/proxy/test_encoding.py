@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from proxy.core import Role
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
@@ -155,3 +156,98 @@ async def test_a_client_that_leaves_ends_both_rivals() -> None:
         asking.cancel()
         for encoder in d.encoders:
             await encoder.until(lambda encoder=encoder: encoder.aborted == 1)
+
+
+# ---- announced embeddings
+
+
+async def test_prefill_and_decode_are_asked_while_items_are_still_encoded() -> None:
+    async with deployment("2e1p1d") as d:
+        for encoder in d.encoders:
+            encoder.computing = asyncio.Event()
+        (prefill,), (decode,) = d.prefills, d.decodes
+        prefill.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat(*images(2))))
+        await prefill.until(lambda: prefill.running == 1)
+        assert [encoder.running for encoder in d.encoders] == [1, 1], "nobody has computed anything yet"
+        assert decode.running == 1
+        assert len(prefill.calls[0].body["ec_transfer_params"]) == 2
+        assert d.proxy.balancer.ledger.leases(role=Role.ENCODE) == 2
+        for encoder in d.encoders:
+            assert encoder.computing is not None
+            encoder.computing.set()
+        await d.encoders[0].until(lambda: not d.encoders[0].running)
+        await d.encoders[1].until(lambda: not d.encoders[1].running)
+        prefill.gate.set()
+        answer = await asking
+        assert (answer.status, prefill.running) == (200, 0)
+        assert [len(engine.calls) for engine in d.engines] == [1, 1, 1, 1]
+        assert "encode;dur=" in answer.headers["Server-Timing"]
+
+
+@pytest.mark.parametrize("handoff", ["push", "pull"])
+@pytest.mark.parametrize("kind", [Kind.ERROR_EVENT, Kind.TRUNCATED])
+async def test_a_promise_that_is_broken_costs_one_attempt_and_the_next_waits_for_its_embeddings(
+    kind: Kind, handoff: str
+) -> None:
+    async with deployment("1e1p1d", handoff) as d:
+        (encoder,), (prefill,) = d.encoders, d.prefills
+        encoder.computing, encoder.breaks = asyncio.Event(), Fault(kind, status=500, error="the model is ill")
+        prefill.always = Fault(Kind.HANG)
+        asking = asyncio.create_task(d.post(chat(*images(1)), x_request_id="me"))
+        await prefill.until(lambda: prefill.running == 1)
+        prefill.always = None
+        encoder.computing.set()
+        answer = await asking
+        assert answer.status == 200, answer.body
+        assert [call.id for call in prefill.calls] == ["me", "me-2"]
+        assert prefill.aborted == 1
+        assert [call.body.get("announce") for call in encoder.calls] == [True, None]
+
+
+async def test_what_breaks_while_others_are_not_announced_yet_is_tried_again_too() -> None:
+    async with deployment("2e1b") as d:
+        bad, slow = d.encoders
+        bad.computing, bad.breaks = asyncio.Event(), Fault(Kind.ERROR_EVENT, status=500, error="ill")
+        slow.gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat(*images(2))))
+        await slow.until(lambda: slow.running == 1)
+        await bad.until(lambda: bad.running == 1)
+        bad.computing.set()
+        await slow.until(lambda: slow.aborted == 1)
+        slow.gate.set()
+        assert (await asking).status == 200
+        assert len(d.combined[0].calls) == 1
+
+
+async def test_a_prefill_that_fails_meanwhile_goes_elsewhere_with_embeddings_made_anew() -> None:
+    async with deployment("1e2p1d", "pull") as d:
+        (encoder,), (ill, well) = d.encoders, d.prefills
+        encoder.computing = asyncio.Event()
+        ill.always = Fault(Kind.STATUS, status=500, error="ill")
+        well.gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat(*images(1)))) for _ in range(2)]  # one of them at each
+        await well.until(lambda: well.running == 2)
+        assert encoder.aborted == 1, "nobody waits for what it computed for the ill one"
+        encoder.computing.set()
+        well.gate.set()
+        assert [(await one).status for one in asking] == [200, 200]
+        assert [call.body.get("announce") for call in encoder.calls] == [True, True, None]
+
+
+async def test_a_client_that_leaves_meanwhile_ends_all_of_it() -> None:
+    async with deployment("1e1b") as d:
+        (encoder,), (engine,) = d.encoders, d.combined
+        encoder.computing, engine.gate = asyncio.Event(), asyncio.Event()
+        asking = asyncio.create_task(d.post(chat(*images(1))))
+        await engine.until(lambda: engine.running == 1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await engine.until(lambda: engine.aborted == 1)
+        await encoder.until(lambda: encoder.aborted == 1)
+
+
+async def test_nothing_is_announced_where_slow_encoders_are_hedged() -> None:
+    async with deployment("2e1b", hedge_after="30") as d:
+        assert (await d.post(chat(*images(1)))).status == 200
+        assert [call.body.get("announce") for encoder in d.encoders for call in encoder.calls] == [None]

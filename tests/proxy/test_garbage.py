@@ -102,3 +102,16 @@ async def test_a_request_that_no_engine_sees(uncollected: None, body: Any) -> No
     async with deployment("1b") as d:
         assert (await d.post(body)).status == 400
         await gone(d)
+
+
+@pytest.mark.parametrize("kind", [Kind.ERROR_EVENT, Kind.TRUNCATED])
+async def test_a_request_to_which_an_embedding_was_promised(uncollected: None, kind: Kind) -> None:
+    async with deployment("1e1p1d", "pull") as d:
+        d.encoders[0].computing, d.encoders[0].breaks = asyncio.Event(), Fault(kind, status=500, error="ill")
+        d.prefills[0].always = Fault(Kind.HANG)
+        asking = asyncio.create_task(d.post(chat(PICTURE)))
+        await d.prefills[0].until(lambda: d.prefills[0].running == 1)
+        d.prefills[0].always = None
+        d.encoders[0].computing.set()
+        assert (await asking).status == 200
+        await gone(d)
