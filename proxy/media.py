@@ -37,18 +37,24 @@ class Shape:
 
 def measure(modality: str, head: bytes, nbytes: int, more: More | None = None) -> Shape:
     """The shape of media of `nbytes` that begin with `head`; `more` reaches the rest, where it is here."""
-    view, found = View(head, nbytes, more), Found()
+    view = View(head, nbytes, more)
+    if modality == "image":
+        try:
+            size = _image(view)
+        except Short:
+            size = None
+        return Shape(modality, nbytes, *size) if size and all(size) else Shape(modality, nbytes)
+    found = Found()
     try:
-        if modality == "image":
-            found.width, found.height = _image(view) or (0, 0)
-        elif modality == "video":
+        if modality == "video":
             film(view, found)
         else:
             found.seconds = sound(view)
     except Short:
         pass  # what was found before stays
-    width, height = (found.width, found.height) if found.width and found.height else (None, None)
-    seconds = found.seconds if found.seconds and 0 < found.seconds < _AGE else None
+    sized = found.width and found.height
+    width, height = (found.width, found.height) if sized else (None, None)
+    seconds = found.seconds if 0 < found.seconds < _AGE else None
     return Shape(modality, nbytes, width, height, found.frames or None, seconds)
 
 
@@ -58,7 +64,8 @@ def measure(modality: str, head: bytes, nbytes: int, more: More | None = None) -
 def _image(view: View) -> tuple[int, int] | None:
     magic = view.some(0, 12)
     if magic.startswith(b"\x89PNG\r\n\x1a\n"):
-        return view.big(16, 4), view.big(20, 4)
+        width, height = struct.unpack(">II", view.at(16, 8))
+        return width, height
     if magic.startswith(b"\xff\xd8"):
         return _jpeg(view)
     if magic.startswith(b"RIFF") and magic[8:] == b"WEBP":

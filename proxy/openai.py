@@ -250,7 +250,10 @@ def _text(body: Body) -> tuple[int, int]:
     size += sum(_size(part["text"]) for _, _, part in parts(body) if isinstance(part.get("text"), str))
     if body.get("tools"):
         size += len(orjson.dumps(body["tools"]))
-    more, ids = _prompt(body.get("prompt"))
+    prompt = body.get("prompt")
+    if prompt is None:
+        return size, 0
+    more, ids = _prompt(prompt)
     size += more
     return size, ids + size // BYTES_PER_TOKEN if ids else 0
 

@@ -149,8 +149,8 @@ def resized(
     if frames > 1 and min(width, height) < side:
         scale = max(side / height, side / width)
         width, height = int(width * scale), int(height * scale)
-    across, down, deep = round(width / side), round(height / side), round(frames / temporal) * temporal
-    area = deep * across * down * side**2
+    across, down = round(width / side), round(height / side)
+    area = across * down * side**2 * (round(frames / temporal) * temporal if frames > 1 else 1)
     if area > high:
         shrink = sqrt(frames * height * width / high)
         across, down = floor(width / shrink / side), floor(height / shrink / side)
