@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.capacity import Carried, Offered
-from proxy.core import Leg, Role, State
+from proxy.core import Leg, Plan, Role, State
 from proxy.dispatch import Run
 from proxy.flow import Flow, Sum
 from proxy.plan import Held
 
+_EVERY_S = 0.05  # to learn from more than these is not worth its time
 _LEAST = 0.05  # requests, faded: below this the last one ended several minutes ago
 _BATCH = 256  # sequences that engines decode at once by default
 _STEP, _SEQUENCE, _TOKEN = 6e-3, 16e-6, 17e-9  # seconds of a 7B model's step on an H100, and more for each of them
@@ -46,17 +48,25 @@ class Sizing:
         self._balancer = balancer
         self._flow = flow
         self._clock = clock
+        self._learnt = -inf
 
     def finished(self, run: Run) -> None:
         """A request has been served to its end, and what it held is returned."""
-        if run.plan is not None:
-            now = self._clock()
-            amounts = [(Sum.REQUESTS, 1.0), (Sum.OUTPUT, float(run.job.output_tokens))]
-            for leg in run.plan.legs:
-                amounts += self._encoded(leg) if leg.role is Role.ENCODE else self._generated(run, leg, now)
-            self._flow.add(now, amounts)
+        if run.plan is None:
+            return
+        now = self._clock()
+        amounts = [(Sum.REQUESTS, 1.0), (Sum.OUTPUT, run.job.output_tokens)]
+        for leg in run.plan.legs:
+            if leg.role is Role.ENCODE:
+                amounts += self._encoded(leg)
+            elif leg.role is not Role.DECODE:
+                amounts.append((Sum.PROMPT, _prompt(run, leg)))
+        if now - self._learnt >= _EVERY_S:
+            self._learnt = now
+            amounts += self._learned(run, run.plan, now)
+        self._flow.add(now, amounts)
 
-    # ---- what one leg tells
+    # ---- what one request tells
 
     def _encoded(self, leg: Leg) -> Iterator[tuple[Sum, float]]:
         rate = self._balancer.rates[Role.ENCODE].seconds(leg.instance.url)
@@ -66,21 +76,20 @@ class Sizing:
             yield Sum.ENCODE_SQUARES, work * work
             yield Sum.ENCODE_TIME, work * rate
 
-    def _generated(self, run: Run, leg: Leg, now: float) -> Iterator[tuple[Sum, float]]:
-        work, url = sum(_works(leg)), leg.instance.url
-        batch = self._balancer.ledger.leases(url=url) + 1
-        if leg.role is Role.PREFILL:
-            yield Sum.PROMPT, work
-            yield Sum.FIRST_PROMPT, work
-            yield Sum.FIRST_TIME, work * self._balancer.rates[Role.PREFILL].seconds(url)
-            return
-        if leg.role is not Role.DECODE:
-            prompt = max(1.0, work - run.job.output_tokens)
-            yield Sum.PROMPT, prompt
+    def _learned(self, run: Run, plan: Plan, now: float) -> Iterator[tuple[Sum, float]]:
+        """Of how fast engines prefill and decode."""
+        leg = plan.legs[-1]
+        batch = self._balancer.ledger.leases(url=leg.instance.url) + 1
+        if plan.path.combined:
             if (first := _first(run)) is not None:
                 # Who had the engine to itself tells how fast it prefills; among others much of the time was theirs.
-                yield Sum.FIRST_PROMPT, prompt / batch**2
+                yield Sum.FIRST_PROMPT, _prompt(run, leg) / batch**2
                 yield Sum.FIRST_TIME, (first - run.decode_began) / batch**2
+        else:
+            prefill = plan.leg(Role.PREFILL)
+            prompt = _prompt(run, prefill)
+            yield Sum.FIRST_PROMPT, prompt
+            yield Sum.FIRST_TIME, prompt * self._balancer.rates[Role.PREFILL].seconds(prefill.instance.url)
         pace = _pace(run, leg.role, now)
         if pace is not None:
             yield Sum.PACES, 1.0
@@ -88,7 +97,7 @@ class Sizing:
             yield Sum.BATCH_SQUARES, batch * batch
             yield Sum.PACE, pace
             yield Sum.BATCH_PACE, batch * pace
-            yield Sum.KEPT, work
+            yield Sum.KEPT, sum(_works(leg))
 
     # ---- what they tell together
 
@@ -123,12 +132,18 @@ class Sizing:
     def _room(self) -> float:
         """Tokens of KV of an engine that decodes, on average of those that tell."""
         told = [float(i.facts["kv_tokens"]) for i in self._fleet if Role.DECODE in i.role and "kv_tokens" in i.facts]
-        return sum(told) / len(told) if told else float("inf")
+        return sum(told) / len(told) if told else inf
 
 
 def _works(leg: Leg) -> list[int]:
     """What the leg was charged with: one work for each item of an encode leg."""
     return [lease.tokens for lease in leg.hold.leases] if isinstance(leg.hold, Held) else []
+
+
+def _prompt(run: Run, leg: Leg) -> int:
+    """Tokens that the leg had to prefill."""
+    work = sum(_works(leg))
+    return work if leg.role is Role.PREFILL else max(1, work - run.job.output_tokens)
 
 
 def _first(run: Run) -> float | None:

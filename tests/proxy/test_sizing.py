@@ -20,6 +20,11 @@ from tests.fakes.media import chat, image, part
 E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
 
 
+@pytest.fixture(autouse=True)
+def learn_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.sizing._EVERY_S", 0.0)
+
+
 def sums(d: Deployment) -> dict[Sum, float]:
     """As they would be if nothing had faded."""
     found = d.proxy.sizing._flow.sums(d.proxy.sizing._clock())
@@ -57,6 +62,18 @@ async def test_failed_requests_and_cancelled_ones_are_not() -> None:
         leaving.cancel()
         await d.settle()
         assert d.proxy.sizing.offered().requests == 0
+
+
+async def test_where_many_end_at_once_all_are_counted_and_few_are_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.sizing._EVERY_S", 60.0)
+    async with deployment("1p1d") as d:
+        for _ in range(5):
+            await d.post(chat(stream=True, max_tokens=5))
+        await d.settle()
+        found = sums(d)
+        assert found[Sum.OUTPUT] == pytest.approx(25, rel=0.01)
+        assert found[Sum.PROMPT] == pytest.approx(5 * found[Sum.FIRST_PROMPT], rel=0.01)
+        assert found[Sum.PACES] == pytest.approx(1, rel=0.01)
 
 
 async def test_a_combined_engine_is_known_by_streams_that_had_it_to_themselves() -> None:
