@@ -112,7 +112,7 @@ class ProxySettings(BaseSettings):
     dialect: str = Field("auto", description=f"of URLs without one: {', '.join(DIALECTS)}; auto asks each engine")
     policy: str = Field(
         "least_loaded",
-        description="round_robin or least_loaded, for all roles or as encode=round_robin,decode=least_loaded",
+        description=f"{', '.join(POLICIES)}: for all roles or as encode=affinity,decode=least_loaded",
     )
     kv_handoff: Literal["auto", "push", "pull", "together"] = Field(
         "auto",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from proxy.balancer.board import Board, Standing
+from proxy.balancer.board import Board
+from proxy.balancer.caches import CAPACITY, Holders, hit
+from proxy.balancer.foresight import soonest
 from proxy.balancer.ledger import Lease, Ledger
 from proxy.balancer.policy import Demand, Policy
 from proxy.balancer.pool import Pool
@@ -23,29 +25,42 @@ class Balancer:
     ) -> None:
         self._policies = policies
         self.rates = rates or {role: Rates(prior) for role, prior in PRIORS.items()}
-        self.ledger = Ledger(self._changed, board)
+        self.ledger = Ledger({role: one.changed for role, one in policies.items() if one.listens}, board)
+        self.holders = Holders()  # of items, among the encoders
 
     def take(self, role: Role, pool: Pool, demand: Demand) -> Lease:
         """Choose one of `pool` (not empty) and charge it. The caller owns the lease."""
-        policy = self._policies[role]
-        for url, standing in self.ledger.news(pool):
-            policy.changed(url, standing)
-        url = policy.choose(pool, demand, self.ledger.standing)
+        if role is Role.ENCODE and demand.key:
+            return self._take_item(pool, demand)
+        url = self._policies[role].choose(pool, demand, self.ledger)
         return self.ledger.lease(pool.by_url[url], role, demand.at(url))
+
+    def _take_item(self, pool: Pool, demand: Demand) -> Lease:
+        """An item is encoded once, however many requests have it at the same time; a held one costs what it does,
+        whoever is chosen and for whatever reason."""
+        policy, holders, key = self._policies[Role.ENCODE], self.holders, demand.key
+        url = holders.flying(key, pool) if policy.joins else None
+        if url is None:
+            url = policy.choose(pool, self._informed(demand), self.ledger)
+        instance, left = pool.by_url[url], demand.at(url)
+        if holders.placed(url, key, demand.work, instance.facts.get("cache_tokens", CAPACITY)):
+            left = min(left, hit(demand.work))
+        lease = self.ledger.lease(instance, Role.ENCODE, left)
+        lease.also = holders.began(url, key)
+        return lease
+
+    def _informed(self, demand: Demand) -> Demand:
+        """With those who hold the item."""
+        work, key, held, ready, transfer, room = demand
+        found = self.holders.held(key, work)
+        return Demand(work, key, {**found, **held}, ready, transfer, room) if found else demand
 
     def foresee(self, role: Role, pool: Pool, demand: Demand) -> float:
         """Seconds until the leg would be done where that is soonest. Nothing is charged; `pool` is not empty."""
-        rates, load = self.rates[role], self.ledger.load
-        return min(
-            max(demand.ready, load(url) * rates.seconds(url))
-            + demand.at(url) * rates.seconds(url)
-            + demand.transfer.get(url, 0.0)
-            for url in pool
-        )
+        if role is Role.ENCODE and demand.key:
+            demand = self._informed(demand)
+        return soonest(pool, demand, self.ledger, self.rates[role])
 
     def forget(self, instance: Instance) -> None:
-        self._policies[instance.role].forget(instance.url)
         self.rates[instance.role].forget(instance.url)
-
-    def _changed(self, role: Role, url: str, standing: Standing) -> None:
-        self._policies[role].changed(url, standing)
+        self.holders.forget(instance.url)

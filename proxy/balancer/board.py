@@ -1,15 +1,18 @@
 """Loads, leases and turns of every instance by worker, in one flat buffer. Chooses nothing, and opens no memory.
 
-All cells are signed 64-bit integers. With W workers:
+All cells are signed 64-bit integers; a key has one row of them, the same in every group:
 
-    turns     W                                              the last turn that each worker has taken
-    row 0     owner 1 │ loads W │ leases W │ used W          owner: a hash of the key whose row it is, 0 for nobody's
-    row 1     …                                              (ROWS of them)
+    owners       ROWS   a hash of the key whose row it is, 0 for nobody's; in row 0: how often a row was given away
+    worker 0:
+      loads      ROWS
+      leases     ROWS
+      used       ROWS   turns; in row 0: the last turn that this worker has taken
+    worker 1: …
 
-A cell has one writer. Worker w writes only cell w of each group of W, so nothing on the hot path takes a lock and no
-update is lost; a total is the sum over the workers, a last use the latest of theirs. CPython stores and loads an item
-of a 'q' view with one aligned 8-byte move, which every 64-bit CPU makes whole: a reader sees the old number or the
-new one. A worker that dies leaves its cells behind, and `clear` gives back what they hold.
+A cell has one writer. A worker writes only the groups that are its own, so nothing on the hot path takes a lock and no
+update is lost; a total is the sum over the workers, a last use the latest of theirs. CPython and numpy store and load
+an aligned 8-byte item whole, as every 64-bit CPU does: a reader sees the old number or the new one. A worker that dies
+leaves its cells behind, and `clear` gives back what they hold.
 
 Turns order the choices of all workers without a shared counter: each is one more than the latest anybody has taken.
 Two workers that choose within the same microseconds may take the same turn; the tie then goes by name.
@@ -22,14 +25,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from struct import Struct
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from blake3 import blake3
+import numpy as np
+from numpy.typing import NDArray
 
-ROWS = 512
-_FIRST = 8  # rows below belong to no key: a role's own totals, at its number
+from proxy.balancer.hashing import hash64
+
+ROWS = 2048
+_FIRST = 8  # rows below belong to no key: row 0, and a role's own totals at its number
 _CELL = 8
+_WORKER = 3 * ROWS  # cells of one worker
+_LOADS, _LEASES, _USED = ROWS, 2 * ROWS, 3 * ROWS  # where those of worker 0 begin
+
+Counts: TypeAlias = NDArray[np.int64]
+Rows: TypeAlias = NDArray[np.intp]
+"""Of many keys: how far their cells are from worker 0's row 0, as [key], with several workers as [worker, key]."""
 
 
 class Standing(NamedTuple):
@@ -37,18 +48,6 @@ class Standing(NamedTuple):
 
     load: int
     used: int
-
-
-class _Row:
-    """A key's row, as this worker has found it."""
-
-    __slots__ = ("cells", "hashed", "number", "told")
-
-    def __init__(self, hashed: int, number: int, cells: memoryview[int]) -> None:
-        self.hashed = hashed
-        self.number = number
-        self.cells = cells
-        self.told = b""  # its bytes when `news` last told of it
 
 
 class Board:
@@ -62,132 +61,120 @@ class Board:
         lock: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.workers = workers
-        self._worker = worker
         self._lock = lock
         self._cells = memoryview(buffer)[: size(workers)].cast("q")
-        self._width = 1 + 3 * workers
-        self._mine = workers + 1 + worker  # this worker's load of row 0
-        self._unpack = Struct(f"{self._width}q").unpack
-        self._known: dict[str, _Row] = {}
+        self._mine = worker * _WORKER  # how far this worker's cells are from those of worker 0
+        self._known: dict[str, tuple[int, int]] = {}  # by key: its hash and its row, as this worker has found it
+        # The same memory in numpy's eyes: for all rows at once it is fast, for one cell it is slow.
+        cells = np.frombuffer(self._cells, np.int64)
+        self._owners = cells[:ROWS]
+        self._groups = cells[ROWS:].reshape(workers, 3, ROWS)
+        self._loads, self._leases, self._used = cells[_LOADS:], cells[_LEASES:], cells[_USED:]
 
     def __repr__(self) -> str:
-        used = sum(1 for row in range(_FIRST, ROWS) if self._cells[self._start(row)])
-        return f"<Board worker {self._worker} of {self.workers}, {used} rows>"
+        used = np.count_nonzero(self._owners[_FIRST:])
+        return f"<Board worker {self._mine // _WORKER} of {self.workers}, {used} rows>"
 
     # ---- rows by key
 
     def row(self, key: str) -> int:
         """The row of `key` in every worker's view. Raises LookupError if all rows are in use."""
-        return self._row(key).number
-
-    def _row(self, key: str) -> _Row:
         known = self._known.get(key)
-        if known is None or known.cells[0] != known.hashed:
-            hashed = _hashed(key)
+        if known is None or self._cells[known[1]] != known[0]:
+            hashed = hash64(key) >> 1 | 1  # never 0, never negative
             with self._lock():
-                number = self._assign(hashed)
-            start = self._start(number)
-            known = self._known[key] = _Row(hashed, number, self._cells[start : start + self._width])
-        return known
+                known = self._known[key] = hashed, self._assign(hashed)
+        return known[1]
+
+    @property
+    def given_away(self) -> int:
+        """How often a row has gone from one key to another: while this stands still, rows once found stay right."""
+        return self._cells[0]
 
     def _assign(self, hashed: int) -> int:
-        owners = self._cells[self._start(_FIRST) :: self._width].tolist()
         for wanted in (hashed, 0):
-            if wanted in owners:
-                row = _FIRST + owners.index(wanted)
+            if len(found := np.flatnonzero(self._owners[_FIRST:] == wanted)):
+                row = _FIRST + int(found[0])
                 break
         else:
             row = self._idlest()
-        start = self._start(row)
-        if self._cells[start] != hashed:
-            for cell in range(start + 1, start + self._width):
-                self._cells[cell] = 0
-            self._cells[start] = hashed
+            self._cells[0] += 1
+        if self._cells[row] != hashed:
+            self._groups[:, :, row] = 0
+            self._cells[row] = hashed
         return row
 
     def _idlest(self) -> int:
-        idle = [row for row in range(_FIRST, ROWS) if not self.leases(row)]
-        if not idle:
+        idle = self._groups[:, 1, _FIRST:].sum(axis=0) == 0
+        if not idle.any():
             raise LookupError(f"{ROWS - _FIRST} instances with requests on them are all that one proxy can account for")
-        return min(idle, key=lambda row: self.standing(row).used)
-
-    def _start(self, row: int) -> int:
-        return self.workers + row * self._width
+        used = self._groups[:, 2, _FIRST:].max(axis=0)
+        return _FIRST + int(np.where(idle, used, np.iinfo(np.int64).max).argmin())
 
     # ---- reading, over all workers
 
     def standing(self, row: int) -> Standing:
-        start = self._start(row)
-        return self._read(self._cells[start : start + self._width].tobytes())
-
-    def _read(self, row: bytes) -> Standing:
-        cells = self._unpack(row)
-        return Standing(sum(cells[1 : 1 + self.workers]), max(cells[-self.workers :]))
-
-    def seen(self, key: str) -> Standing:
-        """The standing of `key`, which is no news afterwards."""
-        row = self._row(key)
+        cells = self._cells
         if self.workers == 1:
-            _, load, _, used = row.cells
-            return Standing(load, used)
-        row.told = row.cells.tobytes()
-        return self._read(row.told)
-
-    def news(self, keys: Iterable[str]) -> list[tuple[str, Standing]]:
-        """The standing of each of `keys` on whose row anything has changed since it was last seen or told of here."""
-        found = []
-        for key in keys:
-            row = self._known.get(key)
-            if row is None or row.cells.tobytes() != row.told:  # this may be because it is another's row now
-                found.append((key, self.seen(key)))
-        return found
+            return Standing(cells[_LOADS + row], cells[_USED + row])
+        loads, used = cells[_LOADS + row :: _WORKER], cells[_USED + row :: _WORKER]
+        return Standing(sum(loads.tolist()), max(used.tolist()))
 
     def leases(self, row: int) -> int:
-        start = self._start(row) + 1 + self.workers
-        return sum(self._cells[start : start + self.workers].tolist())
+        return sum(self._cells[_LEASES + row :: _WORKER].tolist())
+
+    def rows(self, keys: Iterable[str]) -> Rows:
+        """Of many keys, to be read together; right while `given_away` stands still."""
+        rows = np.array([self.row(key) for key in keys], np.intp)
+        return rows if self.workers == 1 else rows + _WORKER * np.arange(self.workers)[:, None]
+
+    def loads(self, rows: Rows) -> Counts:
+        """By key, as a new array."""
+        return self._sums(self._loads[rows])
+
+    def open_leases(self, rows: Rows) -> Counts:
+        return self._sums(self._leases[rows])
+
+    def used(self, rows: Rows) -> Counts:
+        cells: Counts = self._used[rows]
+        return cells if self.workers == 1 else np.maximum.reduce(cells)
+
+    def _sums(self, cells: Counts) -> Counts:
+        return cells if self.workers == 1 else np.add.reduce(cells)
 
     # ---- writing: this worker's own cells
 
-    def turn(self) -> int:
-        """Takes the next turn."""
-        cells = self._cells
-        turn = cells[self._worker] = 1 + (cells[0] if self.workers == 1 else max(cells[: self.workers].tolist()))
-        return turn
+    def use(self, row: int) -> None:
+        """Takes the next turn, and gives it to the row."""
+        cells, mine = self._cells, self._mine + _USED
+        latest = cells[_USED] if self.workers == 1 else max(cells[_USED::_WORKER].tolist())
+        cells[mine] = cells[mine + row] = latest + 1
 
-    def use(self, row: int, turn: int) -> None:
-        self._cells[self._mine + row * self._width + 2 * self.workers] = turn
-
-    def add(self, row: int, load: int, leases: int) -> None:
-        """To what this worker holds of a row."""
-        cells, at = self._cells, self._mine + row * self._width
+    def add(self, row: int, total: int, load: int, leases: int) -> None:
+        """To what this worker holds of a row, and of another that is a total."""
+        cells, at, of = self._cells, self._mine + _LOADS + row, self._mine + _LOADS + total
         cells[at] += load
-        cells[at + self.workers] += leases
+        cells[of] += load
+        cells[at + ROWS] += leases
+        cells[of + ROWS] += leases
 
     def held(self) -> dict[int, tuple[int, int]]:
         """Load and leases that this worker holds, of each row of which it holds any."""
-        loads = self._cells[self._mine :: self._width].tolist()
-        leases = self._cells[self._mine + self.workers :: self._width].tolist()
-        held = zip(loads, leases, strict=True)
-        return {row: found for row, found in enumerate(held) if any(found)}
+        loads, leases, _ = self._groups[self._mine // _WORKER]
+        return {row: (int(loads[row]), int(leases[row])) for row in np.flatnonzero(loads | leases).tolist()}
 
     # ---- for whoever has seen a worker die
 
     def clear(self, worker: int) -> None:
         """Give back what a dead worker held. Its turns stay: the order of choices is everybody's."""
-        for row in range(ROWS):
-            start = self._start(row) + 1 + worker
-            self._cells[start] = self._cells[start + self.workers] = 0
+        self._groups[worker, :2] = 0
 
 
 def size(workers: int) -> int:
     """Bytes of a board."""
-    return _CELL * (workers + ROWS * (1 + 3 * workers))
+    return _CELL * (ROWS + workers * _WORKER)
 
 
 def alone() -> Board:
     """A board of one worker, in this process's own memory."""
     return Board(bytearray(size(1)))
-
-
-def _hashed(key: str) -> int:
-    return int.from_bytes(blake3(key.encode()).digest(8), "little") >> 1 | 1  # never 0, never negative

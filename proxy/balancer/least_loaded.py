@@ -2,62 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import TypeAlias
+from weakref import ref
 
 from proxy.balancer.board import Standing
-from proxy.balancer.policy import Demand, Means
+from proxy.balancer.ledger import Ledger
+from proxy.balancer.policy import Demand, Means, Policy
 from proxy.balancer.pool import Pool
 
 Entry: TypeAlias = tuple[int, int, str]
-"""Load, turn of the last use, key: least load first, then least recently chosen, then the name for a first choice."""
+"""Load, turn of the last use, URL: least load first, then least recently chosen, then the name for a first choice."""
 
 
-class LeastLoaded:
+class LeastLoaded(Policy):
+    """One queue for each pool, which goes with it.
+
+    Where other processes charge instances too, nobody tells of each change, and one look at all loads costs less than
+    finding out what has changed.
+    """
+
+    listens = True
+
+    def __init__(self, means: Means) -> None:
+        self._queues: list[ref[Queue]] = []  # of pools that are still in use
+
+    def __repr__(self) -> str:
+        return f"<LeastLoaded {[queue() for queue in self._queues]}>"
+
+    def choose(self, pool: Pool, demand: Demand, ledger: Ledger) -> str:
+        if len(pool) == 1:
+            return pool.urls[0]
+        if ledger.shared:
+            return least_loaded(pool, ledger)
+        queue: Queue | None = pool.kept.get(self)
+        if queue is None:
+            queue = pool.kept[self] = Queue(pool, ledger)
+            self._queues.append(ref(queue, self._queues.remove))
+        return queue.least()
+
+    def changed(self, url: str, standing: Standing) -> None:
+        for known in [*self._queues]:
+            if (queue := known()) is not None:
+                queue.change(url, standing)
+
+
+class Queue:
     """A heap with lazy deletion: a changed instance gets a new entry, and the old one is dropped when it surfaces.
 
     Filtering a heap's list in place breaks its order (up to 10 % wrong picks at 64 servers); here stale entries are
     recognised by comparing with `_current`, and the heap is rebuilt only when most of it is stale.
     """
 
-    def __init__(self, means: Means) -> None:
-        self._current: dict[str, Entry] = {}
-        self._heap: list[Entry] = []
+    __slots__ = ("__weakref__", "_current", "_heap")
+
+    def __init__(self, pool: Pool, ledger: Ledger) -> None:
+        loads, used = ledger.loads(pool).tolist(), ledger.used(pool).tolist()
+        self._heap: list[Entry] = [*zip(loads, used, pool.urls, strict=True)]
+        self._current = dict(zip(pool.urls, self._heap, strict=True))
+        heapify(self._heap)
 
     def __repr__(self) -> str:
-        return f"<LeastLoaded {sorted(self._current.values())}>"
+        return f"{sorted(self._current.values())}"
 
-    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
-        if len(pool) == 1:
-            return next(iter(pool))
-        wanted = pool.by_url.keys()
-        for key in wanted - self._current.keys():
-            self._put((*standing(key), key))
-        passed_over = []
-        while True:
-            entry = heappop(self._heap)
-            key = entry[2]
-            if self._current.get(key) != entry:
-                continue
-            passed_over.append(entry)
-            if key in wanted:
-                break
-        for other in passed_over:
-            heappush(self._heap, other)
-        return key
+    def least(self) -> str:
+        """The first, which stays."""
+        heap = self._heap
+        while self._current[heap[0][2]] != heap[0]:
+            heappop(heap)
+        return heap[0][2]
 
-    def changed(self, key: str, standing: Standing) -> None:
-        entry = self._current.get(key)  # None: it has left the fleet, and its last leases come back
-        if entry is not None and entry[:2] != standing:
-            self._put((*standing, key))
-
-    def forget(self, key: str) -> None:
-        self._current.pop(key, None)
-
-    def _put(self, entry: Entry) -> None:
-        self._current[entry[2]] = entry
+    def change(self, url: str, standing: Standing) -> None:
+        """The entry of `url`, if it is one of these; often nothing has changed."""
+        current = self._current.get(url)
+        if current is None or current[:2] == standing:
+            return
+        entry = self._current[url] = (*standing, url)
         heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._current) + 8:
-            self._heap = list(self._current.values())
+            self._heap = [*self._current.values()]
             heapify(self._heap)
+
+
+def least_loaded(pool: Pool, ledger: Ledger) -> str:
+    """The same choice without a queue."""
+    loads = ledger.loads(pool)
+    least = (loads == loads.min()).nonzero()[0]
+    return pool.urls[int(least[0] if len(least) == 1 else least[ledger.used(pool)[least].argmin()])]

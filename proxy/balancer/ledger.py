@@ -5,21 +5,22 @@ The unit is predicted tokens. One invariant, checked in every test: an instance'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from proxy.balancer.board import Board, Standing, alone
+from proxy.balancer.board import Board, Counts, Rows, Standing, alone
+from proxy.balancer.pool import Pool
 from proxy.core import ROLES, Instance, Role
 
 _TOTALS = {role: role.value for role in ROLES}  # the board's row of each role's own totals
 
-Listener = Callable[[Role, str, Standing], None]
+Listener = Callable[[str, Standing], None]
 
 
 class Lease:
     """One leg's load on one instance, held by `with`. Closing twice is harmless: it is returned once."""
 
-    __slots__ = ("_ledger", "instance", "role", "row", "tokens")
+    __slots__ = ("_ledger", "also", "instance", "role", "row", "tokens")
 
     def __init__(self, ledger: Ledger, instance: Instance, role: Role, tokens: int, row: int) -> None:
         self._ledger = ledger
@@ -27,6 +28,12 @@ class Lease:
         self.role = role
         self.tokens = tokens
         self.row = row  # of the board; it stays the instance's while this lease is open
+        self.also: Callable[[], None] | None = None  # what else is over when it is returned
+
+    @property
+    def others(self) -> int:
+        """Predicted tokens in work at its instance now, while it is open, without its own."""
+        return self._ledger._board.standing(self.row).load - self.tokens
 
     def __repr__(self) -> str:
         return f"<Lease {self.role.label} {self.instance.netloc} {self.tokens}>"
@@ -47,17 +54,19 @@ class Ledger:
     With a shared board it charges this process's leases, and answers for those of all.
     """
 
-    def __init__(self, listener: Listener, board: Board | None = None) -> None:
-        self._listener = listener
+    def __init__(self, listeners: Mapping[Role, Listener], board: Board | None = None) -> None:
+        """`listeners` hear of every lease of their role taken and returned here: the instance, as it stands then."""
+        self._listeners = listeners
         self._board = board or alone()
         self._open: set[Lease] = set()
 
     def __repr__(self) -> str:
         return f"<Ledger {len(self._open)} leases, {self._loads()}>"
 
-    def news(self, urls: Iterable[str]) -> Iterable[tuple[str, Standing]]:
-        """What other processes may have changed of these since this was last asked; nothing if there are none."""
-        return self._board.news(urls) if self._board.workers > 1 else ()
+    @property
+    def shared(self) -> bool:
+        """Whether other processes charge instances too, of which the listener is not told."""
+        return self._board.workers > 1
 
     def lease(self, instance: Instance, role: Role, tokens: int) -> Lease:
         """Charge `tokens` (> 0) to `instance` until the lease is closed; counts as a use of it."""
@@ -66,7 +75,7 @@ class Ledger:
         row = self._board.row(instance.url)
         lease = Lease(self, instance, role, tokens, row)
         self._open.add(lease)
-        self._board.use(row, self._board.turn())
+        self._board.use(row)
         self._move(lease, tokens, 1)
         return lease
 
@@ -74,12 +83,14 @@ class Ledger:
         if lease in self._open:
             self._open.remove(lease)
             self._move(lease, -lease.tokens, -1)
+            if lease.also is not None:
+                lease.also()
 
     def _move(self, lease: Lease, tokens: int, leases: int) -> None:
-        board, role, url = self._board, lease.role, lease.instance.url
-        board.add(lease.row, tokens, leases)
-        board.add(_TOTALS[role], tokens, leases)
-        self._listener(role, url, board.seen(url))
+        self._board.add(lease.row, _TOTALS[lease.role], tokens, leases)
+        listener = self._listeners.get(lease.role)
+        if listener is not None:
+            listener(lease.instance.url, self._board.standing(lease.row))
 
     def standing(self, url: str) -> Standing:
         """Load and last use of this instance, whoever charged it."""
@@ -88,6 +99,25 @@ class Ledger:
     def load(self, url: str) -> int:
         """Predicted tokens in work at this instance."""
         return self.standing(url).load
+
+    def loads(self, pool: Pool) -> Counts:
+        """The load of each of `pool`, in its order: a new array."""
+        return self._board.loads(self._rows(pool))
+
+    def running(self, pool: Pool) -> Counts:
+        """How many leases are open on each of `pool`."""
+        return self._board.open_leases(self._rows(pool))
+
+    def used(self, pool: Pool) -> Counts:
+        """The turn in which each of `pool` was last chosen, 0 for never."""
+        return self._board.used(self._rows(pool))
+
+    def _rows(self, pool: Pool) -> Rows:
+        known: tuple[int, Rows] | None = pool.kept.get(self)
+        if known is None or known[0] != self._board.given_away:
+            given_away = self._board.given_away  # finding rows may give others away: then this is done again
+            known = pool.kept[self] = given_away, self._board.rows(pool.urls)
+        return known[1]
 
     def leases(self, *, url: str | None = None, role: Role | None = None) -> int:
         """How many leases are open: of this instance, or of this role, or in all."""

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from proxy.balancer.board import Standing
+from proxy.balancer.ledger import Ledger
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, Role
@@ -40,18 +41,18 @@ class Means:
 
 
 class Policy(Protocol):
-    """Chooses among the instances of one role. Synchronous, and deterministic but for the dice it is given."""
+    """Chooses among the instances of one role. Synchronous, and deterministic but for the dice it is given.
 
-    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
-        """One of `pool` (not empty, and another one at any time).
+    Policies subclass it. What they keep for a pool they keep with it: at 1,000 instances no choice may look at each.
+    """
 
-        `standing` tells the load and last use of any of them. The choice is charged by the caller, and comes back
-        through `changed`.
-        """
+    listens: bool = False  # whether `changed` is to be called
+    joins: bool = True  # whether equal work that is being done right now draws a demand to where that is
+
+    def choose(self, pool: Pool, demand: Demand, ledger: Ledger) -> str:
+        """One of `pool` (not empty, and another one at any time). The caller charges it."""
+        raise NotImplementedError
 
     def changed(self, url: str, standing: Standing) -> None:
-        """The ledger's entry of `url`: told for every lease taken and returned here, and for what others did to the
-        candidates before each choice. Often nothing has changed."""
-
-    def forget(self, url: str) -> None:
-        """`url` has left the fleet. Unknown ones are ignored."""
+        """The ledger's entry of `url`: told for every lease taken and returned in this process."""
+        return

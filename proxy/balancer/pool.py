@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 from proxy.core import Instance
 
 
 class Pool(Collection[str]):
-    """URLs, in the fleet's order, and their instances. Never changed; equal only to itself."""
+    """URLs in their own order, so that the first of equals is the same in every worker. Equal only to itself."""
 
-    __slots__ = ("__weakref__", "by_url")
+    __slots__ = ("__weakref__", "by_url", "kept", "position", "urls")
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self.by_url = {instance.url: instance for instance in instances}
+        self.urls = tuple(sorted(self.by_url))
+        self.position = {url: number for number, url in enumerate(self.urls)}
+        self.kept: dict[object, Any] = {}  # what others derive of it, each under a key of its own; gone with the pool
 
     def __repr__(self) -> str:
-        return f"<Pool of {len(self.by_url)}>"
+        return f"<Pool of {len(self.urls)}>"
 
     def __len__(self) -> int:
-        return len(self.by_url)
+        return len(self.urls)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.by_url)
+        return iter(self.urls)
 
     def __contains__(self, url: object) -> bool:
         return url in self.by_url

@@ -2,7 +2,7 @@
 
     0           version     how often the fleet was written; its lowest bit says which half holds it now
     64          half 0      length 8 │ crc32 8 │ JSON …
-    64 + 256 K  half 1      length 8 │ crc32 8 │ JSON …
+    64 + 2 M    half 1      length 8 │ crc32 8 │ JSON …
 
 A change is made under `lock`: read what others wrote, change, write the other half, and only then the version, in one
 8-byte store. Whoever is killed on the way leaves the old fleet standing. Reading takes no lock: a half that is written
@@ -27,7 +27,7 @@ from proxy.balancer.fleet import Event, Fleet
 from proxy.core import Instance, Role, State
 
 _HALVES = 64
-_HALF = 1 << 18
+_HALF = 1 << 21  # 1,200 instances with 300 letters of reason and 1,000 of facts each
 _HEAD = 16
 SIZE = _HALVES + 2 * _HALF
 _REASON_LIMIT = 300

@@ -1,29 +1,19 @@
-"""Turn by turn. Looks at no load: for fleets of equals with requests of one size, and as a yardstick."""
+"""Instances in turn, whatever they carry. The published baseline; turns are the ledger's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from proxy.balancer.board import Standing
-from proxy.balancer.policy import Demand, Means
+from proxy.balancer.ledger import Ledger
+from proxy.balancer.policy import Demand, Means, Policy
 from proxy.balancer.pool import Pool
 
 
-class RoundRobin:
+class RoundRobin(Policy):
     """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go."""
 
+    joins = False
+
     def __init__(self, means: Means) -> None:
-        self._used: dict[str, int] = {}
+        """Nothing of `means` is needed."""
 
-    def choose(self, pool: Pool, demand: Demand, standing: Callable[[str], Standing]) -> str:
-        for key in pool:
-            if key not in self._used:
-                self._used[key] = standing(key).used
-        return min(pool, key=lambda key: (self._used[key], key))
-
-    def changed(self, key: str, standing: Standing) -> None:
-        if key in self._used:  # else it has left the fleet, and its last leases come back
-            self._used[key] = standing.used
-
-    def forget(self, key: str) -> None:
-        self._used.pop(key, None)
+    def choose(self, pool: Pool, demand: Demand, ledger: Ledger) -> str:
+        return pool.urls[0] if len(pool) == 1 else pool.urls[int(ledger.used(pool).argmin())]

@@ -40,7 +40,7 @@ def test_places_see_one_fleet_and_one_load(crew: Crew) -> None:
     ours, theirs = one.fleet(lambda *_: None), other.fleet(lambda *_: None)
     instance = ours.join(URL, Role.DECODE, "native")
     assert [i.url for i in theirs] == [URL]
-    first, second = Ledger(lambda *_: None, one.board()), Ledger(lambda *_: None, other.board())
+    first, second = Ledger({}, one.board()), Ledger({}, other.board())
     first.lease(instance, Role.DECODE, 10)
     lease = second.lease(instance, Role.DECODE, 5)
     crew.lost(0)

@@ -85,7 +85,7 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         (["--decode-servers-urls", "magic+http://d:1"], "no dialect 'magic' (known: auto, native"),
         ([*D, "--port", "70000"], "--port: Input should be less than or equal to 65535"),
         ([*D, "--encode-timeout", "0"], "--encode-timeout: Input should be greater than 0"),
-        ([*D, "--policy", "magic"], "no policy 'magic' (known: least_loaded, round_robin)"),
+        ([*D, "--policy", "magic"], "no policy 'magic' (known: affinity, consistent_hash, least_loaded, random, round_robin, two_choices)"),
         ([*D, "--policy", "chef=round_robin"], "no role 'chef'"),
         ([*D, "--vision", "m=llava"], "--vision: 'llava' is neither a family (qwen2_vl"),
         ([*D, "--measure-urls", "yes"], "--measure-urls: Input should be 'never', 'public' or 'all'"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from random import Random
 
+from hypothesis import strategies as st
+
 from proxy.balancer import POLICIES
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.board import Board
-from proxy.balancer.policy import Means
+from proxy.balancer.policy import Demand, Means
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, ROLES, Instance, Role
@@ -24,3 +26,17 @@ def balancer(policy: str = "least_loaded", board: Board | None = None, seed: int
 def pool(urls: Iterable[object], role: Role = BOTH) -> Pool:
     """READY or not, they are candidates."""
     return Pool(Instance(str(url), role, "native") for url in urls)
+
+
+def demands(urls: str) -> st.SearchStrategy[Demand]:
+    """Any, with keys that recur, and seconds that add up the same in any order."""
+    seconds = st.sampled_from([0.0, 0.25, 0.5, 4.0, 64.0])
+
+    def of(work: int, key: str, held: dict[str, int], ready: float, transfer: dict[str, float], room: int) -> Demand:
+        return Demand(work, key, {url: left for url, left in held.items() if left < work}, ready, transfer, room)
+
+    some = st.sampled_from(urls)
+    held, transfer = st.dictionaries(some, st.integers(1, 99)), st.dictionaries(some, seconds)
+    return st.builds(
+        of, st.integers(1, 200), st.sampled_from(["", "x", "y", "z"]), held, seconds, transfer, st.integers(0, 300)
+    )

@@ -1,8 +1,12 @@
 """Choosing and charging are one step."""
 
+from random import Random
+
 import pytest
 
+from proxy.balancer import POLICIES
 from proxy.balancer.policy import Demand
+from proxy.balancer.pool import Pool
 from proxy.core import Role
 from tests.support.balancing import balancer, pool
 
@@ -52,3 +56,55 @@ def test_foreseeing_finds_the_soonest_and_charges_nothing() -> None:
             100 * rate + 0.01
         )
         assert b.ledger.leases() == 1
+
+
+def encoders(urls: str) -> Pool:
+    return pool(urls, Role.ENCODE)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_item_in_flight_is_joined_by_all_but_the_yardsticks(policy: str) -> None:
+    b, three = balancer(policy), encoders("abc")
+    first = b.take(Role.ENCODE, three, Demand(3200, "cat"))
+    others = [b.take(Role.ENCODE, three, Demand(3200, "cat")) for _ in range(9)]
+    where = {lease.instance.url for lease in (first, *others)}
+    assert (len(where) == 1) is (policy not in ("random", "round_robin"))
+    assert sum(lease.tokens for lease in (first, *others)) == len(where) * 3200 + (10 - len(where)) * 100
+    b.ledger.check()
+
+
+def test_nobody_joins_where_it_may_not_go_or_when_it_is_over() -> None:
+    b, three = balancer("least_loaded"), encoders("abc")
+    first = b.take(Role.ENCODE, three, Demand(3200, "cat"))
+    assert first.instance.url == "a"
+    elsewhere = b.take(Role.ENCODE, three.without({"a"}), Demand(3200, "cat"))
+    assert (elsewhere.instance.url, elsewhere.tokens) == ("b", 3200)
+    second = b.take(Role.ENCODE, three, Demand(3200, "cat"))
+    assert second.instance.url == "a"
+    elsewhere.close()
+    first.close()
+    assert b.take(Role.ENCODE, three, Demand(3200, "cat")).instance.url == "a", "one of them is still under way"
+    b.holders.told("a", "cat", False)
+    assert b.take(Role.ENCODE, encoders("a"), Demand(3200, "cat")).tokens == 3200, "it has lost it"
+
+
+def test_what_an_encoder_holds_is_remembered_as_far_as_it_has_room_and_while_it_is_there() -> None:
+    b, one = balancer("round_robin"), encoders("a")
+    one.by_url["a"].facts = {"cache_tokens": 500}
+
+    def tokens(key: str) -> int:
+        with b.take(Role.ENCODE, one, Demand(320, key)) as lease:
+            return lease.tokens
+
+    assert [tokens(key) for key in ("cat", "cat", "dog", "dog", "cat")] == [320, 10, 320, 10, 320]
+    assert b.foresee(Role.ENCODE, one, Demand(320, "cat")) < b.foresee(Role.ENCODE, one, Demand(320, "dog"))
+    b.forget(one.by_url["a"])
+    assert tokens("cat") == 320
+
+
+def test_items_that_recur_come_to_where_they_are_held() -> None:
+    b, four, dice = balancer("affinity"), encoders("abcd"), Random(1)
+    for _ in range(200):
+        b.take(Role.ENCODE, four, Demand(1000, f"{dice.randrange(20)}")).close()
+    assert all(len(b.holders.holders(f"{number}")) == 1 for number in range(20))
+    assert len({next(iter(b.holders.holders(f"{number}"))) for number in range(20)}) == 4

@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.balancer import POLICIES
-from proxy.balancer.board import Standing
-from proxy.balancer.policy import Demand, Means, Policy
-from tests.support.balancing import pool
+from proxy.balancer.ledger import Lease
+from proxy.balancer.policy import Demand
+from proxy.core import BOTH, ROLES, Role
+from tests.support.balancing import balancer, demands, pool
 
-keys = st.sampled_from("abcdef")
+URLS = "abcdef"
+DICED = {"random", "two_choices"}
 
-
-@pytest.mark.parametrize("name", POLICIES)
-@given(st.lists(st.tuples(st.sets(keys, min_size=1), keys, st.integers(0, 9))))
-def test_the_choice_is_a_candidate(name: str, steps: list[tuple[set[str], str, int]]) -> None:
-    policy: Policy = POLICIES[name](Means())
-    standings: defaultdict[str, Standing] = defaultdict(lambda: Standing(0, 0))
-    for turn, (candidates, key, load) in enumerate(steps):
-        assert policy.choose(pool(candidates), Demand(1), standings.__getitem__) in candidates
-        standings[key] = Standing(load, turn)
-        policy.changed(key, standings[key])
-        if load == 0:
-            policy.forget(key)
+steps = st.lists(st.tuples(st.sets(st.sampled_from(URLS), min_size=1), demands(URLS), st.integers(0, 9)))
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_equals_take_turns(name: str) -> None:
-    policy: Policy = POLICIES[name](Means())
-    standings = {key: Standing(0, 0) for key in "abc"}
-    chosen = []
-    for turn in range(1, 10):
-        chosen.append(key := policy.choose(pool("abc"), Demand(1), standings.__getitem__))
-        standings[key] = Standing(0, turn)
-        policy.changed(key, standings[key])
-    assert sorted(chosen[:3]) == sorted(chosen[3:6]) == ["a", "b", "c"]
-    assert chosen[:3] == chosen[3:6] == chosen[6:]
+def chosen(policy: str, role: Role, taken: list[tuple[set[str], Demand, int]], fixed: dict[frozenset[str], object]):
+    """The choices of one balancer, whose leases are given back in between; each is checked to be a candidate."""
+    deciding = balancer(policy)
+    leases: list[Lease] = []
+    found = []
+    for candidates, demand, returned in taken:
+        some = fixed.setdefault(frozenset(candidates), pool(candidates, role))
+        leases.append(deciding.take(role, some, demand))
+        found.append(leases[-1].instance.url)
+        assert found[-1] in candidates
+        assert leases[-1].instance is some.by_url[found[-1]]
+        if returned < len(leases):
+            leases.pop(returned).close()
+        deciding.ledger.check()
+    for lease in leases:
+        lease.close()
+    assert deciding.ledger.leases() == 0 and not deciding.holders._flights
+    return found
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.label)
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=25, deadline=None)
+@given(steps)
+def test_the_choice_is_a_candidate_and_the_same_for_the_same_inputs(
+    policy: str, role: Role, taken: list[tuple[set[str], Demand, int]]
+) -> None:
+    once = chosen(policy, role, taken, {})
+    again = chosen(policy, role, taken, {})
+    assert once == again
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_changed_fleet_is_a_new_pool_and_nothing_of_the_old_one_counts(policy: str) -> None:
+    deciding, dice = balancer(policy), Random(policy)
+    for _ in range(200):
+        candidates = dice.sample(URLS, dice.randint(1, len(URLS)))
+        lease = deciding.take(BOTH, pool(candidates), Demand(dice.randint(1, 50), dice.choice("xyz")))
+        assert lease.instance.url in candidates
+        if dice.random() < 0.5:
+            lease.close()
+        if dice.random() < 0.1:
+            deciding.forget(lease.instance)
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE], ids=lambda role: role.label)
+@pytest.mark.parametrize("policy", POLICIES.keys() - DICED)
+def test_equals_take_turns(policy: str, role: Role) -> None:
+    deciding, three = balancer(policy), pool("bca", role)
+    order = []
+    for _ in range(9):
+        with deciding.take(role, three, Demand(5)) as lease:
+            order.append(lease.instance.url)
+    assert order == [*"abcabcabc"]

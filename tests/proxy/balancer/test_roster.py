@@ -108,6 +108,15 @@ def test_a_fleet_that_does_not_fit_is_refused_and_nothing_is_changed() -> None:
     assert len(list(here)) == 2
 
 
+def test_twelve_hundred_instances_fit_with_all_they_may_say() -> None:
+    (here, there), _ = rosters(2)
+    with here._change():
+        for number in range(1200):
+            instance = here.join(f"http://encoder-{number}.engines.svc:8000", Role.ENCODE, "native")
+            instance.reason, instance.facts = "r" * 300, {"labels": "f" * 1000}
+    assert len(list(there)) == 1200
+
+
 def test_facts_of_an_instance_are_everybodys() -> None:
     (here, there), _ = rosters(2)
     instance = here.join(URLS[0], Role.PREFILL, "vllm", {"bootstrap_port": 8998})

@@ -1,0 +1,25 @@
+"""Hashes are the same everywhere, and ranks of each key are an order of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proxy.balancer.hashing import hash64, hashes, ranks
+
+
+def test_hashes_are_those_of_every_process() -> None:
+    assert hash64("http://h:1") == int(hashes("http://h:1", 1)[0]) == 0x4945263A678C5A94
+    assert len(np.unique(hashes("http://h:1", 64))) == 64
+    assert hashes("a", 3)[0] == hash64("a")
+
+
+def test_each_key_orders_the_members_in_its_own_way_and_all_are_first_equally_often() -> None:
+    members = np.concatenate([hashes(f"http://h:{port}", 1) for port in range(10)])
+    first = np.bincount([int(ranks(members, f"key {number}").argmax()) for number in range(10_000)])
+    assert len(first) == 10
+    assert (np.abs(first - 1000) < 5 * 30).all(), first  # five standard deviations
+
+
+def test_who_leaves_changes_nobody_elses_rank() -> None:
+    members = np.concatenate([hashes(f"http://h:{port}", 1) for port in range(10)])
+    assert (ranks(members, "key")[1:] == ranks(members[1:], "key")).all()
