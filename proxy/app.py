@@ -31,7 +31,7 @@ from proxy.core import Instance, Order, Role, State
 from proxy.costs import Costs
 from proxy.crew import Crew, Seat
 from proxy.dialects import FEEDS, INLINE, Speakers
-from proxy.dialects.base import Options
+from proxy.dialects.base import Media, Options
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
@@ -45,6 +45,7 @@ from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
 from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
+from proxy.links import Links
 from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
@@ -53,6 +54,7 @@ from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
+from proxy.prospects import Sight
 from proxy.reading import Reading
 from proxy.settings import ProxySettings
 from proxy.sizing import Sizing
@@ -110,7 +112,8 @@ class Proxy:
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
         legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
-        planner = Planner(self.fleet, self.balancer, self.breakers, settings.inline_encoding, self.families)
+        inline, sight = settings.inline_encoding, _sight(settings)
+        planner = Planner(self.fleet, self.balancer, self.breakers, inline, self.families, sight)
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
         if settings.virtual_encoder_port is not None:
@@ -228,6 +231,18 @@ def _limits(settings: ProxySettings) -> Limits:
         nbytes=min(settings.max_bytes_in_flight, max(settings.max_bytes_in_flight // share, settings.max_body_bytes)),
         queue=-(-settings.max_queue // share),
         patience=settings.queue_timeout,
+    )
+
+
+def _sight(settings: ProxySettings) -> Sight:
+    """Bytes are bounded by an equal share for each worker, as requests are."""
+    most = settings.max_embedding_bytes
+    return Sight(
+        weighed=frozenset(role for role, policy in settings.policies().items() if policy == "affinity"),
+        always=settings.ttft_target is not None,
+        media_anyway=settings.media_to_prefill is not Media.NEVER,
+        max_embedding_bytes=None if most is None else -(-most // settings.workers),
+        links=Links.parse(settings.link_rates),
     )
 
 

@@ -5,8 +5,7 @@ A plan is drawn whole, and mended leg by leg: `redraw` and `encoder` choose agai
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -15,14 +14,18 @@ from proxy.balancer.fleet import Fleet
 from proxy.balancer.ledger import Lease
 from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
-from proxy.breaker import Breakers, Circuit, Permit
-from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role, State
+from proxy.breaker import Breakers, Permit
+from proxy.candidates import NOBODY, Candidates
+from proxy.core import BOTH, Instance, Item, Job, Leg, Path, Plan, Role
+from proxy.draft import Drafts, Taken
 from proxy.errors import NoInstance, ProxyError
-from proxy.families import UNKNOWN, Families
+from proxy.families import Families
+from proxy.freight import Cargo, Freight
+from proxy.joint import Pools
+from proxy.prospects import PLAIN, Prospects, Sight, unique
 from proxy.retry import rule
 from proxy.routing import paths, router
 
-NOBODY: Collection[str] = frozenset()
 _INLINE = "encoders failed, encoding inline"
 
 ALIKE = Families()
@@ -37,10 +40,11 @@ C = TypeVar("C", bound=Closable)
 
 @dataclass(slots=True)
 class Held:
-    """A leg's leases and its permit."""
+    """A leg's leases and its permit, and the embeddings that are on their way to it."""
 
     leases: list[Lease]
     permit: Permit
+    cargo: Cargo | None = None
 
     def succeeded(self) -> None:
         self.permit.succeeded()
@@ -54,6 +58,8 @@ class Held:
         self.permit.close()
         for lease in self.leases:
             lease.close()
+        if self.cargo is not None:
+            self.cargo.close()
 
 
 class Holds:
@@ -79,24 +85,8 @@ class Holds:
         self.close()
 
 
-class _View:
-    """What planning finds out of the fleet again and again, between two changes of it."""
-
-    __slots__ = ("fitting", "listed", "routes", "version")
-
-    def __init__(self, fleet: Fleet) -> None:
-        self.version = fleet.version
-        # Of all that prefill or decode.
-        self.listed = {instance.dialect for instance in fleet if instance.role is not Role.ENCODE} - {UNKNOWN}
-        self.fitting: dict[tuple[Role, str], Pool] = {}  # READY ones, by role and family
-        self.routes: dict[tuple[str, int], router.Route] = {}  # by family and number of items
-
-
 class Planner:
-    """Draws plans on one fleet with one balancer. Every leg's hold is added to the Holds that it is given.
-
-    Prefill and decode are of one family (`Instance.dialect`), and fed by encoders that it understands.
-    """
+    """Draws plans on one fleet with one balancer. Every leg's hold is added to the Holds that it is given."""
 
     def __init__(
         self,
@@ -105,31 +95,56 @@ class Planner:
         breakers: Breakers,
         inline: bool = False,
         families: Families = ALIKE,
+        sight: Sight = PLAIN,
     ) -> None:
-        """`inline`: engines may encode where encoders fail."""
-        self._fleet = fleet
+        """`inline`: engines may encode where encoders fail, or where that is foreseen to be sooner."""
         self._balancer = balancer
         self.breakers = breakers
         self._inline = inline
         self._families = families
-        self._view = _View(fleet)
+        self._sight = sight
+        self._candidates = Candidates(fleet, breakers, inline, families)
+        self._prospects = Prospects(balancer)
+        self._drafts = Drafts(fleet, balancer, self._prospects, sight, families)
+        self._freight = Freight(sight.max_embedding_bytes)
 
     def draw(self, job: Job, now: float, holds: Holds) -> Plan:
         """The plan for `job` on the instances that may be used now. Raises BadRequest or NoInstance."""
-        family = self._family(job, now)
-        route = self._route(job, now, NOBODY, family)
-        encodes = self._encodes(job, now, family, holds) if route.path.encodes else []
-        generation = self._generation(route.path, job, now, NOBODY, family, holds)
-        return Plan(route.path, self._reason(route, family), (*encodes, *generation))
+        family = self._candidates.family(job, now, self._balancer.ledger.load)
+        route = self._route(job, now, family)
+        path = route.path
+        if path.generation[0] in self._sight.weighed:
+            return self._weighed(route, job, now, family, holds)
+        encodes: Sequence[Leg] = ()
+        if path.encodes:
+            encodes = self._encodes(unique(job.items), now, family, holds)
+        generation = self._generation(path, job, now, NOBODY, family, holds, encodes)
+        foreseen = 0.0
+        if self._sight.always:
+            ready = self._prospects.ready(leg.instance.url for leg in encodes)
+            role, url = generation[0].role, generation[0].instance.url
+            work = self._prospects.demand(path, role, job).work
+            foreseen = self._prospects.expected(job, role, url, work, ready)
+        return Plan(path, route.reason, (*encodes, *generation), foreseen)
 
-    def _reason(self, route: router.Route, family: str) -> str:
-        """The route's, which knows no encoders that only the engines themselves call."""
-        if route.path not in paths.INLINE:
-            return route.reason
-        own = [i for i in self._fleet if i.role is Role.ENCODE and i.dialect == family]
-        if not own or any(self._families.fit(i, family) for i in own):
-            return route.reason
-        return f"{route.reason.partition(',')[0]}, the engine calls the encoders"
+    def foresee(self, job: Job, now: float) -> float:
+        """Predicted seconds to the first token of `job` if it began now. Nothing is charged. Raises BadRequest or
+        NoInstance."""
+        family = self._candidates.family(job, now, self._balancer.ledger.load)
+        path = self._candidates.route(job, now, NOBODY, family).path
+        return self._prospects.first_token(path, job, lambda role: self._some(role, now, family))
+
+    def has_room(self, job: Job, now: float) -> bool:
+        """Whether somebody may be sent the embeddings of `job` now, by `Sight.max_embedding_bytes`."""
+        full = self._freight.full(_nbytes(unique(job.items)))
+        if not full:
+            return True
+        try:
+            family = self._candidates.family(job, now, self._balancer.ledger.load)
+            path = self._candidates.route(job, now, NOBODY, family).path
+        except ProxyError:
+            return True  # drawing its plan will say why
+        return not path.encodes or any(url not in full for url in self._some(path.generation[0], now, family))
 
     def redraw(self, plan: Plan, job: Job, now: float, tried: Collection[str], holds: Holds) -> Plan | None:
         """`plan` with prefill and decode anywhere but at `tried`, perhaps combined; None if nobody else can."""
@@ -139,18 +154,19 @@ class Planner:
         try:
             family, path = family_of(plan), plan.path
             if path not in paths.INLINE:
-                path = self._route(job, now, tried, family, Role.ENCODE).path
-            legs = self._generation(path, job, now, tried, family, holds)
+                path = self._candidates.route(job, now, tried, family, Role.ENCODE).path
+            legs = self._generation(path, job, now, tried, family, holds, plan.encodes)
         except NoInstance:
             return None
-        return Plan(path, plan.reason, (*plan.encodes, *legs))
+        return replace(plan, path=path, legs=(*plan.encodes, *legs))
 
     def encode_again(self, plan: Plan, job: Job, now: float, holds: Holds) -> Plan:
         """`plan` with its encode legs drawn anew. Raises NoInstance."""
         others = [leg for leg in plan.legs if leg.role is not Role.ENCODE]
         for leg in plan.encodes:
             _close(leg)
-        return replace(plan, legs=(*self._encodes(job, now, family_of(plan), holds), *others))
+        items = unique(item for leg in plan.encodes for item in leg.items)
+        return replace(plan, legs=(*self._encodes(items, now, family_of(plan), holds), *others))
 
     def inline(self, plan: Plan, job: Job, now: float, holds: Holds) -> Plan | None:
         """`plan` at engines that get the media themselves; None if this deployment has none, or it must not."""
@@ -158,164 +174,116 @@ class Planner:
         if not self.can_inline(plan, now):
             return None
         if family in self._families.inline:
-            path = Path.EPD if plan.path.combined else Path.EP_D
-            return replace(plan, path=path, reason=_INLINE)
+            return replace(plan, path=paths.inline(plan.path), reason=_INLINE)
         for leg in plan.legs:
             if leg.role not in (Role.ENCODE, BOTH):
                 _close(leg)
         kept = [leg for leg in plan.legs if leg.role == BOTH]
         legs = kept or self._generation(Path.EPD, job, now, NOBODY, family, holds)
-        return Plan(Path.EPD, _INLINE, (*plan.encodes, *legs))
+        return replace(plan, path=Path.EPD, reason=_INLINE, legs=(*plan.encodes, *legs))
 
     def can_inline(self, plan: Plan, now: float) -> bool:
         """Whether `inline` would find somebody."""
         family = family_of(plan)
-        return self._inline and (family in self._families.inline or bool(self._usable(BOTH, now, NOBODY, family)))
+        if not self._inline or family in self._families.inline:
+            return self._inline
+        return bool(self._candidates.pool(BOTH, now, NOBODY, family))
 
     def encoder(
         self, items: Sequence[Item], now: float, tried: Collection[str], family: str, holds: Holds
     ) -> Leg | None:
         """One leg for all of `items` anywhere but at `tried`; None if there is nobody else."""
-        candidates = self._usable(Role.ENCODE, now, tried, family)
-        if not candidates:
+        encoders = self._candidates.pool(Role.ENCODE, now, tried, family)
+        if not encoders:
             return None
-        demand = Demand(max(1, sum(item.tokens for item in items)))
-        lease = self._balancer.take(Role.ENCODE, candidates, demand)
-        return self._leg(Role.ENCODE, lease.instance, [lease], holds, tuple(items))
+        lease = self._balancer.take(Role.ENCODE, encoders, Demand(sum(item.work for item in items)))
+        return self._leg(Role.ENCODE, [lease], holds, tuple(items))
 
     def wait(self, now: float) -> float | None:
         """Seconds until the first instance that is kept from work may be tried again; None if none is."""
-        waits = [self.breakers.wait(i.url, now) for i in self._fleet if i.state is State.READY]
-        return min((wait for wait in waits if wait > 0), default=None)
+        return self._candidates.wait(now)
 
-    # ---- one role
+    def _route(self, job: Job, now: float, family: str) -> router.Route:
+        """Raises BadRequest, NoInstance."""
+        route = self._candidates.route(job, now, NOBODY, family)
+        if not route.others:
+            return route
+        path, reason = self._prospects.decided(route, job, family, lambda role: self._some(role, now, family))
+        return router.Route(path, reason)
 
-    def _encodes(self, job: Job, now: float, family: str, holds: Holds) -> list[Leg]:
-        """One leg per chosen encoder. An item that occurs twice is sent once; the largest items choose first."""
-        candidates = self._usable(Role.ENCODE, now, NOBODY, family)
-        if not candidates:
-            raise NoInstance("no encode engine is ready", retry_after=self.wait(now))
-        unique = {item.identity: item for item in reversed(job.items)}
+    def _some(self, role: Role, now: float, family: str) -> Pool:
+        """Raises NoInstance."""
+        return self._candidates.some(role, now, NOBODY, family)
+
+    # ---- legs
+
+    def _weighed(self, route: router.Route, job: Job, now: float, family: str, holds: Holds) -> Plan:
+        """One whose legs are chosen by what is foreseen of the others."""
+        path = route.path
+        role = path.generation[0]
+        readers = self._some(role, now, family)
+        if path.encodes:
+            readers = self._with_room(readers, _nbytes(unique(job.items)))
+        encoders = self._some(Role.ENCODE, now, family) if path.encodes else None
+        decoders = None if path.combined else self._some(Role.DECODE, now, family)
+        draft = self._drafts.draw(path, job, Pools(role, readers, encoders, decoders), family, holds)
+        encodes = self._shares(draft.encodes, holds)
+        legs = [*encodes, self._leg(role, [draft.reader], holds, cargo=_nbytes(item for item, _ in draft.encodes))]
+        if draft.decoder is not None:
+            legs.append(self._leg(Role.DECODE, [draft.decoder], holds))
+        return Plan(draft.path, draft.reason or route.reason, tuple(legs), draft.seconds)
+
+    def _encodes(self, items: Sequence[Item], now: float, family: str, holds: Holds) -> list[Leg]:
+        """Each of `items` chooses for itself, in this order. Raises NoInstance."""
+        encoders, take = self._some(Role.ENCODE, now, family), self._balancer.take
+        return self._shares(
+            [(item, holds.add(take(Role.ENCODE, encoders, Demand(item.work, item.identity)))) for item in items], holds
+        )
+
+    def _shares(self, taken: Taken, holds: Holds) -> list[Leg]:
+        """One leg per encoder that took an item."""
         shares: dict[str, list[tuple[Item, Lease]]] = {}
-        for item in sorted(unique.values(), key=lambda item: (-item.tokens, item.index)):
-            demand = Demand(max(1, item.tokens), item.identity)
-            lease = holds.add(self._balancer.take(Role.ENCODE, candidates, demand))
+        for item, lease in taken:
             shares.setdefault(lease.instance.url, []).append((item, lease))
         legs = []
         for share in shares.values():
             items = tuple(sorted((item for item, _ in share), key=lambda item: item.index))
-            leases = [lease for _, lease in share]
-            legs.append(self._leg(Role.ENCODE, leases[0].instance, leases, holds, items))
+            legs.append(self._leg(Role.ENCODE, [lease for _, lease in share], holds, items))
         return legs
 
     def _generation(
-        self, path: Path, job: Job, now: float, tried: Collection[str], family: str, holds: Holds
+        self,
+        path: Path,
+        job: Job,
+        now: float,
+        tried: Collection[str],
+        family: str,
+        holds: Holds,
+        encodes: Sequence[Leg] = (),
     ) -> list[Leg]:
+        """Legs each chosen for itself, with the embeddings of `encodes` on their way to the first."""
         legs = []
-        prompt = job.prompt_tokens
+        cargo = _nbytes(item for leg in encodes for item in leg.items) if encodes else 0
         for role in path.generation:
-            if not (candidates := self._usable(role, now, tried, family)):
-                raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
-            # Decoding keeps the prompt's KV and grows by the output.
-            tokens = prompt if role is Role.PREFILL else prompt + job.output_tokens
-            lease = self._balancer.take(role, candidates, Demand(max(1, tokens)))
-            legs.append(self._leg(role, lease.instance, [lease], holds))
+            pool = self._candidates.some(role, now, tried, family)
+            if cargo:
+                pool = self._with_room(pool, cargo)
+            lease = self._balancer.take(role, pool, self._prospects.demand(path, role, job))
+            legs.append(self._leg(role, [lease], holds, cargo=cargo))
+            cargo = 0
         return legs
 
-    def _leg(
-        self, role: Role, instance: Instance, leases: list[Lease], holds: Holds, items: tuple[Item, ...] = ()
-    ) -> Leg:
+    def _with_room(self, readers: Pool, nbytes: int) -> Pool:
+        """Those of them with room for so many bytes; all, if that is nobody: the request has been let in."""
+        full = self._freight.full(nbytes)
+        return (readers.without(full) or readers) if full else readers
+
+    def _leg(self, role: Role, leases: list[Lease], holds: Holds, items: tuple[Item, ...] = (), cargo: int = 0) -> Leg:
+        instance = leases[0].instance
         held = holds.add(Held(leases, self.breakers.permit(instance.url)))
+        if cargo and self._freight.most is not None:
+            held.cargo = self._freight.send(instance.url, cargo)
         return Leg(role, instance, items, held)
-
-    def _usable(self, role: Role, now: float, tried: Collection[str], family: str) -> Pool:
-        fitting, key = self._seen().fitting, (role, family)
-        ready = fitting.get(key)
-        if ready is None:
-            ready = fitting[key] = Pool(i for i in self._fleet.ready(role) if self._families.fit(i, family))
-        if not tried and self.breakers.all_allowed(now):
-            return ready
-        return Pool(i for i in ready.by_url.values() if i.url not in tried and self.breakers.allows(i.url, now))
-
-    def _seen(self) -> _View:
-        fleet, view = self._fleet, self._view
-        fleet.refresh()
-        if view.version != fleet.version:
-            view = self._view = _View(fleet)
-        return view
-
-    def _family(self, job: Job, now: float) -> str:
-        """The family that `job` goes to: the only one; else one that serves its model and is the least loaded."""
-        listed = self._seen().listed
-        if len(listed) < 2:
-            return next(iter(listed), UNKNOWN)
-        model = job.body.get("model")
-
-        def rank(family: str) -> tuple[bool, bool, int, str]:
-            answering = [i for i in self._fleet if i.dialect == family and Role.DECODE in i.role]
-            loads = [self._balancer.ledger.load(i.url) for i in answering if i.state is State.READY]
-            return (
-                not self._serves(job, now, family),
-                all(i.model != model for i in answering),
-                min(loads, default=0),
-                family,
-            )
-
-        return min(listed, key=rank)
-
-    def _serves(self, job: Job, now: float, family: str) -> bool:
-        try:
-            self._route(job, now, NOBODY, family)
-        except ProxyError:
-            return False
-        return True
-
-    def _route(
-        self, job: Job, now: float, tried: Collection[str], family: str, done: Role | None = None
-    ) -> router.Route:
-        """Raises BadRequest, NoInstance. `done`: a role whose legs are served already, whoever is up now."""
-        if tried or done is not None or not self.breakers.all_allowed(now):
-            return self._found_route(job, now, tried, family, done)
-        routes, key = self._seen().routes, (family, len(job.items))
-        route = routes.get(key)
-        if route is None:
-            route = routes[key] = self._found_route(job, now, tried, family, done)
-        return route
-
-    def _found_route(
-        self, job: Job, now: float, tried: Collection[str], family: str, done: Role | None
-    ) -> router.Route:
-        census = self._census(now, tried, family)
-        if done is not None and job.items:
-            census[done] = Counter({State.READY: 1})
-        param = job.items[0].param if job.items else None
-        try:
-            return router.route(len(job.items), census, param, self._inlines(family, census))
-        except NoInstance as error:
-            error.retry_after = self.wait(now)
-            raise
-
-    def _inlines(self, family: str, census: router.Census) -> tuple[Path, ...]:
-        if family not in self._families.inline:
-            return (Path.EPD,) if self._inline else ()
-        return paths.INLINE if self._inline or Role.ENCODE not in census else ()
-
-    def _census(self, now: float, tried: Collection[str], family: str) -> dict[Role, Counter[str]]:
-        """How many instances of each role are in each state, or kept from work by their circuit."""
-        counted: dict[Role, Counter[str]] = {}
-        for instance in self._fleet:
-            if UNKNOWN in (family, instance.dialect) or self._families.fit(instance, family):
-                counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
-        return counted
-
-    def _state(self, instance: Instance, now: float, tried: Collection[str]) -> str:
-        if instance.state is not State.READY:
-            return instance.state
-        if instance.url in tried:
-            return "TRIED"
-        if self.breakers.allows(instance.url, now):
-            return State.READY
-        return "BUSY" if self.breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
 
 
 def reader(plan: Plan) -> Instance:
@@ -331,3 +299,8 @@ def family_of(plan: Plan) -> str:
 def _close(leg: Leg) -> None:
     if leg.hold is not None:
         leg.hold.close()
+
+
+def _nbytes(items: Iterable[Item]) -> int:
+    """Of their embeddings."""
+    return sum(item.nbytes for item in items)

@@ -12,3 +12,8 @@ INLINE: tuple[Path, ...] = (Path.EP_D, Path.EPD)
 def candidates(has_media: bool, inline: tuple[Path, ...] = ()) -> tuple[Path, ...]:
     """`inline`: those of INLINE whose engines here can encode, where no encoder does."""
     return (*MEDIA, *inline) if has_media else TEXT
+
+
+def inline(path: Path) -> Path:
+    """The same engines without encoders."""
+    return Path.EPD if path.combined else Path.EP_D

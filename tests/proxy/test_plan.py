@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy import openai
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
-from proxy.core import BOTH, Api, Job, Path, Role
-from proxy.errors import NoInstance
+from proxy.core import BOTH, ROLES, Api, Job, Path, Plan, Role, State
+from proxy.errors import NoInstance, ProxyError
 from proxy.families import Families
 from proxy.openai import Identity
 from proxy.plan import ALIKE, Holds, Planner
+from proxy.prospects import Sight
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 from tests.support import balancing
+from tests.support.fleets import Labelled
+from tests.support.fleets import job as costly
 
 
 def job(*parts: dict[str, Any]) -> Job:
@@ -212,10 +218,12 @@ def test_an_encoder_may_feed_another_family(balancer: Balancer) -> None:
 
 def test_encoders_wait_for_engines_whose_family_is_not_known_yet(balancer: Balancer) -> None:
     """Their embeddings may turn out to be of use: nobody is told that media can never be had here."""
-    p = mixed(balancer, sglang="encode")
-    p._fleet.join("http://language", BOTH, "auto")
+    found = Fleet()
+    found.apply(found.join("http://encode", Role.ENCODE, "sglang"), Event.HEALTHY, "")
+    found.join("http://language", BOTH, "auto")
+    drawing = Planner(found, balancer, Breakers(Thresholds(2, 10.0)))
     with Holds() as leases, pytest.raises(NoInstance, match="no combined engine is ready"):
-        p.draw(job(part(image())), 0.0, leases)
+        drawing.draw(job(part(image())), 0.0, leases)
 
 
 def test_a_plan_tells_of_encoders_that_only_the_engines_call(balancer: Balancer) -> None:
@@ -224,3 +232,181 @@ def test_a_plan_tells_of_encoders_that_only_the_engines_call(balancer: Balancer)
     with Holds() as leases:
         plan = p.draw(job(part(image())), 0.0, leases)
         assert (plan.path, plan.reason, plan.encodes) == (Path.EPD, "1 item, the engine calls the encoders", [])
+
+
+# ---- by what is foreseen
+
+
+def weighed(found: Labelled, *, inline: bool = False, rules: Families = ALIKE, **sight: Any) -> Planner:
+    seen = Sight(frozenset(found.weighed), **sight)
+    return Planner(found.fleet, found.balancer, Breakers(Thresholds(2, 10.0)), inline, rules, seen)
+
+
+def test_a_plan_tells_its_first_token_where_somebody_asks(balancer: Balancer) -> None:
+    with Holds() as holds:
+        assert planner(balancer, both=1).draw(job(), 0.0, holds).foreseen == 0.0
+    found = Labelled(weighed=())
+    found.add(Role.ENCODE, rate=1e-4)
+    found.add(BOTH, rate=1e-4)
+    asking, asked = weighed(found, always=True), costly(1000, text=100)
+    with Holds() as holds:
+        assert asking.foresee(asked, 0.0) == pytest.approx(0.1 + 0.11)
+        plan = asking.draw(asked, 0.0, holds)
+        assert plan.foreseen == pytest.approx(0.1 + 0.11) and "; foreseen=210ms; " in str(plan)
+        assert asking.foresee(asked, 0.0) > plan.foreseen
+    assert found.balancer.ledger.leases() == 0
+
+
+def test_media_are_encoded_inline_where_that_is_sooner_and_allowed() -> None:
+    found = Labelled(weighed=())
+    (encoder,) = found.add(Role.ENCODE, rate=1e-4)
+    found.add(BOTH, rate=1e-4)
+    asked = costly(1000, text=100)
+    lease = found.balancer.ledger.lease(encoder, Role.ENCODE, 9000)
+    with Holds() as holds:
+        assert weighed(found).draw(costly(999), 0.0, holds).path is Path.E_PD
+    drawing = weighed(found, inline=True)
+    with Holds() as holds:
+        plan = drawing.draw(asked, 0.0, holds)
+        assert (plan.path, plan.reason) == (Path.EPD, "1 item, 210 ms inline, 1110 ms encoded apart")
+        assert found.balancer.ledger.load(plan.leg(BOTH).instance.url) == asked.prompt_tokens + 16 + 1000
+    lease.close()
+    with Holds() as holds:
+        assert drawing.draw(asked, 0.0, holds).path is Path.EPD, "as soon is not sooner"
+        assert drawing.draw(asked, 0.0, holds).path is Path.E_PD, "while that one is before it"
+
+
+@pytest.mark.parametrize("weighs", [(), ROLES])
+def test_embeddings_go_where_there_is_room_for_them(weighs: Sequence[Role]) -> None:
+    found = Labelled(weighed=weighs)
+    found.add(Role.ENCODE)
+    found.add(Role.PREFILL, 2)
+    found.add(Role.DECODE)
+    drawing = weighed(found, max_embedding_bytes=2500)
+    with Holds() as first, Holds() as second, Holds() as third:
+        plans = [drawing.draw(costly(works), 0.0, holds) for works, holds in ((2, first), (2, second))]
+        one, other = (plan.leg(Role.PREFILL).instance.url for plan in plans)
+        assert one != other and not drawing.has_room(costly(1), 0.0)
+        assert drawing.has_room(job(), 0.0), "text needs none"
+        plans[0].leg(Role.PREFILL).hold.close()  # type: ignore[union-attr]
+        assert drawing.has_room(costly(2), 0.0)
+        found.balancer.ledger.lease(plans[0].leg(Role.PREFILL).instance, Role.PREFILL, 100_000)
+        assert drawing.draw(costly(2), 0.0, third).leg(Role.PREFILL).instance.url == one, "there is room, if no peace"
+        assert drawing.draw(costly(2), 0.0, third).leg(Role.PREFILL).instance.url == other, "who was let in is served"
+    assert drawing.has_room(costly(1000), 0.0), "one alone may have more"
+
+
+def test_what_keeps_a_plan_from_being_drawn_does_not_keep_it_waiting() -> None:
+    found = Labelled()
+    found.add(Role.ENCODE)
+    found.add(BOTH)
+    drawing = weighed(found, max_embedding_bytes=1000)
+    with Holds() as holds:
+        reader = drawing.draw(costly(2), 0.0, holds).leg(BOTH).instance
+        assert not drawing.has_room(costly(2), 0.0)
+        found.fleet.apply(reader, Event.FAILED, "")
+        assert drawing.has_room(costly(2), 0.0)
+        with pytest.raises(NoInstance):
+            drawing.draw(costly(2), 0.0, holds)
+
+
+# ---- whatever happens
+
+LABELS = st.sampled_from(({}, {"host": "a", "rack": "r"}, {"host": "b", "rack": "r"}, {"rack": "s"}))
+STEP = st.one_of(
+    st.tuples(st.just("join"), st.sampled_from(ROLES), LABELS),
+    st.tuples(st.just("event"), st.integers(0, 20), st.sampled_from((*[Event.HEALTHY] * 4, Event.FAILED, Event.DRAIN))),
+    st.tuples(st.just("break"), st.integers(0, 20), st.booleans()),
+    st.tuples(st.just("observe"), st.integers(0, 20), st.sampled_from((1e-5, 1e-4, 1e-3))),
+    st.tuples(st.just("draw"), st.lists(st.integers(0, 5), max_size=3), st.integers(0, 3)),
+    st.tuples(st.just("redraw"), st.integers(0, 5), st.booleans()),
+    st.tuples(st.just("end"), st.integers(0, 5), st.none()),
+)
+
+
+class Life:
+    """A planner and whatever may happen to its fleet. Every leg is checked as it is drawn."""
+
+    def __init__(self, weighed: Sequence[Role], inline: bool, family: str) -> None:
+        self.found = Labelled(weighed=weighed, family=family)
+        for role in (Role.ENCODE, Role.PREFILL, Role.DECODE, BOTH):
+            self.found.add(role, 2, rate=1e-4, host="a", rack="r")
+        self.breakers = Breakers(Thresholds(2, 10.0))
+        sight = Sight(frozenset(weighed), always=True, max_embedding_bytes=3000)
+        self.planner = Planner(self.found.fleet, self.found.balancer, self.breakers, inline, Families({"vllm"}), sight)
+        self.now = 0.0
+        self.running: list[tuple[Plan, Job, Holds]] = []
+        self.said: list[str] = []
+
+    def step(self, what: str, one: Any, other: Any) -> None:
+        self.now += 1.0
+        instances = list(self.found.fleet)
+        instance = instances[one % len(instances)] if isinstance(one, int) and instances else None
+        allowed = {i.url for i in instances if i.state is State.READY and self.breakers.allows(i.url, self.now)}
+        if what == "join":
+            self.found.add(one, **other)
+        elif what == "event" and instance is not None:
+            self.found.fleet.apply(instance, other, "")
+        elif what == "break" and instance is not None:
+            permit = self.breakers.permit(instance.url)
+            permit.failed(Blame.FAILURE, self.now) if other else permit.succeeded()
+        elif what == "observe" and instance is not None:
+            self.found.rates[instance.role].observe(instance.url, 1, 0, other)
+        elif what == "draw":
+            self._draw(costly(*(100 * (1 + n) for n in one), text=1 + 2000 * other), allowed)
+        elif what == "redraw" and one < len(self.running):
+            self._redraw(one, other, allowed)
+        elif what == "end" and one < len(self.running):
+            self.running.pop(one)[2].close()
+        self.found.balancer.ledger.check()
+
+    def _draw(self, asked: Job, allowed: set[str]) -> None:
+        holds = Holds()
+        try:
+            plan = self.planner.draw(asked, self.now, holds)
+        except ProxyError as error:
+            holds.close()
+            self.said.append(str(error))
+            return
+        assert {leg.instance.url for leg in plan.legs} <= allowed
+        assert {i.identity for i in asked.items} == {i.identity for leg in plan.encodes for i in leg.items} or (
+            "encode" not in str(plan) or "in the engine's KV" in plan.reason or "inline" in plan.reason
+        )
+        assert plan.foreseen > 0
+        self.running.append((plan, asked, holds))
+        self.said.append(str(plan))
+
+    def _redraw(self, number: int, encoders: bool, allowed: set[str]) -> None:
+        plan, asked, holds = self.running[number]
+        tried = {leg.instance.url for leg in plan.legs if leg.role is not Role.ENCODE}
+        try:
+            again = (
+                self.planner.encode_again(plan, asked, self.now, holds)
+                if encoders
+                else self.planner.redraw(plan, asked, self.now, tried, holds)
+            )
+        except NoInstance:
+            again = None
+        if again is not None:
+            new = {leg.instance.url for leg in again.legs if leg not in plan.legs}
+            assert new <= allowed and (encoders or not new & tried)
+            self.running[number] = again, asked, holds
+        self.said.append(str(again))
+
+    def end(self) -> None:
+        for _, _, holds in self.running:
+            holds.close()
+        assert self.found.balancer.ledger.leases() == 0
+        assert self.planner.has_room(costly(1 << 20), self.now)
+
+
+@given(st.lists(STEP, max_size=40), st.sampled_from(((), ROLES)), st.booleans(), st.sampled_from(("native", "vllm")))
+def test_only_who_may_be_used_is_ever_picked_and_the_same_of_the_same(
+    steps: list[tuple[str, Any, Any]], weighs: Sequence[Role], inline: bool, family: str
+) -> None:
+    lives = Life(weighs, inline, family), Life(weighs, inline, family)
+    for life in lives:
+        for step in steps:
+            life.step(*step)
+        life.end()
+    assert lives[0].said == lives[1].said
