@@ -123,7 +123,7 @@ class Admission:
             outlook = wish.foresee()
             entry.latest = entry.deadline - outlook.first_idle
             if entry.latest <= now:
-                raise late(wish, outlook)
+                raise late(entry, wish, outlook)
         refused = self._make_way(entry) if self._waiting >= self.limits.queue else None
         heappush(self._lanes[entry.media], entry)
         self._waiting += 1
@@ -219,12 +219,16 @@ def full(waiting: int) -> Overloaded:
     return Overloaded(f"{waiting} requests are waiting already (--max-queue)")
 
 
-def late(wish: Wish, outlook: Outlook) -> TooLate:
+def late(entry: Entry, wish: Wish, outlook: Outlook) -> TooLate:
     """What to tell one that waits in vain, with the time that it may take until the engines are idle."""
     backlog = outlook.first - outlook.first_idle
-    if wish.first < inf:
+    if entry.parked is Stage.DECODE:
+        what = f"tokens are wished for every {wish.pace:g} s (--tpot-target)"
+        now = f"now each would take {outlook.pace:.2g} s, and idle engines would take {outlook.pace_idle:.2g} s"
+    else:
         what = f"the first token is wished for within {wish.first:g} s (--ttft-target, x-ttft-target)"
-        now = f"now it would take {outlook.first:.2g} s, most of it for {outlook.stage}"
-        return TooLate(f"{what}: {now}, and {outlook.first_idle:.2g} s with idle engines", backlog)
-    now = f"now a token would take {outlook.pace:.2g} s"
-    return TooLate(f"tokens are wished for every {wish.pace:g} s (--tpot-target): {now}", backlog)
+        busy = f"now it would take {outlook.first:.2g} s, most of it for {outlook.stage}"
+        if entry.parked is None:
+            busy = "others wait before it"
+        now = f"{busy}, and idle engines would take {outlook.first_idle:.2g} s"
+    return TooLate(f"{what}: {now}", backlog)

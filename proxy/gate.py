@@ -125,7 +125,7 @@ class Gate:
             return QueueTimeout(f"no place became free within {patience:g} s (--queue-timeout)")
         outlook = entry.wish.foresee()
         if outlook.room:
-            return late(entry.wish, outlook)
+            return late(entry, entry.wish, outlook)
         return QueueTimeout(f"no room for embeddings (--max-embedding-bytes) within {patience:g} s (--queue-timeout)")
 
     def _tell(self, refused: Entry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from deploy import plan
+from tests.fakes.deployment import deployment
+from tests.fakes.media import chat, image, part
 
 
 def role(name: str, **numbers: Any) -> dict[str, Any]:
@@ -75,6 +78,17 @@ def test_json_is_the_proxys_own(capsys: pytest.CaptureFixture[str]) -> None:
     with proxy(200, json.dumps(PLAN).encode()) as url:
         assert plan.main(["--url", url, "--engines", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PLAN
+
+
+async def test_a_real_proxys_plan_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    async with deployment("1e1p1d") as d:
+        await d.post(chat(part(image()), stream=True))
+        await d.settle()
+        assert await asyncio.to_thread(plan.main, ["--url", d.url, "--engines", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[3:6]] == ["encode", "prefill", "decode"]
+    assert sum(int(line.removesuffix("  <- bottleneck").split()[-1]) for line in lines[3:6]) == 6
+    assert sum(line.endswith("<- bottleneck") for line in lines) == 1
 
 
 NOTHING = {"offered": {"requests": 0.0}, "reason": "nothing is offered"}

@@ -179,6 +179,18 @@ async def test_who_leaves_while_parked_leaves_nothing() -> None:
     assert (g.admission.requests, g.admission.waiting, g.admission.wishing) == (0, 0, False)
 
 
+async def test_who_finds_no_place_until_it_is_too_late_is_told_so() -> None:
+    engines, left = Engines(), asyncio.Event()
+    g = gate(9, 10.0, 1, engines.foresee)
+    inside = asyncio.create_task(engines.serve(g, job(), left=left))
+    await asyncio.sleep(0)
+    with pytest.raises(TooLate, match=r"others wait before it, and idle engines would take 0\.01 s"):
+        await g.enter(job(x_ttft_target="0.05"))
+    left.set()
+    await inside
+    assert (g.admission.requests, g.admission.waiting) == (0, 0)
+
+
 async def test_media_wait_for_room_for_embeddings_as_long_as_for_a_place() -> None:
     engines = Engines()
     engines.room = False
@@ -196,6 +208,7 @@ async def test_a_pace_that_does_not_come_back_is_refused_as_too_late() -> None:
         return Outlook(0.01, 0.01, 0.5, 0.01, Stage.PREFILL)
 
     g = gate(9, 0.05, 9, slow, Targets(inf, pace=0.1))
-    with pytest.raises(TooLate, match=r"every 0\.1 s \(--tpot-target\): now a token would take 0\.5 s"):
-        await g.enter(job())
+    for asked in (job(), job(x_ttft_target="5")):
+        with pytest.raises(TooLate, match=r"every 0\.1 s \(--tpot-target\): now each would take 0\.5 s, and idle"):
+            await g.enter(asked)
     assert (g.admission.requests, g.admission.waiting) == (0, 0)
