@@ -78,8 +78,9 @@ class Drafts:
     def draw(self, path: Path, job: Job, pools: Pools, family: str, holds: Holds) -> Draft:
         """`pools` are not empty. All leases are added to `holds`."""
         self._forget_others()
-        known = self._known(path, job, pools, family)
-        demand = self._prospects.demand(path, pools.role, job)._replace(held=known.left)
+        demand = self._prospects.demand(path, pools.role, job)
+        known = self._known(path, job, pools, family, demand.work)
+        demand = demand._replace(held=known.left)
         items, reason, reader, place = unique(job.items) if path.encodes else [], "", None, None
         if known.spares:
             reader = holds.add(self._balancer.take(pools.role, pools.readers, demand))
@@ -129,14 +130,14 @@ class Drafts:
 
     # ---- prompts in KV
 
-    def _known(self, path: Path, job: Job, pools: Pools, family: str) -> _Known:
+    def _known(self, path: Path, job: Job, pools: Pools, family: str, work: int) -> _Known:
+        """`work`: the reader's where it holds nothing."""
         spared = path.encodes and self._sight.media_anyway and family in self._families.inline
         if len(pools.readers) == 1 and not spared:
             return UNKNOWN
         chain = Chain.of(job)
         matched = {url: tokens for url, tokens in self._prefixes.matched(chain).items() if url in pools.readers}
         covered = {url: chain.covered(tokens) for url, tokens in matched.items()} if job.items else {}
-        work = self._prospects.demand(path, pools.role, job).work
         left = {url: work - tokens for url, tokens in matched.items()}
         if path in paths.INLINE:
             for url, indices in covered.items():
