@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxy.balancer.foresight import rates_of, times
-from proxy.balancer.hashing import hashes, ranks
+from proxy.balancer.hashing import hashes, highest
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.policy import Demand, Means, Policy
 from proxy.balancer.pool import Pool
@@ -37,7 +37,7 @@ class Affinity(Policy):
             return urls[first]
         if not demand.key:
             return urls[int(tied[ledger.used(pool)[tied].argmin()])]
-        return urls[int(tied[ranks(self._members(pool)[tied], demand.key).argmax()])]
+        return urls[int(tied[highest(self._members(pool)[tied], demand.key)])]
 
     def _members(self, pool: Pool) -> NDArray[np.uint64]:
         members: NDArray[np.uint64] | None = pool.kept.get(self)

@@ -30,7 +30,7 @@ class Balancer:
 
     def take(self, role: Role, pool: Pool, demand: Demand) -> Lease:
         """Choose one of `pool` (not empty) and charge it. The caller owns the lease."""
-        if role is Role.ENCODE and demand.key:
+        if demand.key and role is Role.ENCODE:
             return self._take_item(pool, demand)
         url = self._policies[role].choose(pool, demand, self.ledger)
         return self.ledger.lease(pool.by_url[url], role, demand.at(url))

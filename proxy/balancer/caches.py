@@ -44,7 +44,9 @@ class Holders:
 
     def placed(self, url: str, key: str, work: int, capacity: int = CAPACITY) -> bool:
         """The item was sent there; True if it was held before. `work` tokens of `capacity` are its: others may go."""
-        items = self._items.setdefault(url, OrderedDict())
+        items = self._items.get(url)
+        if items is None:
+            items = self._items[url] = OrderedDict()
         before = items.pop(key, 0)
         tokens = self._tokens.get(url, 0) + work - before
         items[key] = work

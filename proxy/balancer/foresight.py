@@ -23,7 +23,7 @@ def times(pool: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> NDArray[n
         found = (loads + demand.work) * each
     for url, work in demand.held.items():
         if (at := pool.position.get(url)) is not None:
-            found[at] -= (demand.work - work) * each[at]
+            found[at] -= (demand.work - work) * each.item(at)
     for url, seconds in demand.transfer.items():
         if (at := pool.position.get(url)) is not None:
             found[at] += seconds

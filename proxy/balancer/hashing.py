@@ -6,7 +6,9 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-_ODD = np.array([0x9E3779B97F4A7C15], np.uint64)  # 2^64 by the golden ratio: each high bit depends on all lower ones
+_ALL = (1 << 64) - 1
+_FEW = 8  # so many are ranked faster one by one than by numpy
+_ODD = 0x9E3779B97F4A7C15  # 2^64 by the golden ratio: each high bit depends on all lower ones
 
 
 def hash64(text: str) -> int:
@@ -19,9 +21,18 @@ def hashes(text: str, count: int) -> NDArray[np.uint64]:
     return np.frombuffer(blake3(text.encode()).digest(8 * count), np.uint64)
 
 
-def ranks(members: NDArray[np.uint64], key: str) -> NDArray[np.uint64]:
-    """The rendezvous rank of each member, given by its hash, for `key`.
+def rank(member: int, key: int) -> int:
+    """The rendezvous rank of a member for a key, both given by their hashes.
 
     Each key orders the members in its own way, and whoever of them comes or goes leaves the order of the others.
     """
-    return (members ^ hashes(key, 1)) * _ODD
+    return (member ^ key) * _ODD & _ALL
+
+
+def highest(members: NDArray[np.uint64], key: str) -> int:
+    """The position of the member, each given by its hash, with the highest rank for `key`."""
+    hashed = hash64(key)
+    if len(members) > _FEW:
+        return int(((members ^ np.uint64(hashed)) * np.uint64(_ODD)).argmax())
+    ranks = [rank(member, hashed) for member in members.tolist()]
+    return ranks.index(max(ranks))

@@ -18,6 +18,7 @@ TOKEN = 17e-9
 """More for each token of KV, 57 KB to be read at 3.35 TB/s. With `SEQUENCE` that is 11.5 ms for 64 of 4,096."""
 OUTPUT = 256
 """Tokens over which a transfer, which is waited for once, is spread."""
+_LAST = 1e9  # whoever has no room comes after all who have
 
 
 class Pace(Policy):
@@ -30,23 +31,25 @@ class Pace(Policy):
         urls = pool.urls
         if len(urls) == 1:
             return urls[0]
-        kept = ledger.loads(pool)
-        found = STEP + SEQUENCE * (ledger.running(pool) + 1) + TOKEN * (kept + demand.work)
-        found *= rates_of(pool, self._rates)
-        found /= self._rates.typical
+        kept, each = ledger.loads(pool), rates_of(pool, self._rates)
+        found = kept * TOKEN
+        found += ledger.running(pool) * SEQUENCE
+        found += STEP + SEQUENCE + TOKEN * demand.work
+        found *= each
         for url, seconds in demand.transfer.items():
             if (at := pool.position.get(url)) is not None:
-                found[at] += seconds / OUTPUT
-        full = kept + (demand.room or demand.work) > self._room(pool)
-        if full.any() and not full.all():
-            found[full] = np.inf
-        best = (found == found.min()).nonzero()[0]
-        return urls[int(best[0] if len(best) == 1 else best[ledger.used(pool)[best].argmin()])]
+                found[at] += seconds / OUTPUT * self._rates.typical
+        room = self._room(pool)
+        if room is not None:
+            np.add(found, _LAST, out=found, where=kept > room - (demand.room or demand.work))
+        first = int(found.argmin())
+        tied = (found == found.item(first)).nonzero()[0]
+        return urls[first if len(tied) == 1 else int(tied[ledger.used(pool)[tied].argmin()])]
 
-    def _room(self, pool: Pool) -> NDArray[np.float64]:
-        """Tokens of KV that each of `pool` has; without end where it does not tell."""
-        room: NDArray[np.float64] | None = pool.kept.get(self)
-        if room is None:
-            told = (pool.by_url[url].facts.get("kv_tokens") for url in pool.urls)
-            room = pool.kept[self] = np.array([np.inf if tokens is None else tokens for tokens in told], np.float64)
+    def _room(self, pool: Pool) -> NDArray[np.float64] | None:
+        """Tokens of KV that each of `pool` has, without end where it does not tell; None if nobody does."""
+        if self not in pool.kept:
+            told = [pool.by_url[url].facts.get("kv_tokens", np.inf) for url in pool.urls]
+            pool.kept[self] = None if min(told) == np.inf else np.array(told, np.float64)
+        room: NDArray[np.float64] | None = pool.kept[self]
         return room

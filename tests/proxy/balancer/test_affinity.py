@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.balancer.affinity import TIE, Affinity
-from proxy.balancer.hashing import hashes, ranks
+from proxy.balancer.hashing import hash64, rank
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.policy import Demand, Means
 from proxy.balancer.pool import Pool
@@ -29,7 +29,7 @@ def naive(candidates: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> str
     latest = time(first) + TIE * demand.at(first) * rates.seconds(first)
     tied = [url for url in candidates if time(url) <= latest]
     if demand.key:
-        return max(tied, key=lambda url: int(ranks(hashes(url, 1), demand.key)[0]))
+        return max(tied, key=lambda url: rank(hash64(url), hash64(demand.key)))
     return min(tied, key=lambda url: (ledger.standing(url).used, url))
 
 
