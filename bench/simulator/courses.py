@@ -249,6 +249,7 @@ class Course:
         assert self._plan is not None
         if life == self._life and self._plan.path.combined:
             self._first = self._world.clock.now - self._arrival
+            self._observe(sent, self._job.prompt_tokens)
 
     def _last(self, sent: _Sent, generation: Generation, life: int) -> None:
         """The last token of this engine: of the answer, or of a prefill alone."""
@@ -327,13 +328,17 @@ class Course:
         return _Sent(leg, self._world.balancer, self._world.clock.now)
 
     def _succeeded(self, sent: _Sent) -> None:
-        leg, now = sent.leg, self._world.clock.now
+        leg = sent.leg
         if leg.hold is not None:
             leg.hold.succeeded()
             leg.hold.close()
-        if sent.work:
-            rates = self._world.balancer.rates[leg.role]
-            rates.observe(leg.instance.url, sent.work, sent.ahead, now - sent.began)
+        if Role.DECODE not in leg.role:
+            self._observe(sent, sent.work)
+
+    def _observe(self, sent: _Sent, work: int) -> None:
+        """The rate of an instance, by what its leg took until it was encoded or had its first token."""
+        rates = self._world.balancer.rates[sent.leg.role]
+        rates.observe(sent.leg.instance.url, max(1, work), sent.ahead, self._world.clock.now - sent.began)
 
     def _failed(self, sent: _Sent, refused: bool) -> None:
         if sent.leg.hold is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -25,6 +26,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.core import ROLES, Role
 from proxy.families import Families
 from proxy.plan import Planner
+from proxy.prospects import PLAIN, Sight
 from proxy.vision import FAMILIES, Vision
 
 FAMILY = "native"
@@ -45,10 +47,12 @@ class Simulation:
         kv_link: LinkBetween | None = None,
         faults: Iterable[Fault] = (),
         vision: Vision = FAMILIES["qwen3_vl"],
+        sight: Sight = PLAIN,
     ) -> None:
         """`policies`: by role, or one for all; roles without any get least_loaded.
 
         `vision` is what the proxy prices media by: right or wrong, engines take as long as their own models say.
+        `sight` is what flags say of predictions; roles with the policy `affinity` are weighed in any case.
         """
         self.clock = Clock()
         self.results = Results()
@@ -61,7 +65,9 @@ class Simulation:
         self.balancer = Balancer(chosen, rates=rates)
         inline = any(engine.spec.vision is not None for engine in self._park.engines.values())
         families = Families(inline=(FAMILY,)) if inline else Families()
-        self.planner = Planner(self.fleet, self.balancer, Breakers(Thresholds()), inline, families)
+        weighed = frozenset(role for role in ROLES if named.get(role) == "affinity")
+        sight = replace(sight, weighed=weighed.union(sight.weighed))
+        self.planner = Planner(self.fleet, self.balancer, Breakers(Thresholds()), inline, families, sight)
         for machine in self._park.machines.values():
             instance = self.fleet.join(machine.url, machine.role, FAMILY, machine.facts)
             self.fleet.apply(instance, Event.HEALTHY, "simulated")
