@@ -191,6 +191,9 @@ class Hold(Protocol):
     def failed(self, error: Exception, now: float) -> bool:
         """The leg failed; whose fault it was is judged here. True: nobody should be sent there for a time."""
 
+    def prefilled(self) -> None:
+        """The prompt is in KV: what was charged for that alone is given back."""
+
     def close(self) -> None:
         """The leg is over, whatever happened."""
 

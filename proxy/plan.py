@@ -54,6 +54,13 @@ class Held:
             return False
         return self.permit.failed(rule(error).blame, now, error.retry_after)
 
+    def prefilled(self) -> None:
+        if self.cargo is not None:
+            self.cargo.close()
+        for lease in self.leases:
+            if lease.role is Role.PREFILL:
+                lease.close()
+
     def close(self) -> None:
         self.permit.close()
         for lease in self.leases:
@@ -131,8 +138,8 @@ class Planner:
         """Predicted seconds to the first token of `job` if it began now. Nothing is charged. Raises BadRequest or
         NoInstance."""
         family = self._candidates.family(job, now, self._balancer.ledger.load)
-        path = self._candidates.route(job, now, NOBODY, family).path
-        return self._prospects.first_token(path, job, lambda role: self._some(role, now, family))
+        route = self._candidates.route(job, now, NOBODY, family)
+        return self._prospects.soonest(route, job, lambda role: self._some(role, now, family))
 
     def has_room(self, job: Job, now: float) -> bool:
         """Whether somebody may be sent the embeddings of `job` now, by `Sight.max_embedding_bytes`."""

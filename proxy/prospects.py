@@ -42,11 +42,21 @@ class Prospects:
 
     def decided(self, route: router.Route, job: Job, family: str, pool: Callable[[Role], Pool]) -> tuple[Path, str]:
         """One of the route's paths, and why; the first while nothing is known of how fast its engines are."""
-        if not all(self._balancer.rates[role].version for role in route.path.roles[: 1 + route.path.encodes]):
+        forecasts = self._forecasts(route, job, pool)
+        if len(forecasts) == 1:
             return route.path, route.reason
-        forecasts = [Forecast(path, self.first_token(path, job, pool)) for path in (route.path, *route.others)]
         path, times = self._decider.decide(f"{family} {kind(job)}", forecasts)
         return path, f"{router.what(len(job.items))}, {times}"
+
+    def soonest(self, route: router.Route, job: Job, pool: Callable[[Role], Pool]) -> float:
+        """Seconds until the first token, on the best of the paths that `decided` may choose."""
+        return min(forecast.seconds for forecast in self._forecasts(route, job, pool))
+
+    def _forecasts(self, route: router.Route, job: Job, pool: Callable[[Role], Pool]) -> list[Forecast]:
+        """Of the paths that there is a choice of."""
+        known = all(self._balancer.rates[role].version for role in route.path.roles[: 1 + route.path.encodes])
+        choice = (route.path, *route.others) if known else (route.path,)
+        return [Forecast(path, self.first_token(path, job, pool)) for path in choice]
 
     def first_token(self, path: Path, job: Job, pool: Callable[[Role], Pool]) -> float:
         """Seconds until the first token, at the best instances of each leg's pool (not empty)."""

@@ -14,7 +14,7 @@ from proxy import openai
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
-from proxy.core import BOTH, ROLES, Api, Job, Path, Plan, Role, State
+from proxy.core import BOTH, ROLES, Api, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
 from proxy.families import Families
 from proxy.openai import Identity
@@ -273,7 +273,25 @@ def test_media_are_encoded_inline_where_that_is_sooner_and_allowed() -> None:
     lease.close()
     with Holds() as holds:
         assert drawing.draw(asked, 0.0, holds).path is Path.EPD, "as soon is not sooner"
+        assert drawing.foresee(asked, 0.0) == pytest.approx(0.2116 + 0.11), "of the sooner path"
         assert drawing.draw(asked, 0.0, holds).path is Path.E_PD, "while that one is before it"
+
+
+def _prefilled(leg: Leg) -> None:
+    assert leg.hold is not None
+    leg.hold.prefilled()
+
+
+def test_what_is_prefilled_is_no_load_and_on_its_way_no_more(balancer: Balancer) -> None:
+    drawing = planner(balancer, encode=1, prefill=1, decode=1, both=1)
+    with Holds() as holds:
+        drawn = drawing.draw(job(part(image())), 0.0, holds)
+        for leg in drawn.legs:
+            _prefilled(leg)
+        left = [balancer.ledger.load(leg.instance.url) > 0 for leg in drawn.legs]
+        assert left == [True, False, True], "encoding and decoding go on"
+        balancer.ledger.check()
+    assert balancer.ledger.leases() == 0
 
 
 @pytest.mark.parametrize("weighs", [(), ROLES])
@@ -288,7 +306,7 @@ def test_embeddings_go_where_there_is_room_for_them(weighs: Sequence[Role]) -> N
         one, other = (plan.leg(Role.PREFILL).instance.url for plan in plans)
         assert one != other and not drawing.has_room(costly(1), 0.0)
         assert drawing.has_room(job(), 0.0), "text needs none"
-        plans[0].leg(Role.PREFILL).hold.close()  # type: ignore[union-attr]
+        _prefilled(plans[0].leg(Role.PREFILL))
         assert drawing.has_room(costly(2), 0.0)
         found.balancer.ledger.lease(plans[0].leg(Role.PREFILL).instance, Role.PREFILL, 100_000)
         assert drawing.draw(costly(2), 0.0, third).leg(Role.PREFILL).instance.url == one, "there is room, if no peace"
