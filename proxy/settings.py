@@ -168,7 +168,9 @@ class ProxySettings(BaseSettings):
     measure_timeout: PositiveFloat = Field(1.0, description="seconds that a request waits for its media's sizes")
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
     inline_encoding: bool = Field(
-        False, description="combined engines have an encoder of their own: give them media when encoders fail"
+        False,
+        description="combined engines have an encoder of their own: give them media when encoders fail, or where that is "
+        "foreseen to be sooner",
     )
     hedge_after: str = Field(
         "", description="try a second encoder after so many seconds, or a percentile of them like p95; empty: never"
