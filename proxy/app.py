@@ -49,7 +49,7 @@ from proxy.links import Links
 from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
-from proxy.outlooks import Outlooks
+from proxy.outlooks import Outlooks, idle
 from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
@@ -98,9 +98,8 @@ class Proxy:
         introduction = Introduction(self.upstream, self.speakers, self.families, patience)
         self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, introduction, probing)
         self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
-        outlooks = Outlooks(self.fleet, self.balancer, self.sizing)
-        targets = Targets(settings.ttft_target or inf, settings.tpot_target or inf)
-        self.gate = Gate(Admission(_limits(settings)), self.metrics, time.monotonic, outlooks.of, targets)
+        self.planner = self._planner(self.balancer)
+        self.gate = self._gate(settings)
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
         self.measuring = _measuring(settings, self.costs)
         self.reading = Reading(self._identity, self.costs, self.measuring)
@@ -109,11 +108,22 @@ class Proxy:
         self.dispatcher = self._dispatcher(settings)
         self.port = seat.port if seat else settings.port
 
+    def _planner(self, balancer: Balancer) -> Planner:
+        inline, sight = self.settings.inline_encoding, _sight(self.settings)
+        return Planner(self.fleet, balancer, self.breakers, inline, self.families, sight)
+
+    def _gate(self, settings: ProxySettings) -> Gate:
+        planners = self.planner, self._planner(idle(self.balancer))
+        outlooks = Outlooks(*planners, self.fleet, self.balancer, self.sizing, time.monotonic)
+        targets = Targets(
+            settings.ttft_target or inf, settings.tpot_target or inf, settings.max_embedding_bytes is not None
+        )
+        return Gate(Admission(_limits(settings)), self.metrics, time.monotonic, outlooks.of, targets)
+
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
         legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
-        inline, sight = settings.inline_encoding, _sight(settings)
-        planner = Planner(self.fleet, self.balancer, self.breakers, inline, self.families, sight)
+        planner = self.planner
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
         if settings.virtual_encoder_port is not None:

@@ -2,49 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 from proxy.admission import Outlook
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
-from proxy.balancer.policy import Demand
-from proxy.balancer.pool import Pool
 from proxy.core import BOTH, Job, Role, Stage
+from proxy.errors import ProxyError
+from proxy.plan import Planner
 from proxy.sizing import Sizing
 
 _UNKNOWN = Outlook(0.0, 0.0, 0.0, 0.0, Stage.PROXY)
 
 
+def idle(balancer: Balancer) -> Balancer:
+    """One of the same instances, as fast and with the same items in their caches, that have nothing to do."""
+    found = Balancer({}, None, balancer.rates)
+    found.holders = balancer.holders
+    return found
+
+
 class Outlooks:
-    def __init__(self, fleet: Fleet, balancer: Balancer, sizing: Sizing) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        idle: Planner,
+        fleet: Fleet,
+        balancer: Balancer,
+        sizing: Sizing,
+        clock: Callable[[], float],
+    ) -> None:
+        """`idle`: plans for the same instances as if they had nothing to do."""
+        self._planner = planner
+        self._idle = idle
         self._fleet = fleet
         self._balancer = balancer
-        self._idle = Balancer({}, None, balancer.rates)  # of a fleet that does nothing
         self._sizing = sizing
+        self._clock = clock
 
     def of(self, job: Job) -> Outlook:
-        """Nothing is foreseen where no engine is ready: whoever plans says so."""
-        pools = {role: Pool(self._fleet.ready(role)) for role in (Role.ENCODE, Role.PREFILL, Role.DECODE, BOTH)}
-        reader = Role.PREFILL if pools[Role.PREFILL] else BOTH
-        answering = pools[Role.DECODE] if reader is Role.PREFILL else pools[BOTH]
-        if not pools[reader] or not answering:
+        """Nothing is foreseen where nobody can serve it: whoever plans says so."""
+        now = self._clock()
+        try:
+            first, first_idle = self._planner.foresee(job, now), self._idle.foresee(job, now)
+            # As if all its items were encoded.
+            prefilled = self._planner.foresee(replace(job, items=(), text_tokens=job.prompt_tokens), now)
+        except ProxyError:
             return _UNKNOWN
-        first, encoding = _first(self._balancer, job, pools, reader)
-        first_idle, _ = _first(self._idle, job, pools, reader)
+        stage = Stage.ENCODE if first > prefilled else Stage.PREFILL
         pacing = self._sizing.pacing()
-        batch = 1 + min(self._balancer.ledger.leases(url=url) for url in answering)
-        stage = Stage.ENCODE if encoding else Stage.PREFILL
-        return Outlook(first, first_idle, pacing.of(batch), pacing.of(1), stage)
+        pace, pace_idle = pacing.of(self._batch()), pacing.of(1)
+        return Outlook(first, first_idle, pace, pace_idle, stage, self._planner.has_room(job, now))
 
-
-def _first(balancer: Balancer, job: Job, pools: Mapping[Role, Pool], reader: Role) -> tuple[float, bool]:
-    """Seconds to the first token, and whether it waits for embeddings longer than for prefill."""
-    demand = Demand(max(1, job.prompt_tokens))
-    prefilled = balancer.foresee(reader, pools[reader], demand)
-    if not job.items or not pools[Role.ENCODE]:
-        return prefilled, False
-    works = [item.work for item in job.items]
-    share = max(*works, -(-sum(works) // len(pools[Role.ENCODE])))
-    ready = balancer.foresee(Role.ENCODE, pools[Role.ENCODE], Demand(share))
-    first = balancer.foresee(reader, pools[reader], demand._replace(ready=ready))
-    return first, first > prefilled
+    def _batch(self) -> int:
+        """How many the engine would decode at once that decodes the fewest."""
+        answering = self._fleet.ready(Role.DECODE) or self._fleet.ready(BOTH)
+        return 1 + min((self._balancer.ledger.leases(url=instance.url) for instance in answering), default=0)

@@ -12,9 +12,12 @@ from proxy.balancer import POLICIES
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.balancer.policy import Means
+from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, ROLES, Api, Job, Role, Stage
 from proxy.openai import Identity
-from proxy.outlooks import Outlooks
+from proxy.outlooks import Outlooks, idle
+from proxy.plan import Holds, Planner
+from proxy.prospects import Sight
 from proxy.sizing import Sizing
 from tests.fakes.media import chat, image, part
 
@@ -22,15 +25,18 @@ E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
 
 
 class Site:
-    def __init__(self, **engines: int) -> None:
+    def __init__(self, room: int | None = None, **engines: int) -> None:
         self.fleet = Fleet()
         for label, count in engines.items():
             for number in range(count):
                 made = self.fleet.join(f"http://{label}:{number + 1}", Role.named(label), "native")
                 self.fleet.apply(made, Event.HEALTHY, "healthy")
         self.balancer = Balancer({role: POLICIES["least_loaded"](Means(role)) for role in ROLES})
-        self.flow = flow.alone()
-        self.outlooks = Outlooks(self.fleet, self.balancer, Sizing(self.fleet, self.balancer, self.flow, lambda: 1.0))
+        breakers, sight = Breakers(Thresholds()), Sight(max_embedding_bytes=room)
+        planners = [Planner(self.fleet, b, breakers, sight=sight) for b in (self.balancer, idle(self.balancer))]
+        self.planner = planners[0]
+        sizing = Sizing(self.fleet, self.balancer, flow.alone(), lambda: 1.0)
+        self.outlooks = Outlooks(*planners, self.fleet, self.balancer, sizing, lambda: 1.0)
 
     def busy(self, role: Role, seconds: float) -> None:
         """Every engine of the role has work for so long."""
@@ -80,3 +86,22 @@ def test_where_nobody_is_ready_nothing_is_foreseen() -> None:
     site = Site(both=1)
     site.busy(BOTH, 5.0)
     assert site.outlooks.of(job()).first > 5
+
+
+def test_embeddings_on_their_way_take_room_until_they_are_there() -> None:
+    site = Site(room=1, encode=1, prefill=2, decode=1)
+    with Holds() as first, Holds() as second:
+        site.planner.draw(job(1), 0.0, first)
+        assert site.outlooks.of(job(1)).room, "the other prefill engine has some"
+        site.planner.draw(job(1), 0.0, second)
+        assert not site.outlooks.of(job(1)).room and site.outlooks.of(job()).room
+    assert site.outlooks.of(job(1)).room
+
+
+def test_an_item_that_an_encoder_holds_is_soon_there() -> None:
+    site = Site(encode=1, prefill=1, decode=1)
+    unknown = site.outlooks.of(job(1))
+    with Holds() as holds:
+        site.planner.draw(job(1), 0.0, holds)
+    known = site.outlooks.of(job(1))
+    assert known.first == known.first_idle <= unknown.first_idle
