@@ -13,8 +13,9 @@ from math import inf
 
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
+from proxy.balancer.pace import SEQUENCE, STEP, TOKEN
 from proxy.capacity import Carried, Offered
-from proxy.core import Leg, Plan, Role, State
+from proxy.core import BOTH, Leg, Plan, Role, State
 from proxy.dispatch import Run
 from proxy.flow import Flow, Sum
 from proxy.plan import Held
@@ -22,7 +23,6 @@ from proxy.plan import Held
 _EVERY_S = 0.05  # to learn from more than these is not worth its time
 _LEAST = 0.05  # requests, faded: below this the last one ended several minutes ago
 _BATCH = 256  # sequences that engines decode at once by default
-_STEP, _SEQUENCE, _TOKEN = 6e-3, 16e-6, 17e-9  # seconds of a 7B model's step on an H100, and more for each of them
 _KEPT = 4096.0  # tokens of KV of a sequence, until one has been seen
 _DOUBT = 64.0  # of how a pace grows with the batch: as if batches one apart had been seen so often
 
@@ -78,20 +78,13 @@ class Sizing:
 
     def _learned(self, run: Run, plan: Plan, now: float) -> Iterator[tuple[Sum, float]]:
         """Of how fast engines prefill and decode."""
-        leg = plan.legs[-1]
-        batch = self._balancer.ledger.leases(url=leg.instance.url) + 1
-        if plan.path.combined:
-            if (first := _first(run)) is not None:
-                # Who had the engine to itself tells how fast it prefills; among others much of the time was theirs.
-                yield Sum.FIRST_PROMPT, _prompt(run, leg) / batch**2
-                yield Sum.FIRST_TIME, (first - run.decode_began) / batch**2
-        else:
-            prefill = plan.leg(Role.PREFILL)
-            prompt = _prompt(run, prefill)
-            yield Sum.FIRST_PROMPT, prompt
-            yield Sum.FIRST_TIME, prompt * self._balancer.rates[Role.PREFILL].seconds(prefill.instance.url)
+        reads, leg = plan.leg(BOTH if plan.path.combined else Role.PREFILL), plan.legs[-1]
+        prompt = _prompt(run, reads)
+        yield Sum.FIRST_PROMPT, prompt
+        yield Sum.FIRST_TIME, prompt * self._balancer.rates[reads.role].seconds(reads.instance.url)
         pace = _pace(run, leg.role, now)
         if pace is not None:
+            batch = self._balancer.ledger.leases(url=leg.instance.url) + 1
             yield Sum.PACES, 1.0
             yield Sum.BATCH, batch
             yield Sum.BATCH_SQUARES, batch * batch
@@ -162,10 +155,10 @@ def _pace(run: Run, role: Role, now: float) -> float | None:
 
 def _pacing(sums: Sums) -> Pacing:
     """The line through what was seen, as steep as engines' steps are known to grow where batches hardly differed."""
-    growth = (_SEQUENCE + _TOKEN * _kept(sums)) / _STEP  # for each sequence more, of the time of one alone
+    growth = (SEQUENCE + TOKEN * _kept(sums)) / STEP  # for each sequence more, of the time of one alone
     count = sums[Sum.PACES]
     if count < _LEAST:
-        return Pacing(_STEP, _STEP * growth)
+        return Pacing(STEP, STEP * growth)
     batch, pace = sums[Sum.BATCH] / count, sums[Sum.PACE] / count
     varied = max(0.0, sums[Sum.BATCH_SQUARES] - count * batch**2)
     together = sums[Sum.BATCH_PACE] - count * batch * pace
