@@ -45,6 +45,7 @@ from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
 from proxy.introduction import Introduction, Patience
 from proxy.legs import Legs, Suspicion
+from proxy.lessons import Lessons
 from proxy.links import Links
 from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
@@ -122,7 +123,8 @@ class Proxy:
 
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
-        legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion)
+        lessons = Lessons(self.balancer, self.costs)
+        legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion, lessons)
         planner = self.planner
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
         rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)

@@ -21,12 +21,14 @@ from typing import Any
 
 from proxy import relay, wishes
 from proxy.callbacks import Metaserver, PrefillCall
+from proxy.candidates import NOBODY
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
 from proxy.encoding import Encoded, Encoding, Handles
 from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
-from proxy.plan import NOBODY, Holds, Planner, reader
+from proxy.lessons import ahead, generated
+from proxy.plan import Holds, Planner, reader
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
 from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
@@ -69,6 +71,7 @@ class Run:
     handles: Handles | None = None  # of the present plan's items; None: they are not encoded yet
     encoded: Encoded = field(default_factory=Encoded)  # by the present attempt
     _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
+    encode_ended: float = 0.0
     decode_began: float = 0.0
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
     tape: Tape | None = None  # of an answer that could be continued
@@ -117,6 +120,7 @@ class Dispatcher:
         self._gate = gate
         self._rules = rules
         self._metrics = legs.metrics
+        self._lessons = legs.lessons
         self._timeouts = legs.timeouts
         self._clock = legs.clock
 
@@ -199,7 +203,7 @@ class Dispatcher:
                 found.beside = group if run.attempts == 1 else None
                 plan, run.handles = await self._encode(run, plan, job, holds, group)
                 await self._attend(run, plan, job, run.handles)
-                await found.over(_ENCODE_LAG_S)
+                await found.finish(_ENCODE_LAG_S)
                 for task in found.going:
                     task.cancel()
         finally:
@@ -299,6 +303,7 @@ class Dispatcher:
     async def _encoded(self, run: Run, going: Collection[asyncio.Task[None]], began: float) -> None:
         await asyncio.wait(going)
         self._timed(run, "encode", began)
+        run.encode_ended = self._clock()
 
     async def _into(self, run: Run, plan: Plan, job: Job, handles: Handles, sink: Sink) -> None:
         run.out = sink
@@ -406,7 +411,7 @@ class Dispatcher:
     async def _prefill(
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None
     ) -> Body:
-        began = self._clock()
+        began, before = self._clock(), ahead(leg)
         dialect = self._legs.dialect(leg)
         body = dialect.prefill(job, handles, descriptor)
         if headers := dialect.headers(descriptor):
@@ -414,6 +419,9 @@ class Dispatcher:
         with fetching(job.items if dialect.vague else ()):
             reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
         self._timed(run, "prefill", began)
+        if not run.encoded.busy:
+            seconds = self._clock() - max(began, run.encode_ended)
+            self._lessons.prefilled(leg, job, handles, before, seconds, reply.get("usage"))
         return reply
 
     # ---- the leg whose answer is the client's
@@ -421,22 +429,31 @@ class Dispatcher:
     async def _answer(self, run: Run, leg: Leg, body: Body, job: Job, patient: bool = False) -> None:
         """`patient`: until `_patience` says how long the first byte may take."""
 
+        first = 0.0
+
         def head() -> Mapping[str, str]:
+            nonlocal first
+            first = self._clock()
             if not run.sink.started:
                 self._timed(run, "ttft", run.began)
             return run.headers()
 
         assert run.out is not None
-        run.decode_began = self._clock()
+        run.decode_began, before = self._clock(), ahead(leg)
         with self._legs.judged(leg), fetching(job.items if self._legs.dialect(leg).vague else ()):
             seconds = None if patient else self._first_answer(job)
             run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, seconds)
             async with run.call as answer:
                 if job.stream:
-                    await relay.stream(answer, run.out, head, Stage.DECODE, self._timeouts.stream_idle)
+                    tokens = await relay.stream(answer, run.out, head, Stage.DECODE, self._timeouts.stream_idle)
+                    usage, since = None, first
                 else:
-                    await relay.whole(answer, run.out, head, Stage.DECODE)
+                    usage = (await relay.whole(answer, run.out, head, Stage.DECODE)).get("usage")
+                    tokens, since = generated(usage), run.decode_began
         self._timed(run, "decode", run.decode_began)
+        if job.stream and leg.role is BOTH:
+            self._lessons.began(leg, job, before, first - max(run.decode_began, run.encode_ended))
+        self._lessons.answered(leg, job, run.handles or {}, tokens, self._clock() - since, usage)
 
     def _first_answer(self, job: Job) -> float:
         return self._timeouts.first_token if job.stream else self._timeouts.answer

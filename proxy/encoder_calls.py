@@ -14,6 +14,7 @@ from proxy import splice
 from proxy.core import Instance, Leg, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.legs import Legs
+from proxy.lessons import ahead
 from proxy.pieces import Piece
 from proxy.tasks import together
 from proxy.upstream import Upstream
@@ -75,6 +76,7 @@ class EncoderCalls:
 
         `receivers`: None where they are in the body, or fetch by RDMA.
         """
+        began, before = self._legs.clock(), ahead(call.leg)
         with self._legs.judged(call.leg):
             async with together() as group:
                 if receivers is None:
@@ -84,6 +86,7 @@ class EncoderCalls:
                 answer = await self.post(call.instance, _ENCODE, call.body)
                 if receivers is not None:
                     register.cancel()
+        self._legs.lessons.encoded(call.leg, {}, before, self._legs.clock() - began)
         return answer
 
     async def introduce(self, call: Call, receivers: Receivers) -> None:

@@ -18,6 +18,7 @@ from proxy.core import Body, Handle, Instance, Item, Job, Leg, Plan, Stage
 from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
+from proxy.lessons import ahead
 from proxy.plan import Holds, Planner, reader
 from proxy.retry import fetching, rule
 from proxy.tasks import race, together
@@ -42,7 +43,12 @@ class Encoded:
     broken: bool = False
     whole: bool = True
 
-    async def over(self, patience: float | None = None) -> None:
+    @property
+    def busy(self) -> bool:
+        """Whether something that was announced is still computed."""
+        return any(not task.done() for task in self.going)
+
+    async def finish(self, patience: float) -> None:
         """Until nothing goes on any more, `patience` seconds at the most."""
         if self.going:
             await asyncio.wait(self.going, timeout=patience)
@@ -76,6 +82,7 @@ class Encoding:
         self._legs = legs
         self._planner = planner
         self._metrics = legs.metrics
+        self._lessons = legs.lessons
         self._hedge = hedge
         self._attempts = attempts
 
@@ -182,14 +189,19 @@ class Encoding:
     async def _attempt(
         self, share: Share, leg: Leg, beside: str, job: Job, announce: Callable[[Handles], None] | None = None
     ) -> Handles:
-        began = self._legs.clock()
+        began, before = self._legs.clock(), ahead(leg)
         try:
             with self._legs.judged(leg):
                 found = await self._calls(share, leg, beside, job, announce)
+        except ProxyError:
+            self._lessons.lost([leg])
+            raise
         finally:
             if leg.hold is not None:
                 leg.hold.close()
-        self._hedge.observe(self._legs.clock() - began)
+        seconds = self._legs.clock() - began
+        self._hedge.observe(seconds)
+        self._lessons.encoded(leg, found, before, seconds)
         return found
 
     async def _calls(
@@ -217,15 +229,15 @@ class Encoding:
             body = dialect.encode(job, items)
             if told := self._legs.speaker(share.reader).expects(items, secrets.randbits(63)):
                 body = {**body, **told}
-            ahead = None
+            known = None
             if announce is not None:
                 body = {**body, **self._legs.speaker(share.reader).awaits()}
 
-                def ahead(reply: Body) -> None:
+                def known(reply: Body) -> None:
                     announce(dialect.read_encode(items, reply))
 
             with fetching(items if dialect.vague else ()):
-                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode, ahead)
+                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode, known)
         except Refused as error:
             error.param = dialect.blame(items, error.param)
             raise

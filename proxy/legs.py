@@ -14,6 +14,7 @@ from proxy.core import Body, Instance, Job, Leg, Stage
 from proxy.dialects.base import BadReply, Dialect
 from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
+from proxy.lessons import Lessons
 from proxy.metrics import Metrics
 from proxy.retry import STAGES, cause
 from proxy.sse import DONE, Splitter
@@ -41,6 +42,7 @@ class Legs:
         metrics: Metrics,
         clock: Callable[[], float],
         suspicion: Suspicion,
+        lessons: Lessons,
     ) -> None:
         self._dialects = dialects
         self._upstream = upstream
@@ -48,6 +50,7 @@ class Legs:
         self._sent = metrics.bytes.labels("to_engines")
         self._suspicion = suspicion
         self.clock = clock
+        self.lessons = lessons
         self.timeouts = upstream.timeouts
 
     def dialect(self, leg: Leg) -> Dialect:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from proxy.core import Stage
+from proxy.core import Body, Stage
 from proxy.errors import Broken, ProxyError, within_200
 from proxy.http.client import Shortcut
 from proxy.http.server import Request
@@ -80,8 +80,9 @@ class ClientSink:
         self._request.throttle(pause, resume)
 
 
-async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
-    """Relay an unstreamed answer. Raises Broken if it is none, Refused if it is an error with status 200."""
+async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> Body:
+    """Relay an unstreamed answer, and return it. Raises Broken if it is none, Refused if it is an error with status
+    200."""
     body = await answer.read()
     parsed = _object(body, stage)
     if "error" in parsed:
@@ -90,27 +91,32 @@ async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> None:
         raise Broken(f"the {stage} engine's answer has no choices", stage=stage)
     sink.begin("application/json", head(), len(body), body)
     sink.end()
+    return parsed
 
 
-async def stream(answer: Answer, sink: Sink, head: Head, stage: Stage, idle_timeout: float) -> None:
+async def stream(answer: Answer, sink: Sink, head: Head, stage: Stage, idle_timeout: float) -> float:
     """Relay an event stream to its [DONE], whole events at a time, each in the moment it arrives.
 
     Once success is proven, every wait for the engine, and none for the client, is bounded by `idle_timeout`. Raises
     Broken, or Refused for an error event, which is not relayed: after the first byte the caller tells the client in
     the same way as of any other failure.
+
+    Returns how many tokens have come after the first, by their bytes; 0 where that says nothing of the engine's pace,
+    as the client was slower, or the stream went on from another's.
     """
     content_type = answer.header("content-type")
     if not content_type.startswith("text/event-stream"):
         raise Broken(f"the {stage} engine answered a stream with {content_type or 'no content type'}", stage=stage)
     flow = _Flow(answer, sink, head, StreamCheck(stage), idle_timeout)
     try:
-        sink.throttle(answer.pause, answer.resume)
+        sink.throttle(flow.pause, answer.resume)
         answer.pipe(flow.feed, flow.broken)
         await flow.over()
     finally:
         flow.stop()
     sink.end()
     answer.enough = True
+    return flow.tokens
 
 
 class _Flow:
@@ -126,6 +132,18 @@ class _Flow:
         self._stopped = False
         self._error: Exception | None = None
         self._shortcut: Shortcut | None = None
+        self._event = 0.0  # bytes of the events that proved success, on average; 0: none did, or they tell of no pace
+        self._from = 0  # bytes sent by then
+
+    @property
+    def tokens(self) -> float:
+        """After the first, as if each were an event like those that came with that."""
+        return (self._sink.sent - self._from) / self._event if self._event else 0.0
+
+    def pause(self) -> None:
+        """The client is slower than the engine."""
+        self._event = 0.0
+        self._answer.pause()
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the engine; empty at the end."""
@@ -164,6 +182,7 @@ class _Flow:
     def _begin(self, ready: bytes) -> None:
         self._answer.patience(self._idle_timeout, each=True)
         self._sink.begin(self._answer.header("content-type"), self._head(), None, ready)
+        self._event, self._from = len(ready) / max(1, ready.count(b"\n\n")), self._sink.sent
         self._shortcut = self._shortcut_to(self._sink)
 
     @staticmethod

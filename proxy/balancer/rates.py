@@ -13,6 +13,7 @@ from typing import Any
 _WINDOW = 15  # samples
 _DOUBT = 2  # samples of the typical rate that a new instance begins with: its first leg may be like no other
 _NEWS = 0.01  # a smaller change of a rate is none
+_LOOK = 4  # legs between two looks at a full window: a look costs what ten legs do
 _PATIENCE = 64  # legs of each of the others in which an instance without any becomes one that nobody knows
 
 
@@ -25,7 +26,7 @@ class _Seen:
         self.samples = deque([typical] * _DOUBT, maxlen=_WINDOW)
         self.rate = typical
         self.count = 0  # legs
-        self.last = 0  # the number of its last leg, among those of all instances
+        self.last = 0  # how many had been observed of all instances when it was last looked at
 
 
 class Rates:
@@ -69,10 +70,15 @@ class Rates:
             seen = self._seen[url] = _Seen(self.typical)
             insort(self._sorted, seen.rate)
             self.version += 1
-        self._seen.move_to_end(url)
-        self._observed = seen.last = self._observed + 1
+        self._observed += 1
         seen.count += 1
         seen.samples.append(seconds / (work + ahead))
+        if seen.count <= _WINDOW or not seen.count % _LOOK:
+            self._look(url, seen)
+
+    def _look(self, url: str, seen: _Seen) -> None:
+        self._seen.move_to_end(url)
+        seen.last = self._observed
         rate = sorted(seen.samples)[len(seen.samples) // 2]
         if abs(rate - seen.rate) > _NEWS * seen.rate:
             self._unlist(seen.rate)

@@ -31,7 +31,7 @@ NOWHERE = {"req_id": "r_local_part_0", "receive_url": "127.0.0.1:9", "receive_co
 
 
 def piece(**changes: Any) -> Piece:
-    return whole(Part("r", 0, 1, "image", BODY | changes, (4,)))
+    return whole(Part("r", 0, 1, "image", BODY | changes, (4,), (4,)))
 
 
 @asynccontextmanager

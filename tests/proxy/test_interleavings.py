@@ -18,20 +18,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy import openai
-from proxy.admission import Admission, Limits
+from proxy.admission import Admission, Limits, Outlook
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
-from proxy.core import BOTH, Api, Instance, Order, Role, State
+from proxy.core import BOTH, Api, Instance, Job, Order, Role, State
+from proxy.costs import Costs
 from proxy.dialects.base import Dialect, Media, Options
 from proxy.dialects.native import Native
 from proxy.dialects.vllm import Vllm
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
 from proxy.errors import ProxyError
-from proxy.gate import Gate
+from proxy.gate import Gate, Targets
 from proxy.hedge import Hedge
 from proxy.legs import Legs, Suspicion
+from proxy.lessons import Lessons
 from proxy.metrics import Metrics
 from proxy.openai import Identity
 from proxy.plan import Planner
@@ -88,15 +90,19 @@ class World:
         self.balancer = balancer()
         self.breakers = Breakers(Thresholds(2, 5.0))
         self.metrics = Metrics()
-        self.gate = Gate(Admission(Limits(4, 1 << 20, 3, 60.0)), self.metrics)
+        admission = Admission(Limits(4, 1 << 20, 3, 60.0))
+        self.gate = Gate(admission, self.metrics, lambda: self.now, self.foresee, Targets())
         self.metaserver = Metaserver("127.0.0.1")
         self.wire = Wire(self.metaserver)
         suspicion = Suspicion(dead=lambda instance, reason: self.down(instance), opened=lambda instance: None)
         upstream: Any = self.wire
-        legs = Legs(self.dialect, upstream, self.metrics, lambda: self.now, suspicion)
+        legs = Legs(self.dialect, upstream, self.metrics, lambda: self.now, suspicion, Lessons(self.balancer, Costs()))
         planner = Planner(self.fleet, self.balancer, self.breakers, inline=True)
         encoding = Encoding(legs, planner, Hedge(""), 3)
         self.dispatcher = Dispatcher(planner, legs, encoding, self.metaserver, self.gate, Rules(resume=True))
+
+    def foresee(self, job: Job) -> Outlook:
+        raise AssertionError("nobody has a target")
 
     def dialect(self, instance: Instance) -> Dialect:
         if self.order is not Order.TOGETHER:
