@@ -53,7 +53,9 @@ class Balancer:
         """With those who hold the item."""
         work, key, held, ready, transfer, room = demand
         found = self.holders.held(key, work)
-        return Demand(work, key, {**found, **held}, ready, transfer, room) if found else demand
+        if not found:
+            return demand
+        return Demand(work, key, {**found, **held} if held else found, ready, transfer, room)
 
     def foresee(self, role: Role, pool: Pool, demand: Demand) -> float:
         """Seconds until the leg would be done where that is soonest. Nothing is charged; `pool` is not empty."""
