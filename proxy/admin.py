@@ -106,7 +106,14 @@ class Admin:
         return {} if given is None or ours else {"authorization": given}
 
     def _shown(self, instance: Instance) -> dict[str, Any]:
-        ledger = self._balancer.ledger
+        """What is so of it by all workers; rates and items, by this one: each learns from its own requests."""
+        ledger, rates = self._balancer.ledger, self._balancer.rates[instance.role]
+        load = ledger.load(instance.url)
+        shown: dict[str, Any] = {"rate": rates.shown(instance.url)}
+        if instance.role is not Role.DECODE:  # whose legs run beside each other, not one after the other
+            shown["pending_seconds"] = load * rates.seconds(instance.url)
+        if instance.role is Role.ENCODE:
+            shown["items"] = self._balancer.holders.count(instance.url)
         return {
             "url": instance.url,
             "role": instance.role.label,
@@ -117,7 +124,8 @@ class Admin:
             "model": instance.model,
             "facts": instance.facts,
             "leases": ledger.leases(url=instance.url),
-            "load": ledger.load(instance.url),
+            "load": load,
+            **shown,
         }
 
     def _authorize(self, request: Request) -> None:

@@ -35,6 +35,10 @@ class Holders:
     def holders(self, key: str) -> Collection[str]:
         return self._urls.get(key, {}).keys()
 
+    def count(self, url: str) -> int:
+        """How many items `url` is believed to hold."""
+        return len(self._items.get(url, ()))
+
     def held(self, key: str, work: int) -> Mapping[str, int]:
         """What is left of `work` by URL, of those that used the item last."""
         urls = self._urls.get(key)

@@ -9,7 +9,7 @@ import pytest
 
 from proxy.core import State
 from tests.fakes.deployment import Deployment, deployment
-from tests.fakes.media import chat
+from tests.fakes.media import chat, image, part
 from tests.fakes.native import Language
 
 
@@ -32,6 +32,7 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
         asking = [asyncio.create_task(d.post(chat())) for _ in range(2)]
         await late.until(lambda: late.running == 1)
         shown = {i["url"]: i for i in (await d.get("/instances")).json["instances"]}
+        assert shown[late.url].pop("pending_seconds") == pytest.approx(shown[late.url]["load"] * 25e-6)
         assert shown[late.url] | {"load": 0} == {
             "url": late.url,
             "role": "both",
@@ -43,6 +44,7 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             "facts": {"version": "0", "known_by": "GET /info says triptych both"},
             "leases": 1,
             "load": 0,
+            "rate": {"seconds_per_token": 25e-6, "observations": 0},
         }
         assert (await d.post({"url": late.url}, "/instances/drain")).json["draining"]
         assert instance.state is State.DRAINING
@@ -54,6 +56,21 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             while d.proxy.fleet.get(late.url) is not None:
                 await asyncio.sleep(0.01)
         assert len(late.calls) == 1
+
+
+async def test_what_was_learnt_of_each_instance_is_shown() -> None:
+    async with deployment("1e1p1d") as d:
+        for _ in range(2):
+            assert (await d.post(chat(part(image())))).status == 200
+        shown = {i["role"]: i for i in (await d.get("/instances")).json["instances"]}
+        assert {role: one["rate"]["observations"] for role, one in shown.items()} == {
+            "encode": 1,  # the second time it was believed to be there
+            "prefill": 2,
+            "decode": 1,  # one in four
+        }
+        assert shown["encode"]["items"] == 1
+        assert shown["encode"]["pending_seconds"] == shown["prefill"]["pending_seconds"] == 0
+        assert "pending_seconds" not in shown["decode"]
 
 
 async def test_removing_lets_a_running_request_end() -> None:

@@ -51,6 +51,7 @@ class AgainstLists(RuleBasedStateMachine):
             wanted = {url for url in URLS if key in dict(self.lists[url])}
             assert set(self.holders.holders(key)) == wanted
             assert self.holders.held(key, 64) == dict.fromkeys(wanted, 64 // HIT)
+        assert [self.holders.count(url) for url in URLS] == [len(self.lists[url]) for url in URLS]
         tokens = {url: sum(tokens for _, tokens in items) for url, items in self.lists.items()}
         assert {url: count for url, count in self.holders._tokens.items() if count} == {
             url: count for url, count in tokens.items() if count
