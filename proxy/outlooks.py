@@ -8,11 +8,13 @@ from dataclasses import replace
 from proxy.admission import Outlook
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
+from proxy.balancer.pool import Pool
 from proxy.core import BOTH, Job, Role, Stage
 from proxy.errors import ProxyError
 from proxy.plan import Planner
 from proxy.sizing import Sizing
 
+_MANY = 1 << 30  # more than anybody serves
 _UNKNOWN = Outlook(0.0, 0.0, 0.0, 0.0, Stage.PROXY)
 
 
@@ -40,22 +42,28 @@ class Outlooks:
         self._balancer = balancer
         self._sizing = sizing
         self._clock = clock
+        self._version = -1  # of the fleet that these are of
+        self._answering = Pool(())
 
     def of(self, job: Job) -> Outlook:
         """Nothing is foreseen where nobody can serve it: whoever plans says so."""
         now = self._clock()
         try:
             first, first_idle = self._planner.foresee(job, now), self._idle.foresee(job, now)
-            # As if all its items were encoded.
-            prefilled = self._planner.foresee(replace(job, items=(), text_tokens=job.prompt_tokens), now)
+            stage = Stage.ENCODE if job.items and first > self._encoded(job, now) else Stage.PREFILL
         except ProxyError:
             return _UNKNOWN
-        stage = Stage.ENCODE if first > prefilled else Stage.PREFILL
         pacing = self._sizing.pacing()
         pace, pace_idle = pacing.of(self._batch()), pacing.of(1)
         return Outlook(first, first_idle, pace, pace_idle, stage, self._planner.has_room(job, now))
 
+    def _encoded(self, job: Job, now: float) -> float:
+        """Seconds to the first token if all items of `job` were encoded already."""
+        return self._planner.foresee(replace(job, items=(), text_tokens=job.prompt_tokens), now)
+
     def _batch(self) -> int:
         """How many the engine would decode at once that decodes the fewest."""
-        answering = self._fleet.ready(Role.DECODE) or self._fleet.ready(BOTH)
-        return 1 + min((self._balancer.ledger.leases(url=instance.url) for instance in answering), default=0)
+        if self._version != self._fleet.version:
+            self._version = self._fleet.version
+            self._answering = Pool(self._fleet.ready(Role.DECODE) or self._fleet.ready(BOTH))
+        return 1 + int(self._balancer.ledger.running(self._answering).min(initial=_MANY))

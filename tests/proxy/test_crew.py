@@ -12,6 +12,7 @@ from proxy.balancer.fleet import Event
 from proxy.balancer.ledger import Ledger
 from proxy.core import Role, State
 from proxy.crew import Crew, Seat
+from proxy.flow import Sum
 from tests.support.waiting import until
 
 URL = "http://h:1"
@@ -47,6 +48,16 @@ def test_places_see_one_fleet_and_one_load(crew: Crew) -> None:
     assert (second.load(URL), second.leases()) == (5, 1)
     lease.close()
     assert second.load(URL) == 0
+
+
+def test_places_add_to_one_flow_beside_the_loads(crew: Crew) -> None:
+    one, other = seat(crew, 0), seat(crew, 1)
+    instance = one.fleet(lambda *_: None).join(URL, Role.DECODE, "native")
+    lease = Ledger({}, one.board()).lease(instance, Role.DECODE, 10)
+    for place in (one, other):
+        place.flow().add(5.0, [(what, 2.0) for what in Sum])
+    assert one.flow().sums(5.0) == other.flow().sums(5.0) == [4.0] * len(Sum)
+    assert other.board().standing(lease.row).load == 10
 
 
 class Clock:
