@@ -14,7 +14,9 @@ who is there and what comes:
     results.mean("ttft"), results.percentile("encode", 99), results["e2e"]  # a numpy array, one number per request
 
 Import each from the module of its kind: `simulation`, `machines`, `encoders`, `engines`, `requests`, `links`, `models`,
-`faults`, `results`. A scenario is a function `run(report, seeds)` in `scenarios/`, named in `bench.simulate.SCENARIOS`.
+`faults`, `results`. A simulation is told what flags tell the proxy: `policies` (a name, or names by role), `sight` (of
+predictions), `vision` (by which media are priced). A scenario is a function `run(report, arguments)` in `scenarios/`,
+named in `bench.simulate.SCENARIOS`.
 
 `requests` has what clients send, `models` what engines cost (Vision and Language are protocols: a measured model
 replaces an analytic one), `faults` what breaks, `results` what is told of every request. All times are seconds.

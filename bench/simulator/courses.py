@@ -1,6 +1,6 @@
 """One simulated request on its way, as the live proxy would take it: plan, encode, transfer, prefill, decode, again.
 
-Holds are closed and rates observed where the proxy does it: an encode leg's when it is encoded, a prefill's with its
+Holds are closed and lessons learnt where the proxy does it: an encode leg's when it is encoded, a prefill's with its
 first token, the rest at the end. A leg that fails is redrawn by the planner, as long as nothing has been answered.
 """
 
@@ -22,10 +22,10 @@ from bench.simulator.parsing import Parser, prompt
 from bench.simulator.requests import Request
 from bench.simulator.results import Results
 from bench.simulator.stations import Station
-from proxy.balancer.balance import Balancer
-from proxy.core import BOTH, Leg, Plan, Role
+from proxy.core import BOTH, Handle, Leg, Plan, Role
 from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
-from proxy.plan import Held, Holds, Planner, family_of, reader
+from proxy.lessons import Lessons, ahead
+from proxy.plan import Holds, Planner, family_of, reader
 from proxy.retry import STAGES
 
 ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`
@@ -38,25 +38,21 @@ class World:
     clock: Clock
     planner: Planner
     parser: Parser
-    balancer: Balancer
     park: Park
     vision: Vision | None
     embedding_link: LinkBetween
     kv_link: LinkBetween
     inlets: dict[str, Station]  # by URL of the receiver
+    lessons: Lessons
     results: Results
 
 
-class _Sent:
-    """A leg that runs: what its end is judged by."""
+class _Sent(NamedTuple):
+    """A leg that runs."""
 
-    __slots__ = ("ahead", "began", "leg", "work")
-
-    def __init__(self, leg: Leg, balancer: Balancer, now: float) -> None:
-        self.leg = leg
-        self.work = sum(lease.tokens for lease in leg.hold.leases) if isinstance(leg.hold, Held) else 0
-        self.ahead = max(0, balancer.ledger.load(leg.instance.url) - self.work)
-        self.began = now
+    leg: Leg
+    ahead: int  # predicted tokens before it
+    began: float
 
 
 class _Share(NamedTuple):
@@ -148,16 +144,24 @@ class Course:
 
     def _leg_encoded(self, sent: _Sent, encode: Encode) -> None:
         world = self._world
+        self._learn_encoded(sent, encode)
         self._succeeded(sent)
         if not self._encodes:
             return
         self._encoding -= 1
-        self._hits += encode.hits
+        self._hits += len(encode.cached)
         self._encoded = world.clock.now - self._arrival
         self._encode_wait = max(0.0, world.clock.now - sent.began - encode.busy)
         share = _Share(sent.leg.instance.url, encode.nbytes, [item.identity for item in sent.leg.items])
         self._shares.append(share)
         self._send(share)
+
+    def _learn_encoded(self, sent: _Sent, encode: Encode) -> None:
+        handles = {
+            item.index: Handle(item.identity, item.modality, {}, {"cached": item.identity in encode.cached})
+            for item in sent.leg.items
+        }
+        self._world.lessons.encoded(sent.leg, handles, sent.ahead, self._world.clock.now - sent.began)
 
     def _send(self, share: _Share) -> None:
         """One leg's embeddings to whoever reads them."""
@@ -183,6 +187,7 @@ class Course:
     def _encode_failed(self, sent: _Sent, refused: bool) -> None:
         """Its items go to another encoder; to none, if there is no other and engines may encode."""
         self._failed(sent, refused)
+        self._world.lessons.lost([sent.leg])
         if not self._encodes:
             return
         world, plan, now = self._world, self._plan, self._world.clock.now
@@ -249,18 +254,27 @@ class Course:
         assert self._plan is not None
         if life == self._life and self._plan.path.combined:
             self._first = self._world.clock.now - self._arrival
-            self._observe(sent, self._job.prompt_tokens)
+            self._world.lessons.began(sent.leg, self._job, sent.ahead, self._world.clock.now - self._since(sent))
 
     def _last(self, sent: _Sent, generation: Generation, life: int) -> None:
         """The last token of this engine: of the answer, or of a prefill alone."""
         if life != self._life:
             return
-        self._succeeded(sent)
+        lessons, now = self._world.lessons, self._world.clock.now
         assert self._plan is not None
         if sent.leg.role is Role.PREFILL:
+            usage = {"prompt_tokens": generation.prompt, "prompt_tokens_details": {"cached_tokens": generation.cached}}
+            lessons.prefilled(sent.leg, self._job, {}, sent.ahead, now - self._since(sent), usage)
+            self._succeeded(sent)
             self._hand_over(sent, generation)
         else:
+            lessons.answered(sent.leg, self._job, {}, generation.output - 1, now - self._arrival - self._first)
+            self._succeeded(sent)
             self._end(None)
+
+    def _since(self, sent: _Sent) -> float:
+        """When its prefill could begin: it was sent, and all embeddings were there."""
+        return max(sent.began, self._ready)
 
     def _hand_over(self, sent: _Sent, prefilled: Generation) -> None:
         """The KV of its prompt to the engine that decodes."""
@@ -325,20 +339,12 @@ class Course:
     def _sent(self, leg: Leg) -> _Sent:
         used = self._world.results.used
         used[leg.instance.url] = used.get(leg.instance.url, 0) + 1
-        return _Sent(leg, self._world.balancer, self._world.clock.now)
+        return _Sent(leg, ahead(leg), self._world.clock.now)
 
     def _succeeded(self, sent: _Sent) -> None:
-        leg = sent.leg
-        if leg.hold is not None:
-            leg.hold.succeeded()
-            leg.hold.close()
-        if Role.DECODE not in leg.role:
-            self._observe(sent, sent.work)
-
-    def _observe(self, sent: _Sent, work: int) -> None:
-        """The rate of an instance, by what its leg took until it was encoded or had its first token."""
-        rates = self._world.balancer.rates[sent.leg.role]
-        rates.observe(sent.leg.instance.url, max(1, work), sent.ahead, self._world.clock.now - sent.began)
+        if sent.leg.hold is not None:
+            sent.leg.hold.succeeded()
+            sent.leg.hold.close()
 
     def _failed(self, sent: _Sent, refused: bool) -> None:
         if sent.leg.hold is not None:

@@ -30,14 +30,14 @@ class Encoder:
 class Encode:
     """A leg's items on their way through an encoder; `done(encode)` or `failed()` is called once."""
 
-    __slots__ = ("begun", "busy", "done", "failed", "hits", "missing", "nbytes")
+    __slots__ = ("begun", "busy", "cached", "done", "failed", "missing", "nbytes")
 
     def __init__(self, begun: float, missing: int, done: Callable[[Encode], None], failed: Callable[[], None]) -> None:
         self.begun = begun
         self.missing = missing
         self.done = done
         self.failed = failed
-        self.hits = 0
+        self.cached: set[str] = set()  # identities that were here, or in work already
         self.nbytes = 0
         self.busy = 0.0  # seconds that its last item was worked on
 
@@ -80,10 +80,10 @@ class SimulatedEncoder:
             cost = self._spec.vision.cost(media)
             leg.nbytes += cost.nbytes
             if self._cache.touch(media.identity):
-                leg.hits += 1
+                leg.cached.add(media.identity)
                 self._clock.after(self._spec.hit * self.slowness, self._finished, leg, self._spec.hit, self._life)
             elif (flight := self._flights.get(media.identity)) is not None:
-                leg.hits += 1
+                leg.cached.add(media.identity)
                 flight.legs.append(leg)
             else:
                 flight = self._flights[media.identity] = _Flight(media.identity, cost, leg)

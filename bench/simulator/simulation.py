@@ -24,7 +24,9 @@ from proxy.balancer.policy import Means
 from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers, Thresholds
 from proxy.core import ROLES, Role
+from proxy.costs import Costs
 from proxy.families import Families
+from proxy.lessons import Lessons
 from proxy.plan import Planner
 from proxy.prospects import PLAIN, Sight
 from proxy.vision import FAMILIES, Vision
@@ -80,12 +82,12 @@ class Simulation:
             self.clock,
             self.planner,
             Parser(vision),
-            self.balancer,
             self._park,
             visions[0] if visions else None,
             embedding_link or rdma,
             kv_link or rdma,
             inlets,
+            Lessons(self.balancer, Costs()),
             self.results,
         )
 

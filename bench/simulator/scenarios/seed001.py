@@ -101,13 +101,14 @@ def run(report: Report, arguments: argparse.Namespace) -> None:
         ttft, tpot = simulated(column, column.rate, runs)
         qps = highest_rate(column, runs) / column.gpus
         row: dict[str, float] = {}
-        for name, unit, published, ours in (
-            ("qps", "per_gpu", column.qps_per_gpu, qps),
-            ("ttft", "ms", column.ttft * 1e3, ttft * 1e3),
-            ("tpot", "ms", column.tpot * 1e3, tpot * 1e3),
+        for name, unit, digits, published, ours in (
+            ("qps", "per_gpu", 4, column.qps_per_gpu, qps),
+            ("ttft", "ms", 0, column.ttft * 1e3, ttft * 1e3),
+            ("tpot", "ms", 1, column.tpot * 1e3, tpot * 1e3),
         ):
             error = ours / published - 1
-            row |= {f"published_{name}_{unit}": round(published, 5), f"simulated_{name}_{unit}": round(ours, 5)}
+            row[f"published_{name}_{unit}"] = round(published, digits)
+            row[f"simulated_{name}_{unit}"] = round(ours, digits)
             row[f"{name}_error_percent"] = round(100 * error, 1)
             report.bar(f"{column.model.name} {column.name}: error of {name}", abs(error), WITHIN)
         report.row(model=column.model.name, deployment=column.name, gpus=column.gpus, **row)

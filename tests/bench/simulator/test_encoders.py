@@ -38,7 +38,7 @@ def test_hosts_prepare_one_after_the_other_while_the_gpu_works() -> None:
     bench.clock.run()
     (ended, leg), *_ = bench.ended
     assert ended == 3.5
-    assert (leg.hits, leg.nbytes, leg.busy) == (0, 30, 1.5)
+    assert (leg.cached, leg.nbytes, leg.busy) == (set(), 30, 1.5)
 
 
 @pytest.mark.parametrize(("batch", "ends"), [(8, [1.5, 2.5, 2.5]), (1, [1.5, 2.0, 2.5])])
@@ -55,7 +55,7 @@ def test_what_is_cached_costs_a_hit_and_what_is_in_flight_is_encoded_once() -> N
     bench.encode("a")
     bench.encode("a")
     bench.clock.run()
-    assert [(at, leg.hits) for at, leg in bench.ended] == [(1.5, 0), (1.5, 1)]
+    assert [(at, leg.cached) for at, leg in bench.ended] == [(1.5, set()), (1.5, {"a"})]
     bench.encode("a")
     bench.clock.run()
     assert bench.ended[-1][0] == pytest.approx(1.6)
