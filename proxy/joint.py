@@ -24,7 +24,7 @@ from proxy.balancer.foresight import rates_of, times
 from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
 from proxy.core import Item, Role
-from proxy.links import Links, Place
+from proxy.links import HOP, Links, Place
 
 _FEW = 4  # places with the best prefill engines, and as many near the best encoder; all, in a smaller fleet
 
@@ -96,7 +96,7 @@ class Joint:
         return moving + self._balancer.foresee(pools.role, self.at(pools.readers, place), demand)
 
     def _encoded(self, encoders: Pool, place: Place, items: Sequence[Item]) -> tuple[float, float]:
-        """Seconds until all are encoded, and to bring all of them to `place`."""
+        """Seconds until all can be brought to `place`, and to bring them."""
         costs, rates = self._costs(encoders, place), rates_of(encoders, self._balancer.rates[Role.ENCODE])
         pending = self._balancer.ledger.loads(encoders) * rates
         ready = moving = 0.0
@@ -107,7 +107,7 @@ class Joint:
                     done[at] = pending[at] + hit(item.work) * rates[at]
             best = int((done + item.nbytes * costs).argmin())
             pending[best] = done[best]
-            ready = max(ready, float(done[best]))
+            ready = max(ready, HOP + float(done[best]))
             moving += item.nbytes * float(costs[best])
         return ready, moving
 

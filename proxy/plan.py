@@ -111,7 +111,7 @@ class Planner:
         self._families = families
         self._sight = sight
         self._candidates = Candidates(fleet, breakers, inline, families)
-        self._prospects = Prospects(balancer)
+        self._prospects = Prospects(balancer, sight.links)
         self._drafts = Drafts(fleet, balancer, self._prospects, sight, families)
         self._freight = Freight(sight.max_embedding_bytes)
 
@@ -244,7 +244,11 @@ class Planner:
         """Each of `items` chooses for itself, in this order. Raises NoInstance."""
         encoders, take = self._some(Role.ENCODE, now, family), self._balancer.take
         return self._shares(
-            [(item, holds.add(take(Role.ENCODE, encoders, Demand(item.work, item.identity)))) for item in items], holds
+            [
+                (item, holds.add(take(Role.ENCODE, encoders, Demand(item.work, item.identity, room=item.tokens))))
+                for item in items
+            ],
+            holds,
         )
 
     def _shares(self, taken: Taken, holds: Holds) -> list[Leg]:

@@ -14,7 +14,7 @@ from proxy.balancer.caches import hit
 from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
 from proxy.core import Item, Job, Path, Role
-from proxy.links import Links
+from proxy.links import HOP, Links
 from proxy.routing import paths, router
 from proxy.routing.decider import Decider, Forecast, kind
 
@@ -31,13 +31,15 @@ class Sight:
     kv_bytes: int = 98_304  # per token, from prefill to decode: Qwen3-VL-30B
 
 
+NEAR = Links()
 PLAIN = Sight()
 """Every leg is chosen for itself."""
 
 
 class Prospects:
-    def __init__(self, balancer: Balancer) -> None:
+    def __init__(self, balancer: Balancer, links: Links = NEAR) -> None:
         self._balancer = balancer
+        self._links = links
         self._decider = Decider()
 
     def decided(self, route: router.Route, job: Job, family: str, pool: Callable[[Role], Pool]) -> tuple[Path, str]:
@@ -76,9 +78,9 @@ class Prospects:
         return Demand(max(1, work), room=work)
 
     def ready(self, encoders: Iterable[str]) -> float:
-        """Seconds until the last of these, which are charged, has encoded."""
+        """Seconds until the embeddings of the last of these, which are charged, are where they are read."""
         load, rates = self._balancer.ledger.load, self._balancer.rates[Role.ENCODE]
-        return max((load(url) * rates.seconds(url) for url in encoders), default=0.0)
+        return max((HOP + load(url) * rates.seconds(url) for url in encoders), default=0.0)
 
     def expected(self, job: Job, role: Role, url: str, work: int, ready: float) -> float:
         """Seconds to the first token of what is charged as `work` to `url`, where all embeddings are there after
@@ -98,11 +100,12 @@ class Prospects:
         return ceil(work * self._balancer.rates[Role.ENCODE].typical / self._balancer.rates[role].typical)
 
     def _spread(self, items: Collection[Item], encoders: Pool) -> float:
-        """Seconds until all are encoded: no sooner than the largest, and than an even share of all."""
+        """Seconds until all embeddings are there: no sooner than the largest, and than an even share of all."""
         holders = self._balancer.holders
         works = [hit(item.work) if holders.holders(item.identity) else item.work for item in items]
         share = max(*works, ceil(sum(works) / len(encoders)))
-        return self._balancer.foresee(Role.ENCODE, encoders, Demand(share))
+        moving = sum(item.nbytes for item in items) / self._links.rack  # encoders are chosen near, where it matters
+        return HOP + moving + self._balancer.foresee(Role.ENCODE, encoders, Demand(share))
 
 
 def unique(items: Iterable[Item]) -> list[Item]:

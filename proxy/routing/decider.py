@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from proxy.core import Job, Path
 
-MARGIN = 0.05  # of the present path's time
+MARGIN = 0.03  # of the present path's time
 HEAVY = 4096  # tokens of encode work: about four images of 900 x 900
 _WORDS = {
     Path.E_P_D: "apart",

@@ -17,6 +17,7 @@ from proxy.balancer.fleet import Event
 from proxy.core import BOTH, Api, Job, Path, Role
 from proxy.draft import Draft, Drafts
 from proxy.families import Families
+from proxy.links import HOP
 from proxy.openai import Identity
 from proxy.plan import Holds
 from proxy.prospects import Prospects, Sight
@@ -67,7 +68,7 @@ def test_prefill_is_chosen_by_when_the_embeddings_are_there() -> None:
     assert drawn(drawing, found, text, Path.P_D).reader.instance in idle
     draft = drawn(drawing, found, media)
     assert draft.reader.instance in busy, "its queue ends before the embedding is there"
-    assert draft.seconds == pytest.approx(0.1 + 0.1001)
+    assert draft.seconds == pytest.approx(HOP + 0.1 + 0.1001)
 
 
 def test_leases_are_kept_and_a_combined_engine_has_all_of_the_rest() -> None:
@@ -80,7 +81,7 @@ def test_leases_are_kept_and_a_combined_engine_has_all_of_the_rest() -> None:
         assert draft.decoder is None and (draft.path, draft.reason) == (Path.E_PD, "")
         assert [(item.index, lease.tokens) for item, lease in draft.encodes] == [(0, 500)]
         assert found.balancer.ledger.load(draft.reader.instance.url) == asked.prompt_tokens + 16
-        assert draft.seconds == pytest.approx(0.05 + 0.06)
+        assert draft.seconds == pytest.approx(HOP + 0.05 + 0.06)
     assert found.balancer.ledger.leases() == 0
 
 

@@ -17,6 +17,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, ROLES, Api, Job, Leg, Path, Plan, Role, State
 from proxy.errors import NoInstance, ProxyError
 from proxy.families import Families
+from proxy.links import HOP
 from proxy.openai import Identity
 from proxy.plan import ALIKE, Holds, Planner
 from proxy.prospects import Sight
@@ -248,11 +249,11 @@ def test_a_plan_tells_its_first_token_where_somebody_asks(balancer: Balancer) ->
     found = Labelled(weighed=())
     found.add(Role.ENCODE, rate=1e-4)
     found.add(BOTH, rate=1e-4)
-    asking, asked = weighed(found, always=True), costly(1000, text=100)
+    asking, asked = weighed(found, always=True), costly(1000, text=100, nbytes=0)
     with Holds() as holds:
-        assert asking.foresee(asked, 0.0) == pytest.approx(0.1 + 0.11)
+        assert asking.foresee(asked, 0.0) == pytest.approx(HOP + 0.1 + 0.11)
         plan = asking.draw(asked, 0.0, holds)
-        assert plan.foreseen == pytest.approx(0.1 + 0.11) and "; foreseen=210ms; " in str(plan)
+        assert plan.foreseen == pytest.approx(HOP + 0.1 + 0.11) and "; foreseen=212ms; " in str(plan)
         assert asking.foresee(asked, 0.0) > plan.foreseen
     assert found.balancer.ledger.leases() == 0
 
@@ -268,11 +269,11 @@ def test_media_are_encoded_inline_where_that_is_sooner_and_allowed() -> None:
     drawing = weighed(found, inline=True)
     with Holds() as holds:
         plan = drawing.draw(asked, 0.0, holds)
-        assert (plan.path, plan.reason) == (Path.EPD, "1 item, 210 ms inline, 1110 ms encoded apart")
+        assert (plan.path, plan.reason) == (Path.EPD, "1 item, 210 ms inline, 1112 ms encoded apart")
         assert found.balancer.ledger.load(plan.leg(BOTH).instance.url) == asked.prompt_tokens + 16 + 1000
     lease.close()
     with Holds() as holds:
-        assert drawing.draw(asked, 0.0, holds).path is Path.EPD, "as soon is not sooner"
+        assert drawing.draw(asked, 0.0, holds).path is Path.EPD, "a hop sooner"
         assert drawing.foresee(asked, 0.0) == pytest.approx(0.2116 + 0.11), "of the sooner path"
         assert drawing.draw(asked, 0.0, holds).path is Path.E_PD, "while that one is before it"
 

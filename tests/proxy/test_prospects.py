@@ -8,6 +8,7 @@ import pytest
 
 from proxy.balancer.pool import Pool
 from proxy.core import BOTH, Path, Role
+from proxy.links import HOP
 from proxy.prospects import Prospects, unique
 from proxy.routing.router import Route
 from tests.support.fleets import Labelled, job
@@ -28,26 +29,26 @@ def first_token(found: Labelled, path: Path, *works: int, text: int = 100) -> fl
     def pool(role: Role) -> Pool:
         return Pool(found.fleet.ready(role))
 
-    return Prospects(found.balancer).first_token(path, job(*works, text=text), pool)
+    return Prospects(found.balancer).first_token(path, job(*works, text=text, nbytes=0), pool)
 
 
 def decided(found: Labelled, *works: int, text: int = 100, route: Route = ROUTE) -> tuple[Path, str]:
     def pool(role: Role) -> Pool:
         return Pool(found.fleet.ready(role))
 
-    return Prospects(found.balancer).decided(route, job(*works, text=text), "native", pool)
+    return Prospects(found.balancer).decided(route, job(*works, text=text, nbytes=0), "native", pool)
 
 
 def test_embeddings_and_queue_are_waited_for_together_and_inline_encoding_comes_on_top() -> None:
     found = combined()
     assert first_token(found, Path.PD, text=1000) == pytest.approx(0.1)
-    assert first_token(found, Path.E_PD, 1000) == pytest.approx(0.1 + 0.11)
-    assert first_token(found, Path.E_PD, 1000, 1000) == pytest.approx(0.1 + 0.21), "one each"
-    assert first_token(found, Path.E_PD, 1000, 1000, 1000) == pytest.approx(0.15 + 0.31)
+    assert first_token(found, Path.E_PD, 1000) == pytest.approx(HOP + 0.1 + 0.11)
+    assert first_token(found, Path.E_PD, 1000, 1000) == pytest.approx(HOP + 0.1 + 0.21), "one each"
+    assert first_token(found, Path.E_PD, 1000, 1000, 1000) == pytest.approx(HOP + 0.15 + 0.31)
     assert first_token(found, Path.EPD, 1000) == pytest.approx(0.1 + 0.11)
     for instance in found.fleet.ready(BOTH):
         found.balancer.ledger.lease(instance, BOTH, 1000)
-    assert first_token(found, Path.E_PD, 1000) == pytest.approx(0.1 + 0.11), "meanwhile"
+    assert first_token(found, Path.E_PD, 1000) == pytest.approx(HOP + 0.1 + 0.11), "meanwhile"
     assert first_token(found, Path.EPD, 1000) == pytest.approx(0.2 + 0.11)
 
 
@@ -57,9 +58,9 @@ def test_the_sooner_path_is_taken_once_something_is_known() -> None:
     busy = combined()
     for instance in busy.fleet.ready(E):
         busy.balancer.ledger.lease(instance, E, 10_000)
-    assert decided(busy, 1000) == (Path.EPD, "1 item, 210 ms inline, 1210 ms encoded apart")
+    assert decided(busy, 1000) == (Path.EPD, "1 item, 210 ms inline, 1212 ms encoded apart")
     found = combined()
-    assert decided(found, 1000, 1000) == (Path.E_PD, "2 items, 310 ms encoded apart, 410 ms inline")
+    assert decided(found, 1000, 1000) == (Path.E_PD, "2 items, 312 ms encoded apart, 410 ms inline")
 
 
 def test_text_has_a_choice_where_pairs_and_combined_engines_are() -> None:
@@ -99,7 +100,7 @@ def test_a_charged_plan_takes_what_was_before_it_and_its_own() -> None:
     assert prospects.expected(asked, BOTH, one.url, lease.tokens, 0.5) == pytest.approx(0.5 + 0.1)
     encoder = found.fleet.ready(E)[0]
     found.balancer.ledger.lease(encoder, E, 3000)
-    assert prospects.ready([encoder.url]) == pytest.approx(0.3) and prospects.ready([]) == 0.0
+    assert prospects.ready([encoder.url]) == pytest.approx(HOP + 0.3) and prospects.ready([]) == 0.0
 
 
 def test_equal_items_are_one_and_the_largest_is_first() -> None:

@@ -15,7 +15,7 @@ from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, ROLES, Api, Instance, Item, Job, Role
 from proxy.joint import Pools
-from proxy.links import Links, Place
+from proxy.links import HOP, Links, Place
 
 KV = 1000  # bytes per token
 
@@ -89,7 +89,7 @@ class Labelled:
             moving += item.nbytes / rate(Place.of(encoder), place)
         each = self.rates[reader.role].seconds(reader.url)
         pending = ledger.load(reader.url) * each
-        return max(pending, *done.values(), 0.0) + job.prompt_tokens * each + moving
+        return max(pending, *(HOP + seconds for seconds in done.values()), 0.0) + job.prompt_tokens * each + moving
 
     def best(self, job: Job, reader: Instance | None = None) -> float:
         """Of all plans, or all with this reader."""
