@@ -24,7 +24,7 @@ class Place(NamedTuple):
 LABELS: tuple[str, ...] = Place._fields
 
 HOP = 2e-3
-"""Seconds that a stage of its own costs before any byte: a call, and a transfer that begins (1 ms of Mooncake's RDMA)."""
+"""Seconds that a stage of its own costs before any byte: a call, and a transfer that begins (1 ms by RDMA)."""
 
 
 @dataclass(frozen=True, slots=True)
