@@ -73,6 +73,7 @@ class Run:
     _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
     encode_ended: float = 0.0
     decode_began: float = 0.0
+    tokens: float = 0.0  # of the answer, but for a stream's first; 0: nobody could tell
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
     tape: Tape | None = None  # of an answer that could be continued
     prefilling: int = 0  # prefills that the decode engine waits for now
@@ -453,6 +454,7 @@ class Dispatcher:
         self._timed(run, "decode", run.decode_began)
         if job.stream and leg.role is BOTH:
             self._lessons.began(leg, job, before, first - max(run.decode_began, run.encode_ended))
+        run.tokens = tokens
         self._lessons.answered(leg, job, run.handles or {}, tokens, self._clock() - since, usage)
 
     def _first_answer(self, job: Job) -> float:

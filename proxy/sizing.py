@@ -1,8 +1,7 @@
 """What the fleet was asked lately, and what one engine of it carries: learnt from each request that ends.
 
 All of it goes into `flow`, so that any worker tells of all of them: also what this worker's rates are, as the engine
-time that the work it saw must have taken. Token counts of answers are those that were predicted, in what is offered and
-in what is carried alike.
+time that the work it saw must have taken.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from proxy.plan import Held
 
 _EVERY_S = 0.05  # to learn from more than these is not worth its time
 _LEAST = 0.05  # requests, faded: below this the last one ended several minutes ago
+_ENOUGH = 3  # tokens that tell of a pace
 _BATCH = 256  # sequences that engines decode at once by default
 _KEPT = 4096.0  # tokens of KV of a sequence, until one has been seen
 _DOUBT = 64.0  # of how a pace grows with the batch: as if batches one apart had been seen so often
@@ -55,7 +55,7 @@ class Sizing:
         if run.plan is None:
             return
         now = self._clock()
-        amounts = [(Sum.REQUESTS, 1.0), (Sum.OUTPUT, run.job.output_tokens)]
+        amounts = [(Sum.REQUESTS, 1.0), (Sum.OUTPUT, _output(run))]
         for leg in run.plan.legs:
             if leg.role is Role.ENCODE:
                 amounts += self._encoded(leg)
@@ -139,18 +139,18 @@ def _prompt(run: Run, leg: Leg) -> int:
     return work if leg.role is Role.PREFILL else max(1, work - run.job.output_tokens)
 
 
-def _first(run: Run) -> float | None:
-    """When the first token of a stream came, if nothing had failed before."""
-    seconds = run.timings.get("ttft")
-    return run.began + seconds if run.job.stream and seconds is not None and run.attempts == 1 else None
+def _output(run: Run) -> float:
+    """Tokens of the answer; as predicted where nobody could tell."""
+    return run.tokens + run.job.stream if run.tokens else run.job.output_tokens
 
 
 def _pace(run: Run, role: Role, now: float) -> float | None:
     """Seconds per token, where they can be told from the prompt's: of a stream, or of a decode engine."""
-    tokens = run.job.output_tokens
-    if (first := _first(run)) is not None:
-        return (now - first) / (tokens - 1) if tokens > 1 else None
-    return (now - run.decode_began) / tokens if role is Role.DECODE and run.attempts == 1 and tokens else None
+    if run.tokens < _ENOUGH or run.attempts > 1:
+        return None
+    if run.job.stream:
+        return (now - run.began - run.timings["ttft"]) / run.tokens
+    return (now - run.decode_began) / run.tokens if role is Role.DECODE else None
 
 
 def _pacing(sums: Sums) -> Pacing:

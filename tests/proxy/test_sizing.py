@@ -16,6 +16,7 @@ from proxy.sizing import Pacing, Sizing
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
+from tests.fakes.native import PIECES
 
 E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
 
@@ -41,7 +42,8 @@ async def test_every_stage_of_a_finished_request_is_counted() -> None:
         found = sums(d)
         near = pytest.approx
         assert found[Sum.REQUESTS] == near(3)
-        assert (found[Sum.ENCODES], found[Sum.OUTPUT]) == (near(6, rel=0.01), near(27, rel=0.01))
+        assert found[Sum.ENCODES] == near(6, rel=0.01)
+        assert found[Sum.OUTPUT] == near(3 * (len(PIECES) + 1), rel=0.1), "by the bytes of events"
         assert found[Sum.PROMPT] == near(found[Sum.FIRST_PROMPT]) and found[Sum.PROMPT] > 0
         assert found[Sum.ENCODE_WORK] > 0 and found[Sum.PACES] == found[Sum.BATCH] == near(3, rel=0.01)
         offered = d.proxy.sizing.offered()
@@ -81,7 +83,7 @@ async def test_where_many_end_at_once_all_are_counted_and_few_are_learnt_from(mo
             await d.post(chat(stream=True, max_tokens=5))
         await d.settle()
         found = sums(d)
-        assert found[Sum.OUTPUT] == pytest.approx(25, rel=0.01)
+        assert found[Sum.OUTPUT] == pytest.approx(5 * (len(PIECES) + 1), rel=0.1)
         assert found[Sum.PROMPT] == pytest.approx(5 * found[Sum.FIRST_PROMPT], rel=0.01)
         assert found[Sum.PACES] == pytest.approx(1, rel=0.01)
 
@@ -90,6 +92,7 @@ async def test_of_a_combined_engine_streams_tell_the_pace() -> None:
     async with deployment("1b") as d:
         await d.post(chat(max_tokens=5))
         await d.settle()
+        assert sums(d)[Sum.OUTPUT] == pytest.approx(len(PIECES), rel=0.01), "as the engine counts"
         assert sums(d)[Sum.PACES] == 0, "in a whole answer its time cannot be told from the prompt's"
         engine = d.combined[0]
         engine.gate = asyncio.Event()
