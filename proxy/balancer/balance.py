@@ -43,19 +43,19 @@ class Balancer:
         if url is None:
             url = policy.choose(pool, self._informed(demand), self.ledger)
         instance, left = pool.by_url[url], demand.at(url)
-        if holders.placed(url, key, demand.work, instance.facts.get("cache_tokens", CAPACITY)):
+        if holders.placed(url, key, demand.room or demand.work, instance.facts.get("cache_tokens", CAPACITY)):
             left = min(left, hit(demand.work))
         lease = self.ledger.lease(instance, Role.ENCODE, left)
         lease.also = holders.began(url, key)
         return lease
 
     def _informed(self, demand: Demand) -> Demand:
-        """With those who hold the item."""
-        work, key, held, ready, transfer, room = demand
+        """With those who hold the item: they answer at once, whatever they encode meanwhile."""
+        work, key, held, ready, transfer, room, _ = demand
         found = self.holders.held(key, work)
         if not found:
             return demand
-        return Demand(work, key, {**found, **held} if held else found, ready, transfer, room)
+        return Demand(work, key, {**found, **held} if held else found, ready, transfer, room, True)
 
     def foresee(self, role: Role, pool: Pool, demand: Demand) -> float:
         """Seconds until the leg would be done where that is soonest. Nothing is charged; `pool` is not empty."""

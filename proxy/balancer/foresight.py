@@ -10,6 +10,8 @@ from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 
+DOUBT = 1 / 16
+"""Of what is held, and there at once, the part that turns out not to be: it waits and costs like anything else."""
 _STEP = 16  # rates of a pool that are read again at each look, while any have changed
 
 
@@ -23,7 +25,10 @@ def times(pool: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> NDArray[n
         found = (loads + demand.work) * each
     for url, work in demand.held.items():
         if (at := pool.position.get(url)) is not None:
-            found[at] -= (demand.work - work) * each.item(at)
+            if demand.at_once:
+                found[at] = DOUBT * found.item(at) + work * each.item(at)
+            else:
+                found[at] -= (demand.work - work) * each.item(at)
     for url, seconds in demand.transfer.items():
         if (at := pool.position.get(url)) is not None:
             found[at] += seconds
@@ -36,7 +41,10 @@ def soonest(pool: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> float:
         return float(times(pool, demand, ledger, rates).min())
     url = pool.urls[0]
     rate = rates.seconds(url)
-    return max(demand.ready, ledger.load(url) * rate) + demand.at(url) * rate + demand.transfer.get(url, 0.0)
+    waiting = max(demand.ready, ledger.load(url) * rate)
+    if demand.at_once and url in demand.held:
+        waiting = DOUBT * (waiting + demand.work * rate)
+    return waiting + demand.at(url) * rate + demand.transfer.get(url, 0.0)
 
 
 def rates_of(pool: Pool, rates: Rates) -> NDArray[np.float64]:

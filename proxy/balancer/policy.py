@@ -24,7 +24,8 @@ class Demand(NamedTuple):
     held: Mapping[str, int] = NOTHING  # by URL: the work (> 0) left where a part of it is held
     ready: float = 0.0  # seconds from now before which it cannot start
     transfer: Mapping[str, float] = NOTHING  # by URL: seconds to bring there what it needs; absent: none
-    room: int = 0  # tokens of KV that it keeps while it runs
+    room: int = 0  # tokens that it keeps: of KV while it runs, of an embedding as long as there is room
+    at_once: bool = False  # where it is held, it waits for nothing that is pending there
 
     def at(self, url: str) -> int:
         """The work at this instance."""

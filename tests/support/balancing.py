@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from random import Random
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -32,11 +33,18 @@ def demands(urls: str) -> st.SearchStrategy[Demand]:
     """Any, with keys that recur, and seconds that add up the same in any order."""
     seconds = st.sampled_from([0.0, 0.25, 0.5, 4.0, 64.0])
 
-    def of(work: int, key: str, held: dict[str, int], ready: float, transfer: dict[str, float], room: int) -> Demand:
-        return Demand(work, key, {url: left for url, left in held.items() if left < work}, ready, transfer, room)
+    def of(work: int, key: str, held: dict[str, int], *others: Any) -> Demand:
+        return Demand(work, key, {url: left for url, left in held.items() if left < work}, *others)
 
     some = st.sampled_from(urls)
     held, transfer = st.dictionaries(some, st.integers(1, 99)), st.dictionaries(some, seconds)
     return st.builds(
-        of, st.integers(1, 200), st.sampled_from(["", "x", "y", "z"]), held, seconds, transfer, st.integers(0, 300)
+        of,
+        st.integers(1, 200),
+        st.sampled_from(["", "x", "y", "z"]),
+        held,
+        seconds,
+        transfer,
+        st.integers(0, 300),
+        st.booleans(),
     )

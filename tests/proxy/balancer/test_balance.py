@@ -102,6 +102,25 @@ def test_what_an_encoder_holds_is_remembered_as_far_as_it_has_room_and_while_it_
     assert tokens("cat") == 320
 
 
+def test_an_embedding_takes_the_room_of_its_tokens_whatever_it_cost() -> None:
+    b, one = balancer("round_robin"), encoders("a")
+    one.by_url["a"].facts = {"cache_tokens": 500}
+    for key in ("cat", "dog"):
+        b.take(Role.ENCODE, one, Demand(3200, key, room=200)).close()
+    assert set(b.holders.holders("cat")) == set(b.holders.holders("dog")) == {"a"}
+    b.take(Role.ENCODE, one, Demand(32, "cow", room=200)).close()
+    assert not b.holders.holders("cat")
+
+
+def test_a_held_item_goes_to_its_busy_holder_which_answers_at_once() -> None:
+    b, two = balancer("affinity"), encoders("ab")
+    with b.take(Role.ENCODE, two, Demand(320, "cat")) as lease:
+        holder = lease.instance.url
+    b.ledger.lease(two.by_url[holder], Role.ENCODE, 4000)
+    assert b.take(Role.ENCODE, two, Demand(320, "cat")).instance.url == holder
+    assert b.take(Role.ENCODE, two, Demand(320, "dog")).instance.url != holder
+
+
 def test_items_that_recur_come_to_where_they_are_held() -> None:
     b, four, dice = balancer("affinity"), encoders("abcd"), Random(1)
     for _ in range(200):

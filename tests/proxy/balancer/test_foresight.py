@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.balancer.foresight import rates_of, soonest, times
+from proxy.balancer.foresight import DOUBT, rates_of, soonest, times
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.policy import Demand
 from proxy.balancer.rates import Rates
@@ -18,8 +18,10 @@ URLS = "abcdefghijklmnopqrst"
 
 def naive(url: str, demand: Demand, ledger: Ledger, rates: Rates) -> float:
     pending = ledger.load(url) * rates.seconds(url)
-    own = demand.held.get(url, demand.work) * rates.seconds(url)
-    return max(demand.ready, pending) + own + demand.transfer.get(url, 0.0)
+    waiting, rate = max(demand.ready, pending), rates.seconds(url)
+    whole, own = waiting + demand.work * rate, demand.held.get(url, demand.work) * rate
+    done = DOUBT * whole + own if demand.at_once and url in demand.held else waiting + own
+    return done + demand.transfer.get(url, 0.0)
 
 
 @given(
