@@ -110,7 +110,7 @@ class Drafts:
         if encoders is not None:
             for item in items:
                 transfer = self._transfer(Role.ENCODE, encoders, place, item.nbytes)
-                demand = Demand(item.work, item.identity, transfer=transfer)
+                demand = Demand(item.work, item.identity, transfer=transfer, room=item.tokens)
                 taken.append((item, holds.add(self._balancer.take(Role.ENCODE, encoders, demand))))
         return taken
 
@@ -137,7 +137,10 @@ class Drafts:
             return UNKNOWN
         chain = Chain.of(job)
         matched = {url: tokens for url, tokens in self._prefixes.matched(chain).items() if url in pools.readers}
-        covered = {url: chain.covered(tokens) for url, tokens in matched.items()} if job.items else {}
+        covered: Mapping[str, Collection[int]] = NOTHING
+        if spared or path in paths.INLINE:
+            items = {tokens: chain.covered(tokens) for tokens in set(matched.values())}  # not for each URL anew
+            covered = {url: items[tokens] for url, tokens in matched.items()}
         left = {url: work - tokens for url, tokens in matched.items()}
         if path in paths.INLINE:
             for url, indices in covered.items():
