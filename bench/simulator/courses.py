@@ -112,13 +112,11 @@ class Course:
         self._job = world.parser.job(self._request)
         began = perf_counter()
         try:
-            plan = world.planner.draw(self._job, world.clock.now, self._holds)
+            plan = self._plan = world.planner.draw(self._job, world.clock.now, self._holds)
         except ProxyError as error:
             self._end(error)
             return
-        finally:
-            self._decision = perf_counter() - began
-        self._plan = plan
+        self._decision = perf_counter() - began
         self._follow(plan)
 
     def _follow(self, plan: Plan) -> None:

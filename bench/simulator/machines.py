@@ -16,13 +16,20 @@ Spec: TypeAlias = Encoder | Engine
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`facts` are what the proxy is told of it, as from `/info` or POST /instances."""
+    """`facts` are what the proxy is told of it beside its room for KV, as from `/info` or POST /instances."""
 
     url: str
     role: Role
     spec: Spec
     facts: Mapping[str, Any] = field(default_factory=dict)
     slowness: float = 1.0  # times its model's seconds
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """All that the proxy is told."""
+        if isinstance(self.spec, Encoder):
+            return self.facts
+        return {"kv_tokens": self.spec.kv_tokens, **self.facts}
 
 
 class Park:

@@ -58,6 +58,7 @@ class Simulation:
         """
         self.clock = Clock()
         self.results = Results()
+        self._arrived = 0  # requests
         self.fleet = Fleet()
         self._park = Park(self.clock, tuple(machines))
         named = dict.fromkeys(ROLES, policies) if isinstance(policies, str) else policies
@@ -71,7 +72,7 @@ class Simulation:
         sight = replace(sight, weighed=weighed.union(sight.weighed))
         self.planner = Planner(self.fleet, self.balancer, Breakers(Thresholds()), inline, families, sight)
         for machine in self._park.machines.values():
-            instance = self.fleet.join(machine.url, machine.role, FAMILY, machine.facts)
+            instance = self.fleet.join(machine.url, machine.role, FAMILY, machine.told)
             self.fleet.apply(instance, Event.HEALTHY, "simulated")
         for fault in faults:
             self._schedule(fault)
@@ -100,10 +101,13 @@ class Simulation:
     ) -> Results:
         """Until all that was offered, and all of `arrivals` (in order of time), has ended.
 
+        Raises RuntimeError if some request never does, or leaves load behind: a mistake in this program.
         `progress` is called now and then with the number of requests that have arrived.
         """
         self._follow(iter(arrivals), 0, progress)
         self.clock.run()
+        if len(self.results) != self._arrived or self.balancer.ledger.leases():
+            raise RuntimeError(f"{len(self.results)} of {self._arrived} requests ended: {self.balancer.ledger!r}")
         return self.results
 
     def _follow(
@@ -128,6 +132,7 @@ class Simulation:
         self._follow(arrivals, count, progress)
 
     def _arrive(self, request: Request) -> None:
+        self._arrived += 1
         Course(self._world, request).begin()
 
     # ---- faults

@@ -20,3 +20,10 @@ def test_each_machine_is_simulated_as_what_it_is() -> None:
     assert park.at("http://e").slowness == 2.0
     with pytest.raises(KeyError):
         park.at("http://nobody")
+
+
+def test_the_proxy_is_told_of_room_for_kv() -> None:
+    engine = Engine(QWEN3_VL_30B.language(H100, 8), kv_tokens=1000)
+    assert Machine("http://d", Role.DECODE, engine, {"host": "a"}).told == {"kv_tokens": 1000, "host": "a"}
+    encoder = Machine("http://e", Role.ENCODE, Encoder(QWEN3_VL_30B.vision(H100)), {"cache_tokens": 5})
+    assert encoder.told == {"cache_tokens": 5}

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from bench.simulator.encoders import Encoder
-from bench.simulator.engines import Engine
+from bench.simulator.engines import Engine, SimulatedEngine
 from bench.simulator.machines import Machine
 from bench.simulator.models import H100, QWEN3_VL_30B
 from bench.simulator.requests import Media, Request, Text
@@ -97,3 +97,11 @@ def test_progress_is_told() -> None:
     told: list[int] = []
     Simulation(COMBINED, "round_robin").run(((n * 1e-3, Request((Text(1),))) for n in range(50_001)), told.append)
     assert told == [50_000]
+
+
+def test_a_request_that_never_ends_is_a_mistake_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(COMBINED, "round_robin")
+    simulation.offer(Request((Text(1),)), 0.0)
+    monkeypatch.setattr(SimulatedEngine, "prefill", lambda engine, generation: None)
+    with pytest.raises(RuntimeError, match="0 of 1 requests ended"):
+        simulation.run()
