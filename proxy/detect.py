@@ -58,8 +58,14 @@ async def native(ask: Ask) -> Found | None:
     if not isinstance(info, dict) or info.get("engine") != "triptych":
         return None
     label, facts = info.get("role"), {"version": info.get("version")}
+    blocks, size = info.get("num_blocks"), info.get("block_size")
+    if isinstance(blocks, int) and isinstance(size, int):
+        facts["kv_tokens"] = blocks * size
     if (cut := vision.told(info.get("vision"))) is not None:
         facts["vision"] = asdict(cut)
+        cache = info.get("cache")
+        if isinstance(cache, dict) and isinstance(cache.get("capacity"), int):
+            facts["cache_tokens"] = cache["capacity"] // cut.embedding_bytes
     try:
         role = Role.named(str(label))
     except KeyError:
@@ -99,6 +105,8 @@ async def sglang(ask: Ask) -> Found | None:
         facts["bootstrap_port"] = info.get("disaggregation_bootstrap_port")
     if facts["language_only"] and info.get("encoder_transfer_backend"):
         facts["encoder_transfer_backend"] = info["encoder_transfer_backend"]
+    if isinstance(info.get("max_total_num_tokens"), int):
+        facts["kv_tokens"] = info["max_total_num_tokens"]
     model = info.get("served_model_name") or info.get("model_path") or ""
     how = f"GET {path} says sglang {info.get('version')}, disaggregation mode {mode}"
     return Found("sglang", how, role, str(model), facts)

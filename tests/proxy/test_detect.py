@@ -38,14 +38,20 @@ OLD_SGLANG = {
     ("answers", "family", "role", "facts"),
     [
         ({"/info": OURS | {"role": "decode"}}, "native", Role.DECODE, {"version": "1"}),
+        (
+            {"/info": OURS | {"role": "prefill", "num_blocks": 512, "block_size": 16}},
+            "native",
+            Role.PREFILL,
+            {"version": "1", "kv_tokens": 8192},
+        ),
         ({"/info": OURS | {"role": "chef"}}, "native", None, {"version": "1"}),
         ({"/v1/models": VLLM_CARDS, "/version": {"version": "0.33.0"}}, "vllm", None, {"version": "0.33.0"}),
         ({"/v1/models": VLLM_CARDS}, "vllm", None, {}),
         (
-            {"/v1/models": SGLANG_CARDS, "/server_info": SGLANG},
+            {"/v1/models": SGLANG_CARDS, "/server_info": SGLANG | {"max_total_num_tokens": 4096}},
             "sglang",
             BOTH,
-            {"version": "0.5.23", "language_only": False},
+            {"version": "0.5.23", "language_only": False, "kv_tokens": 4096},
         ),
         (
             {"/get_server_info": OLD_SGLANG},
@@ -54,7 +60,7 @@ OLD_SGLANG = {
             {"version": "0.5.10", "language_only": True, "bootstrap_port": 8998},
         ),
     ],
-    ids=["native", "native of no role", "vllm", "vllm of no version", "sglang", "sglang prefill"],
+    ids=["native", "native with KV", "native of no role", "vllm", "vllm of no version", "sglang", "sglang prefill"],
 )
 async def test_each_family_is_known_by_its_own_words(
     answers: dict[str, Any], family: str, role: Role | None, facts: dict[str, Any]
@@ -143,6 +149,8 @@ def test_a_bootstrap_server_is_on_its_engines_host(url: str, facts: dict[str, An
 
 async def test_one_of_our_encoders_tells_how_it_cuts_media() -> None:
     said = {"model_type": "qwen3_vl", "vision_config": {}, "image_processor": {"merge_size": 2}, "itemsize": 2}
-    found = await detect.detect(asking({"/info": OURS | {"role": "encode", "vision": said}}))
+    held = {"capacity": 10 * FAMILIES["qwen3_vl"].embedding_bytes}
+    found = await detect.detect(asking({"/info": OURS | {"role": "encode", "vision": said, "cache": held}}))
     assert found is not None and Vision(**found.facts["vision"]) == FAMILIES["qwen3_vl"]
+    assert found.facts["cache_tokens"] == 10
     assert orjson.loads(orjson.dumps(found.facts)) == found.facts, "other workers read it"
