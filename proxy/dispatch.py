@@ -423,6 +423,7 @@ class Dispatcher:
         if not run.encoded.busy:
             seconds = self._clock() - max(began, run.encode_ended)
             self._lessons.prefilled(leg, job, handles, before, seconds, reply.get("usage"))
+        _prefilled(leg)
         return reply
 
     # ---- the leg whose answer is the client's
@@ -435,6 +436,7 @@ class Dispatcher:
         def head() -> Mapping[str, str]:
             nonlocal first
             first = self._clock()
+            _prefilled(leg)
             if not run.sink.started:
                 self._timed(run, "ttft", run.began)
             return run.headers()
@@ -468,6 +470,11 @@ class Dispatcher:
     def _timed(self, run: Run, stage: str, began: float) -> None:
         run.timings[stage] = self._clock() - began
         self._metrics.observe(stage, run.timings[stage])
+
+
+def _prefilled(leg: Leg) -> None:
+    if leg.hold is not None:
+        leg.hold.prefilled()
 
 
 def _attempt(run: Run) -> Job:

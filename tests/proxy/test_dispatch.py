@@ -312,6 +312,17 @@ async def test_a_lost_embedding_is_encoded_again_once() -> None:
         assert (answer.status, answer.error["code"], answer.error["attempts"]) == (502, "embedding_gone", 3)
 
 
+async def test_a_prompt_in_kv_is_no_load_of_who_prefilled_it() -> None:
+    async with deployment("1p1d", "pull") as d:
+        gate = d.decodes[0].gate = asyncio.Event()
+        asking = asyncio.create_task(d.post(chat()))
+        await d.decodes[0].until(lambda: d.decodes[0].running == 1)
+        ledger = d.proxy.balancer.ledger
+        assert (ledger.load(d.prefills[0].url), ledger.load(d.decodes[0].url) > 0) == (0, True)
+        gate.set()
+        assert (await asking).status == 200
+
+
 async def test_the_prefill_of_a_stream_may_take_longer_than_its_first_token() -> None:
     async with deployment("1p1d", "push", first_token_timeout=1.0) as d:
         gate = d.prefills[0].gate = asyncio.Event()
