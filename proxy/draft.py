@@ -92,7 +92,7 @@ class Drafts:
         if self._joint.differ(pools):
             place = Place.of(reader.instance) if reader else self._joint.place(pools, items, demand, kv)
         encodes = self._encodes(items, pools.encoders, place, holds)
-        ready = self._prospects.ready(lease.instance.url for _, lease in encodes)
+        ready = self._prospects.ready(lease.instance.url for item, lease in encodes if lease.tokens >= item.work)
         if reader is None:
             readers = pools.readers if place is None else self._joint.at(pools.readers, place)
             reader = holds.add(self._balancer.take(pools.role, readers, demand._replace(ready=ready)))

@@ -98,15 +98,15 @@ class Joint:
     def _encoded(self, encoders: Pool, place: Place, items: Sequence[Item]) -> tuple[float, float]:
         """Seconds until all can be brought to `place`, and to bring them."""
         costs, rates = self._costs(encoders, place), rates_of(encoders, self._balancer.rates[Role.ENCODE])
-        pending = self._balancer.ledger.loads(encoders) * rates
+        pending, holders = self._balancer.ledger.loads(encoders) * rates, self._balancer.holders.holders
         ready = moving = 0.0
         for item in items:
             done = pending + item.work * rates
-            for url in self._balancer.holders.holders(item.identity):
-                if (at := encoders.position.get(url)) is not None:
-                    done[at] = pending[at] + hit(item.work) * rates[at]
+            held = [encoders.position[url] for url in holders(item.identity) if url in encoders]
+            done[held] = hit(item.work) * rates[held]  # it waits for nothing there
             best = int((done + item.nbytes * costs).argmin())
-            pending[best] = done[best]
+            if best not in held:
+                pending[best] = done[best]
             ready = max(ready, HOP + float(done[best]))
             moving += item.nbytes * float(costs[best])
         return ready, moving

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from proxy.balancer.balance import Balancer
-from proxy.balancer.caches import hit
 from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
 from proxy.core import Item, Job, Path, Role
@@ -101,11 +100,13 @@ class Prospects:
 
     def _spread(self, items: Collection[Item], encoders: Pool) -> float:
         """Seconds until all embeddings are there: no sooner than the largest, and than an even share of all."""
-        holders = self._balancer.holders
-        works = [hit(item.work) if holders.holders(item.identity) else item.work for item in items]
-        share = max(*works, ceil(sum(works) / len(encoders)))
+        missing = [item.work for item in items if not self._balancer.holders.holders(item.identity)]
+        encoded = 0.0
+        if missing:
+            share = max(*missing, ceil(sum(missing) / len(encoders)))
+            encoded = self._balancer.foresee(Role.ENCODE, encoders, Demand(share))
         moving = sum(item.nbytes for item in items) / self._links.rack  # encoders are chosen near, where it matters
-        return HOP + moving + self._balancer.foresee(Role.ENCODE, encoders, Demand(share))
+        return HOP + moving + encoded
 
 
 def unique(items: Iterable[Item]) -> list[Item]:

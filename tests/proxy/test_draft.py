@@ -85,6 +85,17 @@ def test_leases_are_kept_and_a_combined_engine_has_all_of_the_rest() -> None:
     assert found.balancer.ledger.leases() == 0
 
 
+def test_an_embedding_that_is_held_waits_for_nothing_that_is_encoded_there() -> None:
+    found = trio()
+    drawing, asked = drafts(found), job(1000)
+    first = drawn(drawing, found, asked)
+    (_, lease), *_ = first.encodes
+    found.balancer.ledger.lease(lease.instance, E, 5000)
+    again = drawn(drawing, found, asked)
+    assert again.encodes[0][1].instance is lease.instance
+    assert again.seconds < first.seconds
+
+
 # ---- prefixes
 
 

@@ -84,6 +84,19 @@ def test_among_many_places_those_near_the_best_encoder_and_those_that_are_idle_a
     assert place(idle) == Place(rack="r17")
 
 
+def test_who_holds_an_embedding_is_near() -> None:
+    found = Labelled()
+    for rack in "abc":
+        found.add(E, rack=rack, load=10_000)
+        found.add(P, rack=rack)
+        found.add(D, rack=rack)
+    asked, pools = job(1000), found.pools(P)
+    held = found.fleet.ready(E)[1]
+    found.balancer.holders.placed(held.url, asked.items[0].identity, 1000)
+    demand = Demand(asked.prompt_tokens)
+    assert Joint(found.balancer, found.links).place(pools, asked.items, demand, 0) == Place.of(held) == Place(rack="b")
+
+
 def test_without_encoders_the_kv_decides() -> None:
     found = Labelled()
     for number in range(20):
