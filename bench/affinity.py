@@ -47,9 +47,9 @@ PATIENCE_S = 60.0
 
 # Bars.
 HITS = 1.3
-"""All pictures fit into all caches, and the 12 asked about most make 70 % of the questions: that is the most that caches
-which all hold the same can have. So this would be 1.42 at the least if each picture kept to one encoder; a tenth less is
-for shares that are larger than a cache, and for pictures that the neighbour of a busy encoder encodes again."""
+"""All pictures fit into all caches, and the 12 asked about most make 70 % of the questions: the most that caches which
+all hold the same can have. So this would be 1.42 at the least if each picture kept to one encoder; a tenth less is for
+shares that are larger than a cache, and for pictures that the neighbour of a busy encoder encodes again."""
 FIRST_TOKEN = 1.0
 """How much sooner the first token comes depends on the machine: on how dear encoding is beside prefill. Never later."""
 
