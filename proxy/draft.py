@@ -32,6 +32,7 @@ Taken = Sequence[tuple[Item, Lease]]
 """Items with what they are charged as; the lease knows where."""
 
 _RUNNING = (State.READY, State.DRAINING)
+_WORTH = 32  # tokens: what comes before the text of a chat is the same in all, and everybody holds it
 
 
 class Holds(Protocol):
@@ -136,7 +137,7 @@ class Drafts:
         if len(pools.readers) == 1 and not spared:
             return UNKNOWN
         chain = Chain.of(job)
-        matched = {url: tokens for url, tokens in self._prefixes.matched(chain).items() if url in pools.readers}
+        matched = {url: tokens for url, tokens in self._prefixes.matched(chain, _WORTH).items() if url in pools.readers}
         covered: Mapping[str, Collection[int]] = NOTHING
         if spared or path in paths.INLINE:
             items = {tokens: chain.covered(tokens) for tokens in set(matched.values())}  # not for each URL anew

@@ -139,8 +139,8 @@ class Prefixes:
         """Who holds anything."""
         return self._held.keys()
 
-    def matched(self, chain: Chain) -> dict[str, int]:
-        """By URL, how many tokens of the prompt it holds from the beginning; absent: none."""
+    def matched(self, chain: Chain, least: int = 0) -> dict[str, int]:
+        """By URL, how many tokens of the prompt it holds from the beginning; absent: none, or fewer than `least`."""
         known: list[set[str]] = []
         for key in chain.keys:
             if (holders := self._holders.get(key)) is None:
@@ -148,6 +148,8 @@ class Prefixes:
             known.append(holders)
         found: dict[str, int] = {}
         for number in range(len(known) - 1, -1, -1):
+            if chain.ends[number] < least:
+                break
             if len(known[number]) > len(found):  # who holds a block holds those before it, and was used last there
                 for url in known[number] - found.keys():
                     found[url] = chain.ends[number]

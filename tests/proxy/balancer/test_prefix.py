@@ -86,6 +86,14 @@ def test_odd_messages_have_a_chain_and_a_long_one_an_end() -> None:
     assert Chain.of(said(["x" * 9, text("x" * 3_000_000), part(A)])).items == {}
 
 
+def test_a_short_beginning_may_be_passed_over() -> None:
+    prefixes, chain = Prefixes(), Chain((1, 2), (4, 300), {})
+    prefixes.placed("a", chain)
+    prefixes.placed("b", Chain((1,), (4,), {}))
+    assert prefixes.matched(chain) == {"a": 300, "b": 4}
+    assert prefixes.matched(chain, 32) == {"a": 300}
+
+
 def test_what_is_held_is_told_by_tokens_and_forgotten_whole() -> None:
     prefixes, short, long = Prefixes(), Chain.of(said("x" * 1100)), Chain.of(said("x" * 3000))
     prefixes.placed("a", short)
