@@ -158,6 +158,15 @@ def test_media_that_wait_for_encoders_hold_back_media_alone() -> None:
     assert a.promote(100.0) == [behind], "one at a time: what the first takes is foreseen then"
 
 
+def test_text_goes_on_before_parked_media_that_are_more_urgent() -> None:
+    world, a = World(encode=5.0), admission(1)
+    running, _ = a.arrive(0, 1, None, 100.0)
+    media, _ = a.arrive(0, 1, world.wish(True, 4.0), 100.0)
+    text, _ = a.arrive(1, 1, world.wish(False, 4.0), 100.0)
+    assert (media.place, text.place) == (Place.WAITING, Place.WAITING), "both for a place"
+    assert a.leave(running, 100.0) == [text] and media.parked is Stage.ENCODE
+
+
 def test_who_waits_for_prefill_holds_back_everybody_behind() -> None:
     world, a = World(prefill=5.0), admission(10)
     parked, _ = a.arrive(0, 1, world.wish(True, 4.0), 100.0)
@@ -225,9 +234,10 @@ def test_whatever_happens_wishes_are_kept_and_nobody_is_passed_by_those_who_need
                 outlook = entry.wish.foresee()
                 assert outlook.room and outlook.pace <= max(entry.wish.pace, 0.0105)
                 assert now + outlook.first <= entry.deadline or outlook.first <= 1.05
-            for other in entries:
-                if other.place is Place.WAITING and other < entry:
-                    assert other.media and not entry.media and other.parked is Stage.ENCODE
+            passed = [other for other in entries if other.place is Place.WAITING and other < entry]
+            if passed:
+                assert all(other.media for other in passed) and not entry.media
+                assert min(passed).parked is Stage.ENCODE, "the others wait behind it"
 
     for what, number, media, first in moves:
         if what == "arrive":

@@ -69,11 +69,11 @@ def test_who_takes_a_dead_workers_place_counts_on() -> None:
 
 
 def test_of_a_row_that_was_left_half_written_nothing_is_believed() -> None:
-    memory = bytearray(size(2))
+    memory, now = bytearray(size(2)), 10.0  # just booted: the row's age would not make it forgotten
     first, other = Flow(memory, 2, 0), Flow(memory, 2, 1)
-    first.add(NOW, [(Sum.OUTPUT, 5.0)])
-    other.add(NOW, [(Sum.OUTPUT, 1.0)])
+    first.add(now, [(Sum.OUTPUT, 5.0)])
+    other.add(now, [(Sum.OUTPUT, 1.0)])
     memoryview(memory).cast("d")[1] = 0.0  # it was killed between the first and the last number
-    assert other.sums(NOW)[Sum.OUTPUT] == 1.0
-    Flow(memory, 2, 0).add(NOW + 1, [(Sum.OUTPUT, 3.0)])
-    assert other.sums(NOW + 1)[Sum.OUTPUT] == pytest.approx(3.0 + exp(-1 / FADING))
+    assert other.sums(now)[Sum.OUTPUT] == 1.0
+    Flow(memory, 2, 0).add(now + 1, [(Sum.OUTPUT, 3.0)])
+    assert other.sums(now + 1)[Sum.OUTPUT] == pytest.approx(3.0 + exp(-1 / FADING))

@@ -151,6 +151,19 @@ async def test_parked_ones_go_on_one_by_one_as_load_drains_though_nobody_leaves(
     assert (g.admission.requests, g.admission.waiting) == (0, 0)
 
 
+async def test_one_look_lets_in_all_who_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(busy=30.0)
+    g = gate(9, requests=9, foresee=engines.foresee, targets=Targets(first=20.0))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(5):
+            group.create_task(engines.serve(g, job()))
+        await until_waiting(g, 5)
+        monkeypatch.setattr("proxy.gate._LOOK_S", 3600.0)
+        engines.busy = 0.0
+        await until_waiting(g, 0)
+    assert g.admission.requests == 0
+
+
 async def test_who_is_parked_too_long_is_told_and_leaves_nothing() -> None:
     engines = Engines(busy=9.0)
     g = gate(9, requests=9, foresee=engines.foresee)
