@@ -44,8 +44,8 @@ class Dialect(Protocol):
 
     Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
     `version` "0.32.0"; of an engine that prefills `ec_port`, where embeddings are pushed to, `bootstrap_port`, its URL
-    `bootstrap`, and `engine_ids` by data-parallel rank; of one that keeps KV `kv_tokens`, how many in all; of one of our
-    encoders `vision`, the fields of `vision.Vision`, and `cache_tokens`, how many embeddings it holds.
+    `bootstrap`, and `engine_ids` by data-parallel rank; `kv_tokens`, the KV it has room for; of one of our encoders
+    `vision`, the fields of `vision.Vision`, and `cache_tokens`, the embeddings that it has room for.
     """
 
     name: str
