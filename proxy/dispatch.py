@@ -423,7 +423,8 @@ class Dispatcher:
         if not run.encoded.busy:
             seconds = self._clock() - max(began, run.encode_ended)
             self._lessons.prefilled(leg, job, handles, before, seconds, reply.get("usage"))
-        _prefilled(leg)
+        if dialect.prefills(job) == 1:
+            _prefilled(leg)
         return reply
 
     # ---- the leg whose answer is the client's
