@@ -100,6 +100,7 @@ def test_requests_show_different_pictures() -> None:
     assert len(set(urls)) == affinity.PICTURES
 
 
+@pytest.mark.timeout(300)
 async def test_real_encoders_are_asked_again_for_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ENCODERS": 2, "PICTURES": 4, "CLIENTS": 1, "SIZES": ((96, 64),)}.items():
         monkeypatch.setattr(affinity, name, value)
