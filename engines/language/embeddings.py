@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -70,16 +70,17 @@ class Embeddings:
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
+        self.released = False
         self._tickets: list[Ticket] = []
 
     def hold(self, ticket: Ticket) -> None:
         self._tickets.append(ticket)
 
-    def of(self, items: Iterable[Expected]) -> list[torch.Tensor]:
-        return [self.tensors[item.mm_hash] for item in items]
+    def of(self, items: Iterable[Expected]) -> list[torch.Tensor | None]:
+        return [self.tensors.get(item.mm_hash) for item in items]
 
     def release(self) -> None:
-        self.tensors = {}
+        self.tensors, self.released = {}, True
         tickets, self._tickets = self._tickets, []
         for ticket in tickets:
             ticket.release()
@@ -103,20 +104,46 @@ class EmbeddingReceiver:
         Raises BadRequest (an entry is wrong, or can never fit), Overloaded (no room within the timeout), and the error
         of `failures.lost_embedding`. Nothing is held after an error.
         """
+        with ExitStack() as undo:
+            async with self.receiving(items, entries) as held:
+                undo.callback(held.release)
+            undo.pop_all()
+        return held
+
+    @asynccontextmanager
+    async def receiving(
+        self, items: Iterable[Expected], entries: Mapping[str, Any], arrived: Callable[[], None] = lambda: None
+    ) -> AsyncIterator[Embeddings]:
+        """As `receive`, but the embeddings come within, and `arrived` is called as each does; the end waits for all.
+
+        An embedding that is lost cancels the block, and is raised in its place. The caller releases what it is given:
+        after that nothing comes any more, and nothing is waited for.
+        """
         distinct = {item.mm_hash: item for item in items}
         handles = [Handle.read(item, entries, self._width) for item in distinct.values()]
         held = Embeddings()
-        if not handles:
-            return held
-        offsets = await self._room([handle.nbytes for handle in handles])
-        with ExitStack() as undo:
-            undo.callback(held.release)
-            pairs = [(handle, self._reserve(held, handle, at)) for handle, at in zip(handles, offsets, strict=True)]
-            await self._fetch_all(pairs)
-            undo.pop_all()
-        for handle, at in zip(handles, offsets, strict=True):
-            held.tensors[handle.mm_hash] = self._tensor(handle, at)
-        return held
+        offsets = await self._room([handle.nbytes for handle in handles]) if handles else []
+        tickets = [self._reserve(held, handle, at) for handle, at in zip(handles, offsets, strict=True)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                for handle, at, ticket in zip(handles, offsets, tickets, strict=True):
+                    group.create_task(self._bring(held, handle, at, ticket, arrived))
+                yield held
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # one lost item is enough to say
+
+    async def _bring(
+        self, held: Embeddings, handle: Handle, offset: int, ticket: Ticket, arrived: Callable[[], None]
+    ) -> None:
+        try:
+            await ticket.fetch(handle.where)
+        except TransferError as error:
+            if held.released:
+                return
+            raise lost_embedding(error, handle.mm_hash) from error
+        if not held.released:
+            held.tensors[handle.mm_hash] = self._tensor(handle, offset)
+            arrived()
 
     def _reserve(self, held: Embeddings, handle: Handle, offset: int) -> Ticket:
         on_free = partial(self._give_back, offset)
@@ -124,20 +151,6 @@ class EmbeddingReceiver:
         ticket = self._transfer.reserve(self._arena, spans, timeout=self._timeout, on_free=on_free)
         held.hold(ticket)
         return ticket
-
-    async def _fetch_all(self, pairs: Iterable[tuple[Handle, Ticket]]) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for handle, ticket in pairs:
-                    group.create_task(self._fetch(handle, ticket))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # one lost item is enough to say
-
-    async def _fetch(self, handle: Handle, ticket: Ticket) -> None:
-        try:
-            await ticket.fetch(handle.where)
-        except TransferError as error:
-            raise lost_embedding(error, handle.mm_hash) from error
 
     async def _room(self, sizes: list[int]) -> list[int]:
         if Ranges(self.ranges.capacity).take_all(sizes) is None:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from engines.errors import ShuttingDown
 from engines.language.failures import broken
 from engines.language.scheduler import Limits, NeverFits, Scheduler, Step
-from engines.language.sequence import Scheduled, Sequence
+from engines.language.sequence import Scheduled, Sequence, Status
 from engines.language.stopping import finish_reason
 from engines.language.stream import Stream, Token
 from engines.transfer.base import TransferError
@@ -133,6 +133,10 @@ class LanguageEngine:
     def arrived(self, seq: Sequence) -> None:
         """The KV of a sequence with Handoff.RECEIVE is in its blocks."""
         self._commands.put(partial(self._scheduler.arrived, seq))
+
+    def embedded(self, seq: Sequence, embeddings: object, held_at: int | None) -> None:
+        """More of its embeddings are here: from now on it has these, and runs as far as `held_at`. At any time."""
+        self._commands.put(partial(self._embedded, seq, embeddings, held_at))
 
     def unpin(self, seq: Sequence) -> None:
         """No transfer can touch the blocks of a sequence that is handed over. Idempotent."""
@@ -273,6 +277,10 @@ class LanguageEngine:
             self._scheduler.add(request.first)
         except NeverFits as error:
             self._fail(request, error)
+
+    def _embedded(self, seq: Sequence, embeddings: object, held_at: int | None) -> None:
+        if seq.status is not Status.FINISHED:
+            seq.embeddings, seq.held_at = embeddings, held_at
 
     def _abort(self, request: Request) -> None:
         for seq in list(request.choices):

@@ -1,8 +1,9 @@
 """What the next step runs: continuous batching over a paged KV cache. Plain decisions, without clock, tensors, threads.
 
 Every step gives each decoding sequence its token first, then fills the token budget with chunks of prompts, oldest
-first. When the cache is full the newest running sequence is swapped out to host memory, and comes back before anybody
-new is admitted. The oldest can always go on, because no request is admitted that could not run alone.
+first; a prompt that waits for an embedding gets as far as its item. When the cache is full the newest running sequence
+is swapped out to host memory, and comes back before anybody new is admitted. The oldest can always go on, because no
+request is admitted that could not run alone.
 
 Blocks that a transfer may touch are pinned by one more reference, which only `unpin` drops: an aborted sequence gives
 back its own references at once, and the blocks are free when the transfer has let go too.
@@ -157,7 +158,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         if not swap_out:
             started = self._readmit(swap_in)
-            started += self._admit(admitted, budget - _tokens(scheduled) - sum(seq.remaining for seq in started))
+            started += self._admit(admitted, budget - _tokens(scheduled) - sum(seq.runnable for seq in started))
             scheduled += _chunks(started, budget - _tokens(scheduled))
         return Step(tuple(scheduled), tuple(swap_out), tuple(swap_in), tuple(admitted))
 
@@ -167,7 +168,7 @@ class Scheduler:
         for seq in list(self.running):
             if len(scheduled) == budget:
                 break
-            if seq.status is Status.RUNNING and seq.remaining == 1 and self._grow(seq, swap_out):
+            if seq.status is Status.RUNNING and seq.remaining == seq.runnable == 1 and self._grow(seq, swap_out):
                 scheduled.append(Scheduled(seq, seq.num_computed, 1, sample=True))
         return scheduled, swap_out
 
@@ -230,7 +231,7 @@ class Scheduler:
                 continue
             self._start(seq)
             started.append(seq)
-            budget -= seq.remaining
+            budget -= seq.runnable
         return started
 
     def _take(self, seq: Sequence) -> bool:
@@ -303,10 +304,10 @@ def _tokens(scheduled: Iterable[Scheduled]) -> int:
 
 
 def _chunks(seqs: Iterable[Sequence], budget: int) -> list[Scheduled]:
-    """As much of each sequence's uncomputed tokens as the budget allows, in order."""
+    """As much of each sequence's uncomputed tokens as the budget and its embeddings allow, in order."""
     scheduled = []
     for seq in seqs:
-        count = min(seq.remaining, budget)
+        count = min(seq.runnable, budget)
         if count > 0:
             scheduled.append(Scheduled(seq, seq.num_computed, count, sample=count == seq.remaining))
             budget -= count

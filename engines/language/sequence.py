@@ -85,7 +85,8 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     items: tuple[Item, ...] = ()
-    embeddings: object | None = None  # list of tensors, one per item, [num_tokens, width]
+    embeddings: object | None = None  # list of tensors, one per item, [num_tokens, width]; None for what is to come
+    held_at: int | None = None  # where the first item begins whose embedding is not here; None: nothing is missing
     positions: object | None = None  # engines.language.positions.Positions
     generator: object | None = None  # the sampler's dice
     index: int = 0  # which of the request's n choices
@@ -113,6 +114,13 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose KV is not computed yet: 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def runnable(self) -> int:
+        """Those of `remaining` that can be computed now: what is before a missing embedding."""
+        if self.held_at is None:
+            return len(self.token_ids) - self.num_computed
+        return max(0, self.held_at - self.num_computed)
 
     def move(self, status: Status) -> None:
         """Change status by the table; an illegal move is a bug and names both ends."""

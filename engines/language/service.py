@@ -1,14 +1,16 @@
 """Runs one parsed request: embeddings in, KV where it belongs, tokens out. It puts the parts in order, without HTTP.
 
 wait for room ▸ fetch embeddings (where prefill is ours) ▸ open the leg that the plan names ▸ tokens
+
+A prompt is prefilled as far as its embeddings are here: some may still be computed by their encoder.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 
@@ -20,7 +22,10 @@ from engines.language.handoff import Handoffs, Job, Leg
 from engines.language.metrics import Metrics
 from engines.language.positions import Positions
 from engines.language.requests import Generation
-from engines.language.sequence import Sequence
+from engines.language.sequence import Item, Sequence
+
+SOON = 0.01
+"""Seconds in which an embedding comes that is there already: a step over the text before it would not pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,11 @@ class Service:
         try:
             async with scope:
                 seq = self._sequence(generation, plan, request_id)
-                held = await self._receive(generation, plan, seq)
                 wire_id = generation.prefix + request_id + ("" if generation.chat else "-0")
-                async with self._handoffs.leg(plan, Job(seq, wire_id, held.release)) as leg:
+                async with (
+                    self._receiving(generation, plan, seq) as held,
+                    self._handoffs.leg(plan, Job(seq, wire_id, held.release)) as leg,
+                ):
                     yield leg
         except TimeoutError:
             if not scope.expired():
@@ -86,11 +93,33 @@ class Service:
         name = f"{request_id}#{next(self._numbers)}"
         return Sequence(name, list(prompt.token_ids), length, generation.to_run, prompt.items, positions=positions)
 
-    async def _receive(self, generation: Generation, plan: Plan, seq: Sequence) -> Embeddings:
+    @asynccontextmanager
+    async def _receiving(self, generation: Generation, plan: Plan, seq: Sequence) -> AsyncIterator[Embeddings]:
+        """Within, `seq` gets its embeddings, and is held where one is missing."""
         if isinstance(plan, Ask | Fetch) or not seq.items:
-            return Embeddings()
-        began = time.monotonic()
-        held = await self._receiver.receive(seq.items, generation.embeddings)
-        self._metrics.embeddings.observe(time.monotonic() - began)
-        seq.embeddings = held.of(seq.items)
-        return held
+            yield Embeddings()
+            return
+        began, soon = time.monotonic(), asyncio.Event()
+
+        def arrived() -> None:
+            missing = _missing(seq.items, held)
+            if missing is None:
+                self._metrics.embeddings.observe(time.monotonic() - began)
+                soon.set()
+            self._engine.embedded(seq, held.of(seq.items), missing)
+
+        async with self._receiver.receiving(seq.items, generation.embeddings, arrived) as held:
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(SOON):
+                        await soon.wait()
+            except BaseException:
+                held.release()
+                raise
+            seq.embeddings, seq.held_at = held.of(seq.items), _missing(seq.items, held)
+            yield held
+
+
+def _missing(items: Iterable[Item], held: Embeddings) -> int | None:
+    """Where the first of `items` begins whose embedding is not here."""
+    return next((item.offset for item in items if item.mm_hash not in held.tensors), None)

@@ -64,6 +64,27 @@ def check_answers(machine: Machine) -> None:
         assert seq.output_ids == expected(prompt, seq.params.max_tokens), seq
 
 
+def test_a_prompt_gets_as_far_as_its_embeddings_and_holds_up_nobody() -> None:
+    machine = Machine(num_blocks=16)
+    held, other = make("held", 12), make("other", 6)
+    held.held_at = 5
+    machine.scheduler.add(held)
+    machine.scheduler.add(other)
+    assert [(s.seq.id, s.start, s.count, s.sample) for s in machine.step().scheduled] == [
+        ("held", 0, 5, False),
+        ("other", 0, 3, False),
+    ]
+    machine.run()
+    assert machine.done == [other]
+    held.held_at = 11
+    assert [(s.seq.id, s.start, s.count, s.sample) for s in machine.step().scheduled] == [("held", 5, 6, False)]
+    assert not machine.step(), "the last token is an item's: it is no decode"
+    held.held_at = None
+    machine.run()
+    assert machine.done == [other, held]
+    check_answers(machine)
+
+
 def test_decodes_go_before_chunks_and_chunks_fill_the_budget() -> None:
     machine = Machine(num_blocks=16)
     machine.scheduler.add(make("a", 3))
@@ -191,11 +212,14 @@ class RandomLife(RuleBasedStateMachine):
         max_tokens=st.integers(1, 8),
         n=st.integers(1, 3),
         handoff=st.sampled_from(Handoff),
+        held_at=st.none() | st.integers(0, 9),
     )
-    def add(self, prompt: int, max_tokens: int, n: int, handoff: Handoff) -> None:
+    def add(self, prompt: int, max_tokens: int, n: int, handoff: Handoff, held_at: int | None) -> None:
         if handoff is Handoff.SEND:
             max_tokens, n = 1, 1
         seq = make(f"s{len(self.seqs)}", prompt, max_tokens, n, handoff)
+        if handoff is not Handoff.RECEIVE and held_at is not None:
+            seq.held_at = min(held_at, prompt - 1)
         try:
             self.scheduler.add(seq)
         except NeverFits:
@@ -221,6 +245,11 @@ class RandomLife(RuleBasedStateMachine):
 
     @precondition(lambda self: self.seqs)
     @rule(which=st.integers(0, 20))
+    def embed(self, which: int) -> None:
+        self.seqs[which % len(self.seqs)].held_at = None
+
+    @precondition(lambda self: self.seqs)
+    @rule(which=st.integers(0, 20))
     def unpin(self, which: int) -> None:
         seq = self.seqs[which % len(self.seqs)]
         if seq.status is not Status.REMOTE and (seq.handoff is Handoff.RECEIVE or seq.status is Status.FINISHED):
@@ -229,6 +258,11 @@ class RandomLife(RuleBasedStateMachine):
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.scheduler.check()
+
+    @invariant()
+    def nobody_runs_past_what_is_missing(self) -> None:
+        for seq in self.scheduler.sequences():
+            assert seq.held_at is None or seq.num_computed <= seq.held_at
 
     @invariant()
     def answers_are_right(self) -> None:
@@ -241,6 +275,7 @@ class RandomLife(RuleBasedStateMachine):
                 self.machine.fill(seq)
                 self.scheduler.arrived(seq)
             for seq in self.seqs:
+                seq.held_at = None
                 self.scheduler.unpin(seq)
         assert self.scheduler.idle, self.scheduler
         assert self.scheduler.blocks.num_free == 6

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Listing
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engines.errors import BadRequest, DeadlineExceeded, Overloaded
+from engines.errors import BadRequest, DeadlineExceeded, Overloaded, PeerFailed
 from engines.language.descriptors import Ask, Keep, Plan
 from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
@@ -19,9 +21,10 @@ from engines.language.metrics import Metrics
 from engines.language.prompt import Prompt
 from engines.language.requests import Generation
 from engines.language.scheduler import Limits
-from engines.language.sequence import Item, SamplingParams
+from engines.language.sequence import Item, SamplingParams, Scheduled
 from engines.language.service import Rules, Service
 from engines.transfer import create
+from engines.transfer.base import Arena, Transfer
 from tests.support.fake_runner import FakeCache, FakeRunner, expected, layout
 from tests.support.waiting import until
 
@@ -108,6 +111,89 @@ async def test_items_without_embeddings_are_refused_before_anything_runs() -> No
             await answer(service, Keep(), generation(items=(IMAGE,)))
         assert runner.steps == 0
         assert engine.stats.free_blocks == 8
+
+
+class Promises:
+    """An encoder that has announced embeddings."""
+
+    def __init__(self, transfer: Transfer, arena: Arena) -> None:
+        self.transfer, self._arena = transfer, arena
+
+    async def entry(self, item: Item) -> dict[str, Any]:
+        shape = [item.num_tokens, 4]
+        spans = [(0, 16 * item.num_tokens)]
+        where = await self.transfer.publish(
+            *(item.mm_hash, self._arena, spans), ttl=None, on_free=lambda: None, promised=True
+        )
+        return {"num_tokens": item.num_tokens, "dtype": "float32", "shape": shape, "where": where}
+
+
+@asynccontextmanager
+async def promises() -> AsyncIterator[Promises]:
+    transfer = create("memory", timeout=2.0)
+    arena = transfer.allocate("embeddings", 4096)
+    await transfer.start()
+    try:
+        yield Promises(transfer, arena)
+    finally:
+        await transfer.close()
+
+
+SECOND = Item("cd", "image", (1, 2, 4), 4, 2)
+PROMPT = [1, 9, 9, 4, 9, 9, 7]
+
+
+async def test_the_text_before_an_image_is_prefilled_while_that_is_still_encoded() -> None:
+    async with world() as (service, engine, runner), promises() as encoder:
+        seen: list[tuple[int, int, list[bool]]] = []
+
+        def look(batch: Listing[Scheduled]) -> None:
+            for entry in batch:
+                here = [held is not None for held in cast("list[object]", entry.seq.embeddings or [])]
+                seen.append((entry.start, entry.count, here))
+
+        runner.fails = look
+        entries = {item.mm_hash: await encoder.entry(item) for item in (IMAGE, SECOND)}
+        what = replace(generation(PROMPT, (IMAGE, SECOND)), embeddings=entries)
+        answering = asyncio.create_task(answer(service, Keep(), what))
+        await until(lambda: seen)
+        assert seen == [(0, 1, [False, False])]
+        encoder.transfer.fulfil(IMAGE.mm_hash)
+        await until(lambda: len(seen) == 2)
+        assert seen[1] == (1, 3, [True, False])
+        encoder.transfer.fulfil(SECOND.mm_hash)
+        assert await answering == expected(PROMPT, 4)
+        assert seen[2] == (4, 3, [True, True])
+        await until(lambda: engine.stats.free_blocks == 8)
+
+
+async def test_an_embedding_that_is_lost_in_the_middle_of_a_prompt_ends_the_request() -> None:
+    async with world() as (service, engine, runner), promises() as encoder:
+        what = replace(generation(items=(IMAGE,)), embeddings={IMAGE.mm_hash: await encoder.entry(IMAGE)})
+        answering = asyncio.create_task(answer(service, Keep(), what))
+        await until(lambda: runner.steps == 1)
+        encoder.transfer.withdraw(IMAGE.mm_hash)
+        with pytest.raises(PeerFailed, match="promised") as lost:
+            await answering
+        assert (lost.value.stage, lost.value.code) == ("encode", "embedding_gone")
+        await until(lambda: engine.stats.free_blocks == 8)
+        assert await answer(service, Keep(), generation()) == expected([1, 2, 3, 4, 5], 4)
+
+
+async def test_who_leaves_while_an_image_is_encoded_leaves_nothing_behind() -> None:
+    async with world() as (service, engine, runner), promises() as encoder:
+        what = replace(generation(items=(IMAGE,)), embeddings={IMAGE.mm_hash: await encoder.entry(IMAGE)})
+        for ends in ("cancelled", "left"):
+            steps = runner.steps
+            if ends == "cancelled":
+                answering = asyncio.create_task(answer(service, Keep(), what))
+                await until(lambda steps=steps: runner.steps == steps + 1)
+                answering.cancel()
+                await asyncio.wait([answering])
+            else:
+                async with service.run(what, Keep(), "r"):
+                    await until(lambda steps=steps: runner.steps == steps + 1)
+            await until(lambda: engine.stats.free_blocks == 8 and not encoder.transfer.audit()["pushes"])
 
 
 async def test_decode_needs_a_last_token_that_is_text() -> None:
