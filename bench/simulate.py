@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from bench.report import Report, add_arguments
 from bench.simulator.plots import PICTURES
-from bench.simulator.scenarios import policies, scale, seed000, seed001
+from bench.simulator.scenarios import decider, planner, policies, scale, seed000, seed001
 
 SCENARIOS: Mapping[str, Callable[[Report, argparse.Namespace], None]] = {
     "seed000": seed000.run,
     "seed001": seed001.run,
     "policies": policies.run,
+    "decider": decider.run,
     "scale": scale.run,
+    "planner": planner.run,
 }
 
 
