@@ -8,13 +8,15 @@ from proxy.balancer.board import Board
 from proxy.balancer.caches import CAPACITY, Holders, hit
 from proxy.balancer.foresight import soonest
 from proxy.balancer.ledger import Lease, Ledger
+from proxy.balancer.pace import TOKEN
 from proxy.balancer.policy import Demand, Policy
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, Instance, Role
 
-PRIORS = {Role.ENCODE: 15e-6, Role.PREFILL: 25e-6, Role.DECODE: 25e-6, BOTH: 25e-6}
-"""Seconds per token of work: a vision token of Qwen3-VL at 720p on an H100, and a token of a 7B model's prefill."""
+PRIORS = {Role.ENCODE: 15e-6, Role.PREFILL: 25e-6, Role.DECODE: TOKEN, BOTH: 25e-6}
+"""Seconds per token of work: a vision token of Qwen3-VL at 720p on an H100; of a 7B model, a token of prefill, and
+one of KV that is read."""
 
 
 class Balancer:
