@@ -22,13 +22,20 @@ ENCODERS = [
 ENGINE = Machine("http://pd", BOTH, Engine(QWEN3_VL_30B.language(H100, 4), prefix_tokens=100_000))
 
 
-def test_rates_are_learnt_from_the_legs() -> None:
-    simulation = Simulation([*ENCODERS, ENGINE], "round_robin")
+@pytest.mark.parametrize("apart", [False, True])
+def test_rates_are_learnt_from_the_legs_of_every_role(apart: bool) -> None:
+    engine = Engine(QWEN3_VL_30B.language(H100, 4))
+    split = [Machine("http://p", Role.PREFILL, engine), Machine("http://d", Role.DECODE, engine)]
+    simulation = Simulation([*ENCODERS, *(split if apart else [ENGINE])], "round_robin")
     for number in range(40):
-        simulation.offer(Request((Media(str(number), 1280, 720), Text(10))), 1.0 * number)
+        simulation.offer(Request((Media(str(number), 1280, 720), Text(10)), 10), 1.0 * number)
     simulation.run()
-    rates = simulation.balancer.rates[Role.ENCODE]
-    assert 4 < rates.seconds("http://slow") / rates.seconds("http://fast") < 6
+    rates = simulation.balancer.rates
+    encode = rates[Role.ENCODE]
+    assert 4 < encode.seconds("http://slow") / encode.seconds("http://fast") < 6
+    for role in (Role.PREFILL, Role.DECODE) if apart else (BOTH,):
+        (instance,) = simulation.fleet.ready(role)
+        assert rates[role].shown(instance.url)["observations"] >= 10
 
 
 def test_an_image_that_comes_again_is_a_hit_and_its_prompt_is_not_computed_again() -> None:
@@ -53,7 +60,8 @@ def test_text_without_an_identity_is_like_no_other() -> None:
 
 def images_apart(overlap: bool, *faults: Fault) -> Results:
     """A long text before one image, whose encoder takes longer than the text."""
-    engine = Machine("http://pd", BOTH, Engine(QWEN3_VL_30B.language(H100, 4), VISION, overlap=overlap))
+    room_for_one = Engine(QWEN3_VL_30B.language(H100, 4), VISION, overlap=overlap, kv_tokens=20_000)
+    engine = Machine("http://pd", BOTH, room_for_one)
     simulation = Simulation([ENCODERS[1], engine], "round_robin", faults=faults)
     simulation.offer(Request((Text(9000), Media("cat", 3840, 2160), Text(10)), 5), 0.0)
     results = simulation.run()

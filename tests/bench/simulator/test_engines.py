@@ -124,6 +124,14 @@ def test_nothing_begins_without_room_for_all_of_its_kv() -> None:
     assert bench.first["larger than all"] > bench.last["b"]
 
 
+def test_room_is_given_back_while_others_run() -> None:
+    bench = Bench(Engine(LANGUAGE, kv_tokens=1190))
+    for name, output in (("short", 10), ("long", 1000), ("next", 10)):
+        bench.engine.prefill(bench.text(name, 60, output))
+    bench.clock.run()
+    assert bench.last["short"] < bench.first["next"] < bench.last["long"]
+
+
 def test_images_encoded_inline_stall_the_loop_once_each() -> None:
     bench = Bench(Engine(LANGUAGE, Fixed()))
     parts = (Part("i", 100, Media("cat", 1, 1)), Part("it", 110))
@@ -205,6 +213,15 @@ def test_what_is_cancelled_gives_its_room_back_and_never_ends() -> None:
     bench.clock.at(5.0, bench.engine.cancel, half)
     bench.clock.run()
     assert set(bench.last) == {"stays", "late"}
+
+
+def test_what_is_cancelled_before_its_images_are_prepared_never_begins() -> None:
+    bench = Bench(Engine(LANGUAGE, Fixed()))
+    generation = bench.made("x", (Part("i", 100, Media("cat", 1, 1)),), 1)
+    bench.engine.prefill(generation)
+    bench.clock.at(0.5, bench.engine.cancel, generation)
+    bench.clock.run()
+    assert bench.first == {}
 
 
 def test_a_prompt_is_available_up_to_the_first_image_that_is_missing() -> None:

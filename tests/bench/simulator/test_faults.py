@@ -45,6 +45,8 @@ def test_a_killed_encoders_items_go_to_another() -> None:
     assert dead is not None
     assert dead.state is State.DOWN
     assert simulation.results.used["http://e0"] < simulation.results.used["http://e1"]
+    lost = [str(n) for n in range(100) if "http://e0" in simulation.balancer.holders.holders(str(n))]
+    assert all(float(number) * 0.02 < 0.5 for number in lost)
 
 
 def test_without_another_encoder_a_request_fails_unless_engines_can_encode() -> None:
