@@ -95,6 +95,7 @@ class Legs:
                     said = self._object(event.data, leg, stage)
                     ahead(said)
                 elif said is not None:
+                    answer.enough = True
                     return said
         raise Broken(f"the {stage} engine {leg.instance.netloc} broke off what it had announced", stage=stage)
 

@@ -130,9 +130,12 @@ class EncoderApp:
             return json_response(self._named(items, places))
         finally:
             encoding.cancel()
+            encoding.add_done_callback(lambda _: self._release(entries))  # a caller may leave while this waits
             await asyncio.gather(encoding, return_exceptions=True)
-            for entry in entries:
-                self._encoder.release(entry)
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._encoder.release(entry)
 
     def _named(self, items: Sequence[MediaItem], places: Places) -> dict[str, Any]:
         """The answer, which keeps what it names for its readers: one for each content, however often it is named."""

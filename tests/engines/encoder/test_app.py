@@ -12,9 +12,11 @@ from typing import Any
 import aiohttp
 import pytest
 import torch
+from aiohttp import web
 
 from engines.encoder.app import EncoderApp, build
 from engines.errors import SetupError
+from engines.http import DONE
 from engines.serve import running
 from engines.settings import EncoderSettings
 from engines.transfer.base import PeerFailed
@@ -156,6 +158,25 @@ async def test_a_caller_that_leaves_breaks_the_promise_unless_the_model_has_begu
             it.toy.model.gate.set()
             assert await anext(begun) == b"[DONE]"
         it.toy.check()
+
+
+async def test_nothing_stays_pinned_for_a_caller_that_leaves_with_the_last_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write = web.StreamResponse.write
+
+    async def write_and_leave(response: web.StreamResponse, data: bytes) -> None:
+        await write(response, data)
+        task = asyncio.current_task()
+        if data == DONE and task is not None:
+            task.cancel()  # as aiohttp does to the handler of a connection that is closed
+
+    monkeypatch.setattr(web.StreamResponse, "write", write_and_leave)
+    async with client() as it:
+        async with it.announced(media(3)) as events:
+            (entry,) = json.loads(await anext(events))["ec_transfer_params"].values()
+            assert (await it.toy.fetch(entry["where"], embedding(3).nbytes)).equal(embedding(3))
+        await until(lambda: it.toy.encoder.cache_info()["pinned"] == 0)
 
 
 async def test_what_is_known_at_once_is_not_announced(tmp_path: Path) -> None:
