@@ -37,11 +37,14 @@ def policies(report: Report, file: Path) -> None:
 
 def decider(report: Report, file: Path) -> None:
     """First-token time by workload: always apart, never, and as decided for each request."""
-    figure, panels = _panels(1, 1, (9, 4.5))
-    names = _distinct(report.rows, "workload")
+    figure, panels = _panels(1, 1, (13, 4.5))
+    names = [row["workload"].replace(", ", "\nload ") for row in report.rows]
     columns = {"always apart": "always_ms", "always inline": "never_ms", "decided per request": "decided_ms"}
     _groups(panels[0][0], names, {label: [row[key] for row in report.rows] for label, key in columns.items()})
-    panels[0][0].set(ylabel="time to first token, mean (ms)")
+    panels[0][0].set(ylabel="time to first token, mean (ms)", yscale="log")
+    panels[0][0].yaxis.set_major_formatter("{x:g}")
+    panels[0][0].yaxis.set_minor_formatter("{x:g}")
+    panels[0][0].tick_params(axis="y", which="minor", labelsize="x-small")
     _save(figure, report, file)
 
 
@@ -123,7 +126,7 @@ def _groups(panel: Panel, names: Sequence[str], columns: Mapping[str, Sequence[f
     for number, (label, values) in enumerate(columns.items()):
         at = [group + (number + 0.5) * width - 0.4 for group in range(len(names))]
         bars = panel.bar(at, values, width, label=label, color=COLOURS[number % len(COLOURS)])
-        panel.bar_label(bars, fmt="{:.4g}", fontsize="x-small")
+        panel.bar_label(bars, fmt="{:.3g}", fontsize="x-small")
     panel.set_xticks(range(len(names)), names, fontsize="x-small")
     panel.legend(fontsize="small")
 
