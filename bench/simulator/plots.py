@@ -27,9 +27,7 @@ def policies(report: Report, file: Path) -> None:
         _lines(p99, rows, "policy", "offered", "p99_ms")
         for panel, what in ((mean, "mean"), (p99, "p99")):
             panel.set(xlabel="offered load", ylabel=f"encode time, {what} (ms)", yscale="log", title=f"images: {kind}")
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
-            panel.tick_params(axis="y", which="minor", labelsize="x-small")
+            _plain(panel)
             panel.grid(True, which="both", alpha=0.25)
     panels[0][0].legend(fontsize="small")
     _save(figure, report, file)
@@ -42,9 +40,7 @@ def decider(report: Report, file: Path) -> None:
     columns = {"always apart": "always_ms", "always inline": "never_ms", "decided per request": "decided_ms"}
     _groups(panels[0][0], names, {label: [row[key] for row in report.rows] for label, key in columns.items()})
     panels[0][0].set(ylabel="time to first token, mean (ms)", yscale="log")
-    panels[0][0].yaxis.set_major_formatter("{x:g}")
-    panels[0][0].yaxis.set_minor_formatter("{x:g}")
-    panels[0][0].tick_params(axis="y", which="minor", labelsize="x-small")
+    _plain(panels[0][0])
     _save(figure, report, file)
 
 
@@ -110,6 +106,15 @@ def _save(figure: Any, report: Report, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _plain(panel: Panel) -> None:
+    """A logarithmic axis with numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _lines(panel: Panel, rows: Sequence[Row], name: str, across: str, up: str) -> None:
