@@ -111,8 +111,9 @@ class ProxySettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one, named by the READY line")
     dialect: str = Field("auto", description=f"of URLs without one: {', '.join(DIALECTS)}; auto asks each engine")
     policy: str = Field(
-        "least_loaded",
-        description=f"{', '.join(POLICIES)}: for all roles or as encode=affinity,decode=least_loaded",
+        "",
+        description=f"{', '.join(POLICIES)}: for all roles or as encode=affinity,decode=least_loaded; "
+        "roles that are not named: affinity to encode, else least_loaded",
     )
     kv_handoff: Literal["auto", "push", "pull", "together"] = Field(
         "auto",
@@ -169,8 +170,8 @@ class ProxySettings(BaseSettings):
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
     inline_encoding: bool = Field(
         False,
-        description="combined engines have an encoder of their own: give them media when encoders fail, or where that is "
-        "foreseen to be sooner",
+        description="combined engines have an encoder of their own: give them media when encoders fail, or where that "
+        "is foreseen to be sooner",
     )
     hedge_after: str = Field(
         "", description="try a second encoder after so many seconds, or a percentile of them like p95; empty: never"
@@ -276,7 +277,7 @@ class ProxySettings(BaseSettings):
 
     def policies(self) -> dict[Role, str]:
         """The policy's name for each role. Raises ValueError."""
-        chosen = dict.fromkeys(ROLES, "least_loaded")
+        chosen = {**dict.fromkeys(ROLES, "least_loaded"), Role.ENCODE: "affinity"}
         for entry in filter(None, (entry.strip() for entry in self.policy.split(","))):
             label, _, name = entry.rpartition("=")
             if name not in POLICIES:

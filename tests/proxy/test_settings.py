@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy import settings
+from proxy.balancer import POLICIES
 from proxy.core import BOTH, ROLES, Order, Role
 from proxy.settings import Endpoint, ProxySettings
 
@@ -57,6 +58,7 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
+        ("", ["affinity", *["least_loaded"] * 3]),
         ("round_robin", ["round_robin"] * 4),
         ("encode=round_robin", ["round_robin", *["least_loaded"] * 3]),
         ("round_robin, decode=least_loaded", ["round_robin", "round_robin", "least_loaded", "round_robin"]),
@@ -85,7 +87,7 @@ def test_policies_per_role_or_common(policy: str, expected: list[str]) -> None:
         (["--decode-servers-urls", "magic+http://d:1"], "no dialect 'magic' (known: auto, native"),
         ([*D, "--port", "70000"], "--port: Input should be less than or equal to 65535"),
         ([*D, "--encode-timeout", "0"], "--encode-timeout: Input should be greater than 0"),
-        ([*D, "--policy", "magic"], "no policy 'magic' (known: affinity, consistent_hash, least_loaded, random, round_robin, two_choices)"),
+        ([*D, "--policy", "magic"], f"no policy 'magic' (known: {', '.join(POLICIES)})"),
         ([*D, "--policy", "chef=round_robin"], "no role 'chef'"),
         ([*D, "--vision", "m=llava"], "--vision: 'llava' is neither a family (qwen2_vl"),
         ([*D, "--measure-urls", "yes"], "--measure-urls: Input should be 'never', 'public' or 'all'"),

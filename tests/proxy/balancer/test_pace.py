@@ -58,6 +58,19 @@ def test_a_slow_instance_gets_less() -> None:
     assert [policy.choose(two, Demand(100), ledger) for _ in range(2)] == ["b", "b"]
 
 
+def test_instances_that_seem_a_little_faster_do_not_get_all() -> None:
+    two, ledger, rates = pool("ab"), Ledger({}), Rates(1.0)
+    for url, seconds in (("a", 1.3), ("b", 1.0)):
+        for _ in range(9):
+            rates.observe(url, 1, 0, seconds)
+    policy = Pace(Means(Role.DECODE, rates))
+    chosen = []
+    for _ in range(6):
+        chosen.append(policy.choose(two, Demand(100), ledger))
+        ledger.lease(two.by_url[chosen[-1]], Role.DECODE, 100)
+    assert sorted(chosen) == ["a"] * 3 + ["b"] * 3
+
+
 def test_affinity_means_pace_for_decode_alone() -> None:
     assert isinstance(POLICIES["affinity"](Means(Role.DECODE)), Pace)
     assert all(isinstance(POLICIES["affinity"](Means(role)), Affinity) for role in (Role.ENCODE, Role.PREFILL, BOTH))
