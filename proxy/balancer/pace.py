@@ -19,8 +19,8 @@ TOKEN = 17e-9
 OUTPUT = 256
 """Tokens over which a transfer, which is waited for once, is spread."""
 ALIKE = 1.5
-"""Rates that differ from the typical one by less than this factor count as typical. Where the three constants fit a model
-badly, equal engines seem to differ by their load, and the one that seems fastest would get all there is."""
+"""Rates that differ from the typical one by less than this factor count as typical: where the three constants fit a
+model badly, equal engines seem to differ by their load, and the one that seems fastest would get all there is."""
 _LAST = 1e9  # whoever has no room comes after all who have
 
 
