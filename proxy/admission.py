@@ -141,6 +141,8 @@ class Admission:
 
     def promote(self, now: float) -> list[Entry]:
         """Admit who may begin. One with a wish is the last: what it takes is foreseen once it has begun."""
+        if not self._waiting:
+            return []
         admitted = []
         closed: set[bool] = set()  # lanes
         while head := min((head for head in self._heads() if head.media not in closed), default=None):
@@ -169,7 +171,7 @@ class Admission:
 
     def _is_next(self, entry: Entry) -> bool:
         """Nobody waits whom it must not pass."""
-        return all(
+        return not self._waiting or all(
             entry < head or (head.parked is Stage.ENCODE and head.media != entry.media) for head in self._heads()
         )
 
