@@ -131,9 +131,13 @@ def _groups(panel: Panel, names: Sequence[str], columns: Mapping[str, Sequence[f
     for number, (label, values) in enumerate(columns.items()):
         at = [group + (number + 0.5) * width - 0.4 for group in range(len(names))]
         bars = panel.bar(at, values, width, label=label, color=COLOURS[number % len(COLOURS)])
-        panel.bar_label(bars, fmt="{:.3g}", fontsize="x-small")
+        panel.bar_label(bars, fmt=_number, fontsize="x-small")
     panel.set_xticks(range(len(names)), names, fontsize="x-small")
     panel.legend(fontsize="small")
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _distinct(rows: Sequence[Row], key: str) -> list[Any]:
