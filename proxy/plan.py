@@ -203,7 +203,8 @@ class Planner:
         encoders = self._candidates.pool(Role.ENCODE, now, tried, family)
         if not encoders:
             return None
-        lease = self._balancer.take(Role.ENCODE, encoders, Demand(sum(item.work for item in items)))
+        demand = _asked(items[0]) if len(items) == 1 else Demand(sum(item.work for item in items))
+        lease = self._balancer.take(Role.ENCODE, encoders, demand)
         return self._leg(Role.ENCODE, [lease], holds, tuple(items))
 
     def wait(self, now: float) -> float | None:
@@ -243,13 +244,7 @@ class Planner:
     def _encodes(self, items: Sequence[Item], now: float, family: str, holds: Holds) -> list[Leg]:
         """Each of `items` chooses for itself, in this order. Raises NoInstance."""
         encoders, take = self._some(Role.ENCODE, now, family), self._balancer.take
-        return self._shares(
-            [
-                (item, holds.add(take(Role.ENCODE, encoders, Demand(item.work, item.identity, room=item.tokens))))
-                for item in items
-            ],
-            holds,
-        )
+        return self._shares([(item, holds.add(take(Role.ENCODE, encoders, _asked(item)))) for item in items], holds)
 
     def _shares(self, taken: Taken, holds: Holds) -> list[Leg]:
         """One leg per encoder that took an item."""
@@ -305,6 +300,10 @@ def reader(plan: Plan) -> Instance:
 def family_of(plan: Plan) -> str:
     """That of its prefill and decode."""
     return reader(plan).dialect
+
+
+def _asked(item: Item) -> Demand:
+    return Demand(item.work, item.identity, room=item.tokens)
 
 
 def _close(leg: Leg) -> None:

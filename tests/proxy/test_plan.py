@@ -179,6 +179,7 @@ def test_who_fails_is_replaced_within_the_family(balancer: Balancer) -> None:
         assert drawing.redraw(redrawn, j, 0.0, tried, holds) is None
         one = drawing.encoder(j.items, 0.0, {drawn.encodes[0].instance.url}, "a", holds)
         assert one is not None and one.instance.dialect == "a"
+        assert one.instance.url in balancer.holders.holders(j.items[0].identity), "others that have it may join"
         assert drawing.encoder(j.items, 0.0, {"http://a-encode0", "http://a-encode1"}, "a", holds) is None
 
 
