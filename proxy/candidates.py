@@ -49,7 +49,7 @@ class Candidates:
         fitting, key = self._seen().fitting, (role, family)
         ready = fitting.get(key)
         if ready is None:
-            ready = fitting[key] = Pool(i for i in self._fleet.ready(role) if self._families.fit(i, family))
+            ready = fitting[key] = Pool(i for i in self._fleet.ready(role) if self._fits(i, family))
         if not tried and self._breakers.all_allowed(now):
             return ready
         return Pool(i for i in ready.by_url.values() if i.url not in tried and self._breakers.allows(i.url, now))
@@ -103,6 +103,11 @@ class Candidates:
             view = self._view = _View(fleet)
         return view
 
+    def _fits(self, instance: Instance, family: str) -> bool:
+        """Encoders with engines of their own family send their embeddings as those read them, and feed no others."""
+        foreign = instance.role is Role.ENCODE and instance.dialect != family
+        return not (foreign and instance.dialect in self._seen().listed) and self._families.fit(instance, family)
+
     def _serves(self, job: Job, now: float, family: str) -> bool:
         try:
             self.route(job, now, NOBODY, family)
@@ -129,7 +134,7 @@ class Candidates:
         if route.path not in paths.INLINE:
             return route
         own = [i for i in self._fleet if i.role is Role.ENCODE and i.dialect == family]
-        if not own or any(self._families.fit(i, family) for i in own):
+        if not own or any(self._fits(i, family) for i in own):
             return route
         return replace(route, reason=f"{route.reason.partition(',')[0]}, the engine calls the encoders")
 
@@ -142,7 +147,7 @@ class Candidates:
         """How many instances of each role are in each state, or kept from work by their circuit."""
         counted: dict[Role, Counter[str]] = {}
         for instance in self._fleet:
-            if UNKNOWN in (family, instance.dialect) or self._families.fit(instance, family):
+            if UNKNOWN in (family, instance.dialect) or self._fits(instance, family):
                 counted.setdefault(instance.role, Counter())[self._state(instance, now, tried)] += 1
         return counted
 

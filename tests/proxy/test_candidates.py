@@ -81,3 +81,17 @@ def test_encoders_of_the_engines_own_are_told_of() -> None:
     asked, _ = candidates(fleet(s="encode both"), rules)
     route = asked.route(job(10, 20), 0.0, NOBODY, "s")
     assert (route.path, route.reason) == (Path.EPD, "2 items, the engine calls the encoders")
+
+
+def test_an_encoder_beside_engines_of_its_own_feeds_no_others() -> None:
+    """How its embeddings travel is made for those; an engine of vLLM dies of one that is not where it looks."""
+    rules = Families({"b"}, {"a": {"a", "b"}})
+    assert set(candidates(fleet(a="encode", b="encode both"), rules)[0].pool(Role.ENCODE, 0.0, NOBODY, "b")) == {
+        "http://a-encode0",
+        "http://b-encode0",
+    }
+    asked, _ = candidates(fleet(a="encode both", b="encode both"), rules)
+    for family in ("a", "b"):
+        assert set(asked.pool(Role.ENCODE, 0.0, NOBODY, family)) == {f"http://{family}-encode0"}
+    asked, _ = candidates(fleet(a="encode both", b="both"), rules)
+    assert asked.route(job(10), 0.0, NOBODY, "b").path is Path.EPD, "as if nobody listed an encoder"
