@@ -104,9 +104,7 @@ class Candidates:
         return view
 
     def _fits(self, instance: Instance, family: str) -> bool:
-        """Encoders with engines of their own family send their embeddings as those read them, and feed no others."""
-        foreign = instance.role is Role.ENCODE and instance.dialect != family
-        return not (foreign and instance.dialect in self._seen().listed) and self._families.fit(instance, family)
+        return self._families.fit(instance, family, self._seen().listed)
 
     def _serves(self, job: Job, now: float, family: str) -> bool:
         try:

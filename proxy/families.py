@@ -18,10 +18,15 @@ class Families:
     inline: Collection[str] = ()  # whose engines encode media where no encoder is listed
     feeds: Mapping[str, Collection[str]] = field(default_factory=dict)  # by an encoder's family; absent: its own alone
 
-    def fit(self, instance: Instance, family: str) -> bool:
-        """Whether `instance` can take part in a path of `family`."""
+    def fit(self, instance: Instance, family: str, listed: Collection[str] = ()) -> bool:
+        """Whether `instance` can take part in a path of `family`.
+
+        An encoder beside engines of its own family, which is among those `listed` then, sends embeddings as these read
+        them: it feeds no other.
+        """
         if instance.role is Role.ENCODE and (fed := self.feeds.get(instance.dialect)):
-            return family in fed
+            own = instance.dialect in fed and instance.dialect in listed
+            return family == instance.dialect if own else family in fed
         return instance.dialect == family
 
     def stray(self, instance: Instance, listed: Iterable[Instance]) -> str | None:

@@ -48,3 +48,4 @@ def test_an_encoder_fits_whom_it_feeds_and_a_language_engine_its_own_family() ->
     encoder, both = listed("native-encode", "native-both")
     assert [RULES.fit(encoder, family) for family in ("native", "vllm", "sglang")] == [True, True, False]
     assert [RULES.fit(both, family) for family in ("native", "vllm")] == [True, False]
+    assert [RULES.fit(encoder, family, {"native", "vllm"}) for family in ("native", "vllm")] == [True, False]
