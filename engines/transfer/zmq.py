@@ -137,20 +137,24 @@ class ZmqPlane:
 
     def _receive(self, router: zmq.Socket[bytes]) -> None:
         decoder, encoder = msgspec.msgpack.Decoder(Batch), msgspec.msgpack.Encoder()
-        while not self._stopping.is_set():
-            if not router.poll(int(POLL * 1000)):
-                continue
-            identity, *frames = router.recv_multipart(copy=False)
-            try:
-                header, payload = frames
-                batch = decoder.decode(header.buffer)
-            except (ValueError, msgspec.DecodeError, msgspec.ValidationError):
-                self.refused += 1
-                continue
-            ack = Ack(batch.seq, self._apply(batch, payload.buffer))
-            self.refused += bool(ack.error)
-            router.send_multipart((identity.bytes, encoder.encode(ack)))
-        router.close()
+        try:
+            while not self._stopping.is_set():
+                if not router.poll(int(POLL * 1000)):
+                    continue
+                identity, *frames = router.recv_multipart(copy=False)
+                try:
+                    header, payload = frames
+                    batch = decoder.decode(header.buffer)
+                except (ValueError, msgspec.DecodeError, msgspec.ValidationError):
+                    self.refused += 1
+                    continue
+                ack = Ack(batch.seq, self._apply(batch, payload.buffer))
+                self.refused += bool(ack.error)
+                router.send_multipart((identity.bytes, encoder.encode(ack)))
+        except zmq.ContextTerminated:
+            pass  # closed while this thread had no turn for as long as that waits
+        finally:
+            router.close()
 
     def _apply(self, batch: Batch, payload: memoryview) -> str:
         """Copy into the arena; why not, if it must not."""

@@ -90,3 +90,11 @@ def test_one_run_is_sent_in_place_and_many_are_gathered():
     ((spans, payload),) = _batches(arena, np.array(scattered))
     assert spans == [(i * 128, 32) for i in range(1000)]
     assert bytes(payload) == b"".join(bytes(array[i * 64 : i * 64 + 32]) for i in range(1000))
+
+
+async def test_a_socket_whose_thread_has_no_turn_is_closed_all_the_same(node, monkeypatch):
+    plane = node.transfer.plane
+    monkeypatch.setattr("engines.transfer.zmq.DRAIN_TIMEOUT", 0.0)
+    plane.close()
+    plane._thread.join(5.0)
+    assert not plane._thread.is_alive()
