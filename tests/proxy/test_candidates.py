@@ -11,18 +11,7 @@ from proxy.core import BOTH, Path, Role
 from proxy.errors import BadRequest, NoInstance
 from proxy.families import Families
 from proxy.retry import Blame
-from tests.support.fleets import job
-
-
-def fleet(**families: str) -> Fleet:
-    """Families by name, as roles of their engines: a="encode both"."""
-    found = Fleet()
-    for family, labels in families.items():
-        for number, label in enumerate(labels.split()):
-            instance = found.join(f"http://{family}-{label}{number}", Role.named(label), family)
-            instance.model = f"model-of-{family}"
-            found.apply(instance, Event.HEALTHY, "")
-    return found
+from tests.support.fleets import job, mixture
 
 
 def candidates(found: Fleet, rules: Families | None = None, inline: bool = False) -> tuple[Candidates, Breakers]:
@@ -35,7 +24,7 @@ def unloaded(url: str) -> int:
 
 
 def test_a_pool_is_the_same_object_until_the_fleet_changes() -> None:
-    found = fleet(a="both both")
+    found = mixture(a="both both")
     asked, breakers = candidates(found)
     first = asked.pool(BOTH, 0.0, NOBODY, "a")
     assert asked.pool(BOTH, 1.0, NOBODY, "a") is first and set(first) == {"http://a-both0", "http://a-both1"}
@@ -53,15 +42,15 @@ def test_a_pool_is_the_same_object_until_the_fleet_changes() -> None:
 
 
 def test_the_family_serves_the_request_has_its_model_and_is_the_least_loaded() -> None:
-    asked, _ = candidates(fleet(a="both", b="encode both", c="encode both"))
+    asked, _ = candidates(mixture(a="both", b="encode both", c="encode both"))
     assert asked.family(job(), 0.0, unloaded) == "a"
     assert asked.family(job(10), 0.0, unloaded) == "b", "a has no encoder"
     assert asked.family(job(10), 0.0, lambda url: 5 if "b-both" in url else 0) == "c"
-    assert candidates(fleet(b="both"))[0].family(job(), 0.0, unloaded) == "b"
+    assert candidates(mixture(b="both"))[0].family(job(), 0.0, unloaded) == "b"
 
 
 def test_all_paths_that_could_serve_are_known_and_inline_ones_where_that_is_allowed() -> None:
-    found = fleet(a="encode prefill decode both")
+    found = mixture(a="encode prefill decode both")
     assert candidates(found)[0].route(job(10), 0.0, NOBODY, "a").others == (Path.E_PD,)
     assert candidates(found, inline=True)[0].route(job(10), 0.0, NOBODY, "a").others == (Path.E_PD, Path.EPD)
     own = candidates(found, Families({"a"}), inline=True)[0]
@@ -70,7 +59,7 @@ def test_all_paths_that_could_serve_are_known_and_inline_ones_where_that_is_allo
 
 
 def test_a_role_that_is_done_need_not_be_up() -> None:
-    asked, _ = candidates(fleet(a="prefill decode"))
+    asked, _ = candidates(mixture(a="prefill decode"))
     assert asked.route(job(10), 0.0, NOBODY, "a", Role.ENCODE).path is Path.E_P_D
     with pytest.raises(BadRequest, match="no encoder"):
         asked.route(job(10), 0.0, NOBODY, "a")
@@ -78,7 +67,7 @@ def test_a_role_that_is_done_need_not_be_up() -> None:
 
 def test_encoders_of_the_engines_own_are_told_of() -> None:
     rules = Families(inline=("s",), feeds={"s": ("nobody",)})
-    asked, _ = candidates(fleet(s="encode both"), rules)
+    asked, _ = candidates(mixture(s="encode both"), rules)
     route = asked.route(job(10, 20), 0.0, NOBODY, "s")
     assert (route.path, route.reason) == (Path.EPD, "2 items, the engine calls the encoders")
 
@@ -86,12 +75,12 @@ def test_encoders_of_the_engines_own_are_told_of() -> None:
 def test_an_encoder_beside_engines_of_its_own_feeds_no_others() -> None:
     """How its embeddings travel is made for those; an engine of vLLM dies of one that is not where it looks."""
     rules = Families({"b"}, {"a": {"a", "b"}})
-    assert set(candidates(fleet(a="encode", b="encode both"), rules)[0].pool(Role.ENCODE, 0.0, NOBODY, "b")) == {
+    assert set(candidates(mixture(a="encode", b="encode both"), rules)[0].pool(Role.ENCODE, 0.0, NOBODY, "b")) == {
         "http://a-encode0",
         "http://b-encode0",
     }
-    asked, _ = candidates(fleet(a="encode both", b="encode both"), rules)
+    asked, _ = candidates(mixture(a="encode both", b="encode both"), rules)
     for family in ("a", "b"):
         assert set(asked.pool(Role.ENCODE, 0.0, NOBODY, family)) == {f"http://{family}-encode0"}
-    asked, _ = candidates(fleet(a="encode both", b="both"), rules)
+    asked, _ = candidates(mixture(a="encode both", b="both"), rules)
     assert asked.route(job(10), 0.0, NOBODY, "b").path is Path.EPD, "as if nobody listed an encoder"

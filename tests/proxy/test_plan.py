@@ -24,7 +24,7 @@ from proxy.prospects import Sight
 from proxy.retry import Blame
 from tests.fakes.media import chat, image, part
 from tests.support import balancing
-from tests.support.fleets import Labelled
+from tests.support.fleets import Labelled, mixture
 from tests.support.fleets import job as costly
 
 
@@ -47,13 +47,7 @@ def planner(balancer: Balancer, *, inline: bool = False, **counts: int) -> Plann
 
 def mixed(balancer: Balancer, rules: Families = ALIKE, inline: bool = False, **families: str) -> Planner:
     """Families by name, as roles of their engines: native="encode both"."""
-    found = Fleet()
-    for family, labels in families.items():
-        for number, label in enumerate(labels.split()):
-            instance = found.join(f"http://{family}-{label}{number}", Role.named(label), family)
-            instance.model = f"model-of-{family}"
-            found.apply(instance, Event.HEALTHY, "")
-    return Planner(found, balancer, Breakers(Thresholds(2, 10.0)), inline, rules)
+    return Planner(mixture(**families), balancer, Breakers(Thresholds(2, 10.0)), inline, rules)
 
 
 @pytest.fixture

@@ -20,6 +20,17 @@ from proxy.links import HOP, Links, Place
 KV = 1000  # bytes per token
 
 
+def mixture(**families: str) -> Fleet:
+    """READY engines of families by name, as their roles: native="encode both"."""
+    found = Fleet()
+    for family, labels in families.items():
+        for number, label in enumerate(labels.split()):
+            instance = found.join(f"http://{family}-{label}{number}", Role.named(label), family)
+            instance.model = f"model-of-{family}"
+            found.apply(instance, Event.HEALTHY, "")
+    return found
+
+
 @dataclass
 class Labelled:
     """A fleet of one family. `weighed` roles have the policy `affinity`."""
