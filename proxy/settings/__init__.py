@@ -1,0 +1,10 @@
+"""The proxy's settings: a module for each subject's flags, one object with all of them, one reader.
+
+Only `load` reads the environment and files. Precedence: flags, then TRIPTYCH_…, then the file of --config.
+"""
+
+from proxy.settings.endpoint import Endpoint
+from proxy.settings.load import load
+from proxy.settings.proxy import ProxySettings
+
+__all__ = ["Endpoint", "ProxySettings", "load"]

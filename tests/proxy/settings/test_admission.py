@@ -1,0 +1,19 @@
+"""Flags about load."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.settings import refused
+
+D = ["--decode-servers-urls", "http://d:1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([*D, "--max-embedding-bytes", "0"], "--max-embedding-bytes: Input should be greater than 0"),
+    ],
+)
+def test_wrong_flags_are_explained(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(argv, capsys)
