@@ -14,7 +14,7 @@ from proxy.core import Instance, Role, State
 from proxy.errors import BadRequest, Conflict, NotFound, Unauthorized
 from proxy.health import Health
 from proxy.http.message import Response, json_response
-from proxy.http.router import Route, delete, get, post
+from proxy.http.router import Audience, Route, delete, get, post
 from proxy.http.server import Request
 from proxy.links import labels
 from proxy.settings import Endpoint
@@ -53,10 +53,10 @@ class Admin:
 
     def routes(self) -> list[Route]:
         return [
-            get("/instances", self.list),
-            post("/instances", self.register),
-            delete("/instances", self.remove),
-            post("/instances/drain", self.drain),
+            get("/instances", self.list, Audience.ADMINS),
+            post("/instances", self.register, Audience.ADMINS),
+            delete("/instances", self.remove, Audience.ADMINS),
+            post("/instances/drain", self.drain, Audience.ADMINS),
         ]
 
     async def list(self, request: Request) -> Response:

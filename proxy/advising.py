@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from proxy.capacity import Advice, Carried, Offered, advise
 from proxy.errors import BadRequest
 from proxy.http.message import Response, json_response
-from proxy.http.router import Route, get
+from proxy.http.router import Audience, Route, get
 from proxy.http.server import Request
 from proxy.sizing import Sizing
 
@@ -33,7 +33,7 @@ class Advising(Collector):
         self._sizing = sizing
 
     def routes(self) -> list[Route]:
-        return [get("/plan", self.plan)]
+        return [get("/plan", self.plan, Audience.ADMINS)]
 
     async def plan(self, request: Request) -> Response:
         """Always 200: without an advice, `reason` says why there is none."""

@@ -21,7 +21,7 @@ from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
 from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
 from proxy.http.message import JSON, HttpError, Response, json_response
-from proxy.http.router import Handler, NoRoute, Route, Router, get, post
+from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
 from proxy.metrics import Metrics
 from proxy.reading import Reading
@@ -71,9 +71,9 @@ class OpenAI:
             post(Api.CHAT, self.generate),
             post(Api.COMPLETIONS, self.generate),
             get("/v1/models", self.models),
-            get("/health", self.health),
-            get("/ready", self.ready),
-            get("/metrics", self.exposition),
+            get("/health", self.health, Audience.ALL),
+            get("/ready", self.ready, Audience.ALL),
+            get("/metrics", self.exposition, Audience.ADMINS),
         ]
 
     # ---- generation

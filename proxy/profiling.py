@@ -10,7 +10,7 @@ from proxy.balancer.fleet import Fleet
 from proxy.core import Instance, Stage, State, field_lines
 from proxy.errors import EngineFailed, NoInstance, ProxyError, Refused
 from proxy.http.message import Response, json_response
-from proxy.http.router import Route, post
+from proxy.http.router import Audience, Route, post
 from proxy.http.server import Request
 from proxy.upstream import Upstream
 
@@ -28,7 +28,7 @@ class Profiling:
         self._authorized = authorized
 
     def routes(self) -> list[Route]:
-        return [post("/start_profile", self.pass_on), post("/stop_profile", self.pass_on)]
+        return [post(path, self.pass_on, Audience.ADMINS) for path in ("/start_profile", "/stop_profile")]
 
     async def pass_on(self, request: Request) -> Response:
         """Send the call to every READY engine: 200 with each one's status, or the first error of one that has a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import TypeAlias
 
 from proxy.http.message import Response
@@ -13,23 +14,32 @@ Handler: TypeAlias = Callable[[Request], Awaitable[Response | None]]
 """Its answer, or None where it has answered through the request itself."""
 
 
+class Audience(Flag):
+    """Whom a route is for; where admins have a port of their own, it is the only one that answers them."""
+
+    CLIENTS = auto()
+    ADMINS = auto()
+    ALL = CLIENTS | ADMINS
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     method: str
     path: str
     handler: Handler
+    audience: Audience = Audience.CLIENTS
 
 
-def get(path: str, handler: Handler) -> Route:
-    return Route("GET", path, handler)
+def get(path: str, handler: Handler, audience: Audience = Audience.CLIENTS) -> Route:
+    return Route("GET", path, handler, audience)
 
 
-def post(path: str, handler: Handler) -> Route:
-    return Route("POST", path, handler)
+def post(path: str, handler: Handler, audience: Audience = Audience.CLIENTS) -> Route:
+    return Route("POST", path, handler, audience)
 
 
-def delete(path: str, handler: Handler) -> Route:
-    return Route("DELETE", path, handler)
+def delete(path: str, handler: Handler, audience: Audience = Audience.CLIENTS) -> Route:
+    return Route("DELETE", path, handler, audience)
 
 
 class NoRoute(Exception):
@@ -41,10 +51,12 @@ class NoRoute(Exception):
 
 
 class Router:
-    def __init__(self, routes: Iterable[Route]) -> None:
+    def __init__(self, routes: Iterable[Route], audience: Audience = Audience.ALL) -> None:
+        """Finds the `routes` that are for any of `audience`."""
         self._handlers: dict[str, dict[str, Handler]] = {}
         for route in routes:
-            self._handlers.setdefault(route.path, {})[route.method] = route.handler
+            if route.audience & audience:
+                self._handlers.setdefault(route.path, {})[route.method] = route.handler
 
     def find(self, method: str, path: str) -> Handler:
         """A GET handler answers HEAD as well. Raises NoRoute."""

@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.http.message import Response
-from proxy.http.router import NoRoute, Router, delete, get, post
+from proxy.http.router import Audience, NoRoute, Router, delete, get, post
 from proxy.http.server import Request
 
 
@@ -26,3 +26,15 @@ def test_a_path_and_a_method_find_their_handler() -> None:
         with pytest.raises(NoRoute, match="no such path") as caught:
             router.find("GET", path)
         assert not caught.value.allowed
+
+
+def test_each_audience_finds_its_own() -> None:
+    routes = [get("/a", one), get("/b", two, Audience.ADMINS), get("/c", one, Audience.ALL)]
+    for audience, found in ((Audience.CLIENTS, "ac"), (Audience.ADMINS, "bc"), (Audience.ALL, "abc")):
+        router = Router(routes, audience)
+        for path in "abc":
+            if path in found:
+                assert router.find("GET", f"/{path}")
+            else:
+                with pytest.raises(NoRoute, match="no such path"):
+                    router.find("GET", f"/{path}")
