@@ -166,6 +166,7 @@ class Instance:
     model: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON; what its URL or the probe says beside: see `Dialect`
     failures: int = 0  # probes failed in a row
+    secret: str | None = field(default=None, repr=False)  # the credential it asks for; never shown
 
     @property
     def netloc(self) -> str:

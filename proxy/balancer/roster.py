@@ -43,11 +43,13 @@ class Facts:
     reason: str
     model: str
     facts: Mapping[str, Any]
+    secret: str | None
 
     @classmethod
     def of(cls, instance: Instance) -> Facts:
         reason = instance.reason[:_REASON_LIMIT]
-        return cls(instance.role.value, instance.dialect, instance.state, reason, instance.model, instance.facts)
+        role, dialect, state = instance.role.value, instance.dialect, instance.state
+        return cls(role, dialect, state, reason, instance.model, instance.facts, instance.secret)
 
 
 class Roster(Fleet):
@@ -184,6 +186,8 @@ class Roster(Fleet):
             instance.model = facts.model
         if seen is None or facts.facts != seen.facts:
             instance.facts = facts.facts
+        if seen is None or facts.secret != seen.secret:
+            instance.secret = facts.secret
 
     def _leave(self, url: str) -> None:
         instance = self._instances.pop(url, None)

@@ -126,3 +126,12 @@ def test_facts_of_an_instance_are_everybodys() -> None:
     here.share()
     assert there.get(URLS[0]) is other
     assert other.facts == {"bootstrap_port": 8998, "engine_ids": {"0": "e"}}
+
+
+def test_an_instances_secret_is_every_workers_and_nobody_elses() -> None:
+    (here, there), _ = rosters(2)
+    here.join(URLS[0], Role.DECODE, "native").secret = "s3cret"
+    here.share()
+    other = there.get(URLS[0])
+    assert other is not None and other.secret == "s3cret"
+    assert "s3cret" not in repr(other)
