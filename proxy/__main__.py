@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import uvloop
 
-from proxy.app import run, supervise
+from proxy.run import run, supervise
 from proxy.settings import load
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import random
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from math import inf
 
-import uvloop
-
-from proxy import api, callbacks, flow, tally
+from proxy import api, callbacks, flow
 from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission, Limits
@@ -29,7 +25,7 @@ from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.costs import Costs
-from proxy.crew import Crew, Seat
+from proxy.crew import Seat
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Media, Options
 from proxy.dispatch import Dispatcher, Rules
@@ -62,11 +58,8 @@ from proxy.sizing import Sizing
 from proxy.tasks import together
 from proxy.upstream import Timeouts, Upstream
 from proxy.virtual_encoder import VirtualEncoder
-from proxy.workers import Supervisor, reserve
 
 log = logging.getLogger(__name__)
-
-_GC_THRESHOLD = 20_000  # objects; Python's own 700 are a few requests
 
 _DRAIN_LOOK_S = 0.02
 
@@ -78,7 +71,7 @@ class Proxy:
         """`seat`: this process's place among several workers, whose supervisor has filled the fleet."""
         self.settings = settings
         self._seat = seat
-        self.fleet = _filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
+        self.fleet = filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
         rates = {role: Rates(prior) for role, prior in PRIORS.items()}
         policies = {
             role: POLICIES[name](Means(role, rates[role], random.random)) for role, name in settings.policies().items()
@@ -137,7 +130,7 @@ class Proxy:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        return _url(self.settings.host, self.port)
+        return local_url(self.settings.host, self.port)
 
     def server(self) -> Server:
         settings = self.settings
@@ -258,71 +251,15 @@ def _sight(settings: ProxySettings) -> Sight:
     )
 
 
-def _filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
+def filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
+    """With every engine that is listed."""
     for role, endpoint in settings.fleet():
         fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
         log.info("%s %s (%s)", role.label, endpoint.url, endpoint.dialect)
     return fleet
 
 
-def _url(host: str, port: int) -> str:
+def local_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches who listens on `host`, which may be a wildcard."""
     host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _say_ready(url: str) -> None:
-    print(f"READY {url}", flush=True, file=sys.stdout)
-
-
-def _spare_collections() -> None:
-    """What is there when serving begins stays: no collection need look at it, and few need to begin.
-
-    Requests leave next to no cycles; a full pass over the modules took 25 ms, in the middle of somebody's stream.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD, 20, 20)
-
-
-async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, or a worker's supervisor is gone. Raises OSError if the address cannot be had."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if seat is None:
-        tally.install_alone()
-    else:
-        seat.watch(stop.set)
-    proxy = Proxy(settings, seat)
-    async with proxy.serving():
-        if seat is None:
-            _say_ready(proxy.url)
-        else:
-            seat.ready()
-        _spare_collections()
-        await stop.wait()
-        log.info("stopping; requests in flight have %.0f s", settings.grace_timeout)
-
-
-def supervise(settings: ProxySettings) -> int:
-    """Serve with several workers until SIGTERM or SIGINT; the exit status. Raises OSError as `run` does."""
-    held = reserve(settings.host, settings.port)
-    port = held[0].getsockname()[1]
-    crew = Crew.create(settings.workers)
-    _filled(crew.fleet(), settings)
-
-    def work(seat: Seat) -> None:
-        tally.install(seat.folder, seat.worker)
-        uvloop.run(run(settings, seat))
-        seat.leave()
-
-    def ready() -> None:
-        _say_ready(_url(settings.host, port))
-
-    try:
-        return Supervisor(crew, port, work, ready, settings.grace_timeout).run()
-    finally:
-        crew.remove()
-        for sock in held:
-            sock.close()

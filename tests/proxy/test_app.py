@@ -1,13 +1,8 @@
-"""The command as a process: it says where it is, serves, stops cleanly; and the wiring's lifetime in this process."""
+"""The wiring, in this process: what settings do to it, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-import socket
-import sys
-from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
@@ -20,23 +15,6 @@ from tests.fakes.deployment import FAST, deployment
 from tests.fakes.media import chat
 from tests.fakes.native import ENGINES, Decode, Encoder, Language, Prefill
 from tests.proxy.test_measuring import hosted, parts
-
-
-@contextlib.asynccontextmanager
-async def command(*argv: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """The proxy as a process, and its first line on stdout."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "proxy", *argv), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        assert process.stdout is not None
-        async with asyncio.timeout(30):
-            yield process, (await process.stdout.readline()).decode()
-            await process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
 
 
 @pytest.mark.parametrize("measure", ["never", "all"])
@@ -65,73 +43,6 @@ async def test_an_encoder_tells_how_its_images_become_tokens() -> None:
         assert (found.family, found.merge, found.embedding_bytes) == ("qwen3_vl", 4, 4 * 4096 * 4)
         shown = (await d.get("/instances")).json["instances"][0]
         assert shown["facts"]["vision"]["max_pixels"] == found.max_pixels, "people can see it"
-
-
-async def ready(http: aiohttp.ClientSession, url: str) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            async with http.get(f"{url}/ready") as response:
-                if response.status == 200:
-                    return
-            await asyncio.sleep(0.02)
-
-
-async def test_the_command_serves_push_on_a_free_port_and_stops_on_sigterm() -> None:
-    async with Prefill() as prefill, Decode() as decode, aiohttp.ClientSession() as http:
-        argv = ("--prefill-servers-urls", prefill.url, "--decode-servers-urls", decode.url, "--port", "0")
-        async with command(*argv) as (process, line):
-            word, url = line.split()
-            assert word == "READY" and url.startswith("http://127.0.0.1:")
-            await ready(http, url)
-            async with http.post(f"{url}/v1/chat/completions", json=chat()) as response:
-                assert response.status == 200
-            assert decode.callbacks[0][0] == 200
-            process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(10):
-                assert await process.wait() == 0
-
-
-async def test_sigterm_lets_a_request_end() -> None:
-    async with contextlib.AsyncExitStack() as stack:
-        engine = await stack.enter_async_context(Language())
-        http = await stack.enter_async_context(aiohttp.ClientSession())
-        async with command("--decode-servers-urls", engine.url, "--port", "0") as (process, line):
-            url = line.split()[1]
-            await ready(http, url)
-            gate = engine.gate = asyncio.Event()
-            asking = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=chat()))
-            await engine.until(lambda: engine.running == 1)
-            process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(10):
-                while True:  # until it listens no more
-                    try:
-                        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
-                        writer.close()
-                        await asyncio.sleep(0.02)
-                    except ConnectionError:
-                        break
-            gate.set()
-            async with await asking as response:
-                assert response.status == 200 and await response.read()
-            assert await process.wait() == 0
-
-
-async def test_an_address_in_use_is_told() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "proxy", "--decode-servers-urls", "http://127.0.0.1:9"),
-            *("--host", "127.0.0.1", "--port", port),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(30):
-            out, err = await process.communicate()
-        assert (process.returncode, out) == (1, b"")
-        assert f"cannot listen on 127.0.0.1:{port}" in err.decode()
-        assert "Traceback" not in err.decode()
 
 
 async def test_shutdown_cuts_what_outlives_the_grace_time() -> None:

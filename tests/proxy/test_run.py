@@ -1,0 +1,73 @@
+"""The command as a process: it says where it is, serves, and stops cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+
+import aiohttp
+
+from tests.fakes.media import chat
+from tests.fakes.native import Decode, Language, Prefill
+from tests.support.command import command, ready
+
+
+async def test_the_command_serves_push_on_a_free_port_and_stops_on_sigterm() -> None:
+    async with Prefill() as prefill, Decode() as decode, aiohttp.ClientSession() as http:
+        argv = ("--prefill-servers-urls", prefill.url, "--decode-servers-urls", decode.url, "--port", "0")
+        async with command(*argv) as (process, line):
+            word, url = line.split()
+            assert word == "READY" and url.startswith("http://127.0.0.1:")
+            await ready(http, url)
+            async with http.post(f"{url}/v1/chat/completions", json=chat()) as response:
+                assert response.status == 200
+            assert decode.callbacks[0][0] == 200
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                assert await process.wait() == 0
+
+
+async def test_sigterm_lets_a_request_end() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(Language())
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        async with command("--decode-servers-urls", engine.url, "--port", "0") as (process, line):
+            url = line.split()[1]
+            await ready(http, url)
+            gate = engine.gate = asyncio.Event()
+            asking = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=chat()))
+            await engine.until(lambda: engine.running == 1)
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                while True:  # until it listens no more
+                    try:
+                        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+                        writer.close()
+                        await asyncio.sleep(0.02)
+                    except ConnectionError:
+                        break
+            gate.set()
+            async with await asking as response:
+                assert response.status == 200 and await response.read()
+            assert await process.wait() == 0
+
+
+async def test_an_address_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "--decode-servers-urls", "http://127.0.0.1:9"),
+            *("--host", "127.0.0.1", "--port", port),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+        assert (process.returncode, out) == (1, b"")
+        assert f"cannot listen on 127.0.0.1:{port}" in err.decode()
+        assert "Traceback" not in err.decode()
