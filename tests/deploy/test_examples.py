@@ -1,0 +1,86 @@
+"""Every example is read by the real settings, and serves the paths that its name says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from engines.settings import EngineSettings
+from proxy.core import Role, State
+from proxy.dialects import DIALECTS, INLINE
+from proxy.errors import BadRequest
+from proxy.routing import paths, router
+from proxy.settings import ProxySettings
+from tests.support.commands import settings_of
+
+FOLDER = Path(__file__).parents[2] / "deploy/examples"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+SERVED = {  # the path of text, and that of media where there is one
+    "ascend-e-p-d": ("P-D", "E-P-D"),
+    "ascend-p-d-pull": ("P-D", "EP-D"),
+    "mixed": ("PD", "E-PD"),
+    "native-e-p-d": ("P-D", "E-P-D"),
+    "native-e-pd": ("PD", "E-PD"),
+    "native-p-d": ("P-D", None),
+    "native-pd": ("PD", None),
+    "sglang-e-pd": ("PD", "E-PD"),
+    "sglang-p-d": ("P-D", "EP-D"),
+    "vllm-e-p-d": ("P-D", "E-P-D"),
+    "vllm-e-pd": ("PD", "E-PD"),
+    "vllm-e-pd-inline": ("PD", "E-PD"),
+    "vllm-epd": ("PD", "EPD"),
+    "vllm-p-d-mooncake": ("P-D", "EP-D"),
+}
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def loaded(file: Path) -> ProxySettings:
+    settings = settings_of(["proxy", "--config", str(file)])
+    assert isinstance(settings, ProxySettings)
+    return settings
+
+
+def test_there_is_one_for_each_path_and_dialect() -> None:
+    assert {file.stem for file in FILES} == SERVED.keys()
+    assert {path for served in SERVED.values() for path in served if path} == {path.label for path in paths.Path}
+    dialects = {endpoint.dialect for file in FILES for _, endpoint in loaded(file).fleet()}
+    assert dialects == DIALECTS.keys()
+
+
+def test_it_serves_what_its_name_says(file: Path) -> None:
+    fleet = loaded(file).fleet()
+    dialects = {endpoint.dialect for _, endpoint in fleet}
+    assert dialects == {file.stem.partition("-")[0]} or file.stem == "mixed"
+    census = {role: {State.READY: count} for role, count in Counter(role for role, _ in fleet).items()}
+    inline = paths.INLINE if dialects <= INLINE and Role.ENCODE not in census else ()
+
+    text, media = SERVED[file.stem]
+    assert router.route(0, census).path.label == text
+    if media is None:
+        with pytest.raises(BadRequest, match="no encoder"):
+            router.route(1, census, inline=inline)
+    else:
+        assert router.route(1, census, inline=inline).path.label == media
+
+
+def test_the_engines_of_its_comments_start_so(file: Path) -> None:
+    text = re.sub(r"\\\n#\s*", "", file.read_text())
+    commands = [
+        shlex.split(found) for found in re.findall(r"^#.*?triptych ((?:encoder|language) .*)$", text, re.MULTILINE)
+    ]
+    assert bool(commands) == ("native" in text)
+    roles = [_role(settings_of(command)) for command in commands]
+    assert all(any(role.label in (given, "both") for role, _ in loaded(file).fleet()) for given in roles)
+
+
+def _role(settings: ProxySettings | EngineSettings) -> str:
+    return str(getattr(settings, "role", "encode"))
