@@ -1,0 +1,1 @@
+"""`triptych bench`: a small load generator for any OpenAI-compatible URL. Starts no server."""
