@@ -41,7 +41,7 @@ _FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"}
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
 _MODELS_TIMEOUT_S = 5.0
 _RETRY_AFTER_S = 1  # probes bring an engine back within seconds
-_CLIENT_GONE = "499"  # nginx's number for it, in logs and metrics only
+_CLIENT_GONE = 499  # nginx's number for it, in logs and metrics only
 
 
 class OpenAI:
@@ -86,6 +86,7 @@ class OpenAI:
         self._metrics.in_flight.inc()
         try:
             job = await self._job(request, engine_id)
+            job.record.id = wanted
             return await self._serve(job, ClientSink(request, wanted))
         finally:
             self._metrics.in_flight.dec()
@@ -95,10 +96,10 @@ class OpenAI:
         run = self._dispatcher.begin(job, sink)
         try:
             await self._dispatcher.run(run)
-            self._ended(run, "200")
+            self._ended(run, 200)
             self._sizing.finished(run)
         except ProxyError as error:
-            self._ended(run, str(error.status), error)
+            self._ended(run, error.status, error)
             error.settle()
             if not sink.started:
                 return _failed(error, run.headers())
@@ -122,16 +123,18 @@ class OpenAI:
             self._metrics.items.labels(item.modality).inc()
         return job
 
-    def _ended(self, run: Run, status: str, error: ProxyError | None = None) -> None:
-        path = run.plan.path.label if run.plan is not None else "none"
-        seconds = self._dispatcher.elapsed(run)
-        self._count(path, status)
+    def _ended(self, run: Run, status: int, error: ProxyError | None = None) -> None:
+        record = self._dispatcher.end(run, status)
+        if error is not None:
+            record.code, record.error = str(error.code), f"{error.stage}: {_LINES.sub(' ', error.message)}"
+        seconds = record.ended - record.began
+        self._count(record.path, str(status))
         self._metrics.observe("e2e", seconds)
         self._sent.inc(run.sink.sent)
-        timings = " ".join([f"{name}={s * 1000:.0f}ms" for name, s in run.timings.items()])
-        told = "" if error is None else f" error={error.stage}: {_LINES.sub(' ', error.message)}"
-        what = f"{run.job.id} {run.job.api} {status}"
-        self._access.write(f"{what} e2e={seconds * 1000:.0f}ms {timings} route={run.route!r}{told}")
+        timings = " ".join([f"{name}={s * 1000:.0f}ms" for name, s in record.timings.items()])
+        told = "" if error is None else f" error={record.error}"
+        what = f"{record.id} {record.api} {status}"
+        self._access.write(f"{what} e2e={seconds * 1000:.0f}ms {timings} route={record.route!r}{told}")
 
     def _count(self, path: str, status: str) -> None:
         counter = self._counters.get((path, status))

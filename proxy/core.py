@@ -1,4 +1,5 @@
-"""The proxy's nouns, once. This module imports nobody, awaits nothing and knows no engine family's wire format."""
+"""The proxy's nouns, once. This module imports nobody but `record`, awaits nothing and knows no engine family's wire
+format."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, Flag, StrEnum, auto
 from typing import Any, Protocol
+
+from proxy.record import Record
 
 Body = Mapping[str, Any]
 """A parsed OpenAI request or answer: derived from, never mutated."""
@@ -138,6 +141,7 @@ class Job:
     nbytes: int = 0  # of the request's body
     raw: bytes | bytearray = field(default=b"", repr=False)  # as it came, unpacked
     text_bytes: int = 0  # of the text behind `text_tokens`, in UTF-8; 0 where there are token ids: nothing to correct
+    record: Record = field(default_factory=Record, compare=False, repr=False)  # of the request, in all its attempts
 
     def with_headers(self, headers: Mapping[str, str]) -> Job:
         """The same job, sent with more headers."""
@@ -151,7 +155,7 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         """Predicted prompt length in tokens, media included."""
-        return self.text_tokens + sum(item.tokens for item in self.items)
+        return self.text_tokens + sum([item.tokens for item in self.items])
 
 
 @dataclass(slots=True)

@@ -27,8 +27,9 @@ from proxy.encoding import Encoded, Encoding, Handles
 from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
 from proxy.gate import Gate
 from proxy.legs import Legs
-from proxy.lessons import ahead, generated
+from proxy.lessons import ahead, generated, prompted
 from proxy.plan import Holds, Planner, reader
+from proxy.record import LegRecord, Record
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
 from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
@@ -58,21 +59,20 @@ Over = Callable[[Plan, Job, Sink, Callable[[Sink], Coroutine[Any, Any, None]]], 
 
 @dataclass(slots=True)
 class Run:
-    """What is known of a request on its way, for its headers, its log line and its metrics."""
+    """What the dispatcher knows of a request on its way; what it did is in `record`."""
 
     job: Job
     sink: Sink
-    began: float
+    record: Record
     plan: Plan | None = None
-    attempts: int = 0
     tried: set[str] = field(default_factory=set)  # URLs whose legs of this request failed
-    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     call: Post | None = None  # the leg that answers
     handles: Handles | None = None  # of the present plan's items; None: they are not encoded yet
     encoded: Encoded = field(default_factory=Encoded)  # by the present attempt
     _told: tuple[Plan | None, str] | None = None  # a plan and its receipt
     encode_ended: float = 0.0
     decode_began: float = 0.0
+    prompt_tokens: int = 0  # as the engine has counted them; 0: it did not tell
     tokens: float = 0.0  # of the answer, but for a stream's first; 0: nobody could tell
     handoff: Mapping[str, Any] | None = None  # prefilled KV that nobody has fetched yet
     tape: Tape | None = None  # of an answer that could be continued
@@ -95,8 +95,8 @@ class Run:
     def headers(self) -> dict[str, str]:
         """The route receipt and the durations known by now."""
         found = {} if self.plan is None else {"x-triptych-route": self.route}
-        if self.timings:
-            found["Server-Timing"] = ", ".join([f"{name};dur={s * 1000:.1f}" for name, s in self.timings.items()])
+        if timings := self.record.timings:
+            found["Server-Timing"] = ", ".join([f"{name};dur={s * 1000:.1f}" for name, s in timings.items()])
         return found
 
 
@@ -126,11 +126,20 @@ class Dispatcher:
         self._clock = legs.clock
 
     def begin(self, job: Job, sink: Sink) -> Run:
-        return Run(job, sink, self._clock())
+        record = job.record
+        record.began, record.api, record.model = self._clock(), job.api, job.model
+        record.stream, record.items = job.stream, len(job.items)
+        return Run(job, sink, record)
 
-    def elapsed(self, run: Run) -> float:
-        """Seconds since `run` began."""
-        return self._clock() - run.began
+    def end(self, run: Run, status: int) -> Record:
+        """The record of a request that has ended, with all that is known of it."""
+        record = run.record
+        record.ended, record.status = self._clock(), status
+        if run.plan is not None:
+            record.path, record.route = run.plan.path.label, run.route
+            record.prompt_tokens = run.prompt_tokens or run.job.prompt_tokens
+            record.output_tokens = int(run.tokens) + run.job.stream if run.tokens else 0
+        return record
 
     async def run(self, run: Run) -> None:
         """Serve the request to its end. Raises ProxyError, with attempts counted.
@@ -152,11 +161,12 @@ class Dispatcher:
             if not timer.expired():
                 raise
             error = DeadlineExceeded(f"the request was not finished within {seconds:g} s")
-            error.attempts = max(1, run.attempts)
+            error.attempts = max(1, run.record.attempts)
             raise error from None
 
     async def _admitted(self, run: Run) -> None:
         entry = await self._gate.enter(run.job)
+        run.record.admitted = self._clock()
         holds = Holds()
         try:
             await self._serve(run, holds)
@@ -167,11 +177,13 @@ class Dispatcher:
     # ---- the ladder
 
     async def _serve(self, run: Run, holds: Holds) -> None:
-        plan = run.plan = self._planner.draw(run.job, self._clock(), holds)
+        record = run.record
+        plan = run.plan = self._planner.draw(run.job, record.admitted, holds)
+        record.drawn = self._clock()
         run.tape = self._tape(run.job, plan)
         run.handles = None if plan.encodes else {}
         while True:
-            run.attempts += 1
+            record.attempts += 1
             job = _attempt(run)
             try:
                 if run.handles is None:
@@ -180,7 +192,7 @@ class Dispatcher:
                     await self._attend(run, plan, job, run.handles)
                 return
             except ProxyError as error:
-                error.attempts = max(error.attempts, run.attempts)
+                error.attempts = max(error.attempts, record.attempts)
                 if run.handles is None and not run.encoded.broken:
                     raise  # encoding has a ladder of its own
                 if run.sink.started and self._closed(run):
@@ -201,7 +213,7 @@ class Dispatcher:
         found = run.encoded = Encoded()
         try:
             async with together() as group:
-                found.beside = group if run.attempts == 1 else None
+                found.beside = group if run.record.attempts == 1 else None
                 plan, run.handles = await self._encode(run, plan, job, holds, group)
                 await self._attend(run, plan, job, run.handles)
                 await found.finish(_ENCODE_LAG_S)
@@ -220,7 +232,7 @@ class Dispatcher:
 
     def _doubt(self, run: Run, plan: Plan, role: Role, error: ProxyError, handles: Handles) -> bool:
         """Whether the same engine may do better with what it got from others made anew: the media, the KV."""
-        if run.attempts > 1 or cause(error) is not Cause.SERVER_ERROR or role is Role.ENCODE:
+        if run.record.attempts > 1 or cause(error) is not Cause.SERVER_ERROR or role is Role.ENCODE:
             return False
         dialect = self._legs.dialect(plan.leg(role))
         return dialect.vague and ((bool(handles) and dialect.media_instead) or role is Role.DECODE)
@@ -239,7 +251,7 @@ class Dispatcher:
             run.gains += run.tape.gained
         drawn = None
         may_go_on = goes_on or not run.sink.started
-        if verdict.elsewhere and may_go_on and run.attempts - run.gains < self._rules.max_attempts:
+        if verdict.elsewhere and may_go_on and run.record.attempts - run.gains < self._rules.max_attempts:
             drawn = self._redrawn(run, plan, role, verdict.again or doubt, now, holds)
         if drawn is None:
             if cause(error) is Cause.BUSY and error.retry_after is None:
@@ -248,6 +260,7 @@ class Dispatcher:
         if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
             run.handoff = None
         self._metrics.retries.labels(STAGES[role]).inc()
+        run.record.note(now, "resume" if goes_on else "retry", f"{STAGES[role]}: {cause(error)}, goes on at {drawn}")
         if run.tape is not None:
             run.tape.cut(goes_on)
             self._metrics.resumes.inc(goes_on)
@@ -299,6 +312,7 @@ class Dispatcher:
             if inline is None:
                 raise found.failure
             plan = run.plan = inline
+            run.record.note(self._clock(), "fallback", f"encode: {cause(found.failure)}, encoded inline")
         return plan, found.handles
 
     async def _encoded(self, run: Run, going: Collection[asyncio.Task[None]], began: float) -> None:
@@ -328,8 +342,8 @@ class Dispatcher:
     async def _sequential(self, run: Run, plan: Plan, job: Job, handles: Handles) -> None:
         prefill, decode = plan.leg(Role.PREFILL), plan.leg(Role.DECODE)
         if run.handoff is None:
-            with self._legs.judged(prefill):
-                reply = await self._prefill(run, prefill, job, handles, None)
+            with self._legs.judged(prefill, run.record) as part:
+                reply = await self._prefill(run, prefill, part, job, handles, None)
                 run.handoff = self._legs.dialect(prefill).read_prefill(reply)
         await self._answer(run, decode, self._legs.dialect(decode).decode(job, handles, run.handoff, ""), job)
 
@@ -349,8 +363,8 @@ class Dispatcher:
 
     async def _prefill_beside(self, run: Run, leg: Leg, job: Job, handles: Handles, handoff: Mapping[str, Any]) -> None:
         try:
-            with self._legs.judged(leg):
-                await self._prefill(run, leg, job, handles, handoff)
+            with self._legs.judged(leg, run.record) as part:
+                await self._prefill(run, leg, part, job, handles, handoff)
         except ProxyError as error:
             if not run.begun:
                 raise
@@ -406,19 +420,25 @@ class Dispatcher:
     async def _judged_prefill(
         self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any]
     ) -> None:
-        with self._legs.judged(leg):
-            await self._prefill(run, leg, job, handles, descriptor)
+        with self._legs.judged(leg, run.record) as part:
+            await self._prefill(run, leg, part, job, handles, descriptor)
 
     async def _prefill(
-        self, run: Run, leg: Leg, job: Job, handles: Handles, descriptor: Mapping[str, Any] | None
+        self,
+        run: Run,
+        leg: Leg,
+        part: LegRecord,
+        job: Job,
+        handles: Handles,
+        descriptor: Mapping[str, Any] | None,
     ) -> Body:
-        began, before = self._clock(), ahead(leg)
+        began, before = part.began, ahead(leg)
         dialect = self._legs.dialect(leg)
         body = dialect.prefill(job, handles, descriptor)
         if headers := dialect.headers(descriptor):
             job = job.with_headers(headers)
         with fetching(job.items if dialect.vague else ()):
-            reply = await self._legs.call(leg, Stage.PREFILL, body, job, job.id, self._timeouts.prefill)
+            reply = await self._legs.call(leg, part, body, job, job.id, self._timeouts.prefill)
         self._timed(run, "prefill", began)
         if not run.encoded.busy:
             seconds = self._clock() - max(began, run.encode_ended)
@@ -431,32 +451,33 @@ class Dispatcher:
 
     async def _answer(self, run: Run, leg: Leg, body: Body, job: Job, patient: bool = False) -> None:
         """`patient`: until `_patience` says how long the first byte may take."""
-
-        first = 0.0
+        record = run.record
 
         def head() -> Mapping[str, str]:
-            nonlocal first
-            first = self._clock()
+            part.first = self._clock()
             _prefilled(leg)
             if not run.sink.started:
-                self._timed(run, "ttft", run.began)
+                self._timed(run, "ttft", record.began)
+                record.first = part.first
             return run.headers()
 
         assert run.out is not None
-        run.decode_began, before = self._clock(), ahead(leg)
-        with self._legs.judged(leg), fetching(job.items if self._legs.dialect(leg).vague else ()):
+        before = ahead(leg)
+        with self._legs.judged(leg, record) as part, fetching(job.items if self._legs.dialect(leg).vague else ()):
+            run.decode_began = part.began
             seconds = None if patient else self._first_answer(job)
-            run.call = self._legs.post(leg, Stage.DECODE, body, job, job.id, seconds)
+            run.call = self._legs.post(leg, part, body, job, job.id, seconds)
             async with run.call as answer:
                 if job.stream:
                     tokens = await relay.stream(answer, run.out, head, Stage.DECODE, self._timeouts.stream_idle)
-                    usage, since = None, first
+                    usage, since = None, part.first
                 else:
                     usage = (await relay.whole(answer, run.out, head, Stage.DECODE)).get("usage")
                     tokens, since = generated(usage), run.decode_began
+                    run.prompt_tokens = prompted(usage)
         self._timed(run, "decode", run.decode_began)
         if job.stream and leg.role is BOTH:
-            self._lessons.began(leg, job, before, first - max(run.decode_began, run.encode_ended))
+            self._lessons.began(leg, job, before, part.first - max(run.decode_began, run.encode_ended))
         run.tokens = tokens
         self._lessons.answered(leg, job, run.handles or {}, tokens, self._clock() - since, usage)
 
@@ -469,8 +490,8 @@ class Dispatcher:
             run.call.patience(seconds)
 
     def _timed(self, run: Run, stage: str, began: float) -> None:
-        run.timings[stage] = self._clock() - began
-        self._metrics.observe(stage, run.timings[stage])
+        seconds = run.record.timings[stage] = self._clock() - began
+        self._metrics.observe(stage, seconds)
 
 
 def _prefilled(leg: Leg) -> None:
@@ -480,5 +501,6 @@ def _prefilled(leg: Leg) -> None:
 
 def _attempt(run: Run) -> Job:
     """The job as this attempt's engines get it. One that still holds an earlier attempt must not take this for it."""
-    job = run.job if run.attempts == 1 else replace(run.job, id=f"{run.job.id}-{run.attempts}")
+    number = run.record.attempts
+    job = run.job if number == 1 else replace(run.job, id=f"{run.job.id}-{number}")
     return job if run.tape is None else run.tape.asking(job)

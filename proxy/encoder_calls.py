@@ -16,6 +16,7 @@ from proxy.errors import ProxyError, Refused
 from proxy.legs import Legs
 from proxy.lessons import ahead
 from proxy.pieces import Piece
+from proxy.record import Record
 from proxy.tasks import together
 from proxy.upstream import Upstream
 
@@ -45,6 +46,7 @@ class Call:
     leg: Leg
     piece: Piece
     number: int  # of the attempts for this item, from 1
+    record: Record = field(default_factory=Record)  # of the client's request; of nobody's, if it is none of ours
     told: bool = False
 
     @property
@@ -77,7 +79,8 @@ class EncoderCalls:
         `receivers`: None where they are in the body, or fetch by RDMA.
         """
         began, before = self._legs.clock(), ahead(call.leg)
-        with self._legs.judged(call.leg):
+        with self._legs.judged(call.leg, call.record) as part:
+            part.attempt = call.number
             async with together() as group:
                 if receivers is None:
                     call.told = True

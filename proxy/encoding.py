@@ -20,7 +20,8 @@ from proxy.hedge import Hedge
 from proxy.legs import Legs
 from proxy.lessons import ahead
 from proxy.plan import Holds, Planner, reader
-from proxy.retry import fetching, rule
+from proxy.record import LegRecord
+from proxy.retry import cause, fetching, rule
 from proxy.tasks import race, together
 
 Handles = dict[int, Handle]
@@ -122,6 +123,7 @@ class Encoding:
             leg = self._another(share, (item,), holds) if share.number < self._attempts else None
             if leg is not None:
                 self._metrics.retries.labels(Stage.ENCODE).inc()
+                job.record.note(self._legs.clock(), "retry", f"encode: {cause(error)}, goes to {leg.instance.netloc}")
                 await self._share(Share(leg, share.reader, tried, share.number + 1), job, found, spare)
             elif spare:
                 found.failure = error
@@ -147,6 +149,7 @@ class Encoding:
 
             async def beside(leg: Leg) -> Handles:
                 self._metrics.hedges.inc()
+                job.record.note(self._legs.clock(), "hedge", leg.instance.netloc)
                 return await self._attempt(share, leg, "-h", job)
 
             return await race(
@@ -191,8 +194,9 @@ class Encoding:
     ) -> Handles:
         began, before = self._legs.clock(), ahead(leg)
         try:
-            with self._legs.judged(leg):
-                found = await self._calls(share, leg, beside, job, announce)
+            with self._legs.judged(leg, job.record) as part:
+                part.attempt = share.number
+                found = await self._calls(share, leg, part, beside, job, announce)
         except ProxyError:
             self._lessons.lost([leg])
             raise
@@ -205,20 +209,27 @@ class Encoding:
         return found
 
     async def _calls(
-        self, share: Share, leg: Leg, beside: str, job: Job, announce: Callable[[Handles], None] | None
+        self,
+        share: Share,
+        leg: Leg,
+        part: LegRecord,
+        beside: str,
+        job: Job,
+        announce: Callable[[Handles], None] | None,
     ) -> Handles:
         """All items of a leg: one call, or several at once where the family wants that."""
         first, *others = self._legs.dialect(leg).batches(leg.items)
         if not others:
-            return await self._call(share, leg, first, beside, job, announce)
+            return await self._call(share, leg, part, first, beside, job, announce)
         async with together() as group:
-            tasks = [group.create_task(self._call(share, leg, batch, beside, job)) for batch in (first, *others)]
+            tasks = [group.create_task(self._call(share, leg, part, batch, beside, job)) for batch in (first, *others)]
         return {index: handle for task in tasks for index, handle in task.result().items()}
 
     async def _call(
         self,
         share: Share,
         leg: Leg,
+        part: LegRecord,
         items: Sequence[Item],
         beside: str,
         job: Job,
@@ -234,10 +245,11 @@ class Encoding:
                 body = {**body, **self._legs.speaker(share.reader).awaits()}
 
                 def known(reply: Body) -> None:
+                    part.first = self._legs.clock()
                     announce(dialect.read_encode(items, reply))
 
             with fetching(items if dialect.vague else ()):
-                reply = await self._legs.call(leg, Stage.ENCODE, body, job, name, self._legs.timeouts.encode, known)
+                reply = await self._legs.call(leg, part, body, job, name, self._legs.timeouts.encode, known)
         except Refused as error:
             error.param = dialect.blame(items, error.param)
             raise

@@ -16,6 +16,7 @@ from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
 from proxy.lessons import Lessons
 from proxy.metrics import Metrics
+from proxy.record import CANCELLED, OK, LegRecord, Record
 from proxy.retry import STAGES, cause
 from proxy.sse import DONE, Splitter
 from proxy.upstream import Post, Upstream
@@ -60,10 +61,11 @@ class Legs:
         """The dialect that `instance` is spoken to in."""
         return self._dialects(instance)
 
-    def post(self, leg: Leg, stage: Stage, body: Body, job: Job, request_id: str, seconds: float | None) -> Post:
-        """The call with `body`, see Upstream.post. Raises EngineFailed."""
+    def post(self, leg: Leg, part: LegRecord, body: Body, job: Job, request_id: str, seconds: float | None) -> Post:
+        """The call of a judged leg with `body`, see Upstream.post. Raises EngineFailed."""
         data = openai.encoded(body, job)
         self._sent.inc(size(data))
+        stage = part.stage
         path = _ENCODE_ROUTE if stage is Stage.ENCODE else job.api
         fields = f"x-request-id: {request_id}\r\n{job.fields}"
         return self._upstream.post(leg.instance, stage, path, data, fields, seconds)
@@ -71,7 +73,7 @@ class Legs:
     async def call(
         self,
         leg: Leg,
-        stage: Stage,
+        part: LegRecord,
         body: Body,
         job: Job,
         request_id: str,
@@ -82,10 +84,10 @@ class Legs:
 
         `ahead` gets an answer that comes as an event, before what it says is so; this returns when it is.
         """
-        async with self.post(leg, stage, body, job, request_id, seconds) as answer:
+        async with self.post(leg, part, body, job, request_id, seconds) as answer:
             if ahead is not None and answer.header("content-type").startswith("text/event-stream"):
-                return await self._announced(answer, leg, stage, ahead)
-            return self._object(await answer.read(), leg, stage)
+                return await self._announced(answer, leg, part.stage, ahead)
+            return self._object(await answer.read(), leg, part.stage)
 
     async def _announced(self, answer: Post, leg: Leg, stage: Stage, ahead: Callable[[Body], None]) -> Body:
         splitter, said = Splitter(), None
@@ -122,12 +124,13 @@ class Legs:
             async with self._upstream.post(leg.instance, stage, path, data, job.fields, _ABORT_TIMEOUT_S) as answer:
                 await answer.read()
 
-    def judged(self, leg: Leg) -> Judged:
-        """Within, the leg runs: its instance is praised or blamed for the end. Cancellation is neither.
+    def judged(self, leg: Leg, record: Record) -> Judged:
+        """Within, the leg runs, as its part of `record` tells: its instance is praised or blamed for the end.
+        Cancellation is neither.
 
         A BadReply becomes Broken here.
         """
-        return Judged(self, leg)
+        return Judged(self, leg, record)
 
     def failed(self, leg: Leg, error: ProxyError) -> None:
         self.metrics.failures.labels(error.stage, str(error.code)).inc()
@@ -144,25 +147,34 @@ class Legs:
 class Judged:
     """See Legs.judged."""
 
-    __slots__ = ("_leg", "_legs")
+    __slots__ = ("_leg", "_legs", "_part", "_record")
 
-    def __init__(self, legs: Legs, leg: Leg) -> None:
+    def __init__(self, legs: Legs, leg: Leg, record: Record) -> None:
         self._legs = legs
         self._leg = leg
+        self._record = record
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> LegRecord:
+        leg = self._leg
+        part = self._part = self._record.leg(STAGES[leg.role], leg.instance.url, len(leg.items), self._legs.clock())
+        return part
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        leg = self._leg
+        leg, part = self._leg, self._part
+        part.ended = self._legs.clock()
         if error is None:
+            part.outcome = OK
             if leg.hold is not None:
                 leg.hold.succeeded()
         elif isinstance(error, BadReply):
-            broken = Broken(f"{error} ({leg.instance.netloc})", stage=STAGES[leg.role])
+            broken = Broken(f"{error} ({leg.instance.netloc})", stage=part.stage)
+            part.outcome = cause(broken)
             self._legs.failed(leg, broken)
             raise broken from None
         elif isinstance(error, ProxyError):
+            part.outcome = cause(error)
             self._legs.failed(leg, error)
+        else:
+            part.outcome = CANCELLED

@@ -112,7 +112,16 @@ def charged(leg: Leg) -> int:
 
 def generated(usage: Any) -> int:
     """Tokens of an answer, as its engine has counted them; 0 where it tells nothing."""
-    told = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return _told(usage, "completion_tokens")
+
+
+def prompted(usage: Any) -> int:
+    """Tokens of a prompt, in the same way."""
+    return _told(usage, "prompt_tokens")
+
+
+def _told(usage: Any, name: str) -> int:
+    told = usage.get(name) if isinstance(usage, dict) else None
     return told if type(told) is int else 0
 
 

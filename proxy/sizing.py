@@ -146,10 +146,10 @@ def _output(run: Run) -> float:
 
 def _pace(run: Run, role: Role, now: float) -> float | None:
     """Seconds per token, where they can be told from the prompt's: of a stream, or of a decode engine."""
-    if run.tokens < _ENOUGH or run.attempts > 1:
+    if run.tokens < _ENOUGH or run.record.attempts > 1:
         return None
     if run.job.stream:
-        return (now - run.began - run.timings["ttft"]) / run.tokens
+        return (now - run.record.began - run.record.timings["ttft"]) / run.tokens
     return (now - run.decode_began) / run.tokens if role is Role.DECODE else None
 
 

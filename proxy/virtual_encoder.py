@@ -39,6 +39,7 @@ from proxy.http.server import Request
 from proxy.legs import Legs
 from proxy.pieces import Part, Piece
 from proxy.plan import Holds, Planner, family_of
+from proxy.record import Record
 from proxy.relay import Sink
 from proxy.retry import Cause, cause, rule
 from proxy.tasks import together
@@ -90,6 +91,10 @@ class VirtualEncoder:
 
     def __repr__(self) -> str:
         return f"<VirtualEncoder {len(self._gathered)} requests, {len(self.wards)} of ours>"
+
+    def go_by(self, planner: Planner, calls: EncoderCalls, attempts: int) -> None:
+        """Plan and call by these from now on."""
+        self._planner, self._calls, self._attempts = planner, calls, attempts
 
     def routes(self) -> list[Route]:
         return [
@@ -237,6 +242,8 @@ class VirtualEncoder:
     async def _somewhere(self, gathered: Gathered, part: Part, piece: Piece) -> bytes:
         """At an encoder of our choice, and elsewhere where that failed unseen. Raises Unembedded."""
         tried: set[str] = set()
+        ward = self.wards.get(part.rid)
+        record = Record() if ward is None else ward.job.record
         failed = Unembedded(NoInstance("no encode engine is ready", stage=Stage.ENCODE))
         receivers = gathered.receivers if part.rendezvous and not self._by_rdma() else None
         while len(tried) < self._attempts:
@@ -245,7 +252,7 @@ class VirtualEncoder:
                 if leg is None:
                     break
                 gathered.attempts[piece.index] += 1
-                call = Call(leg, piece, gathered.attempts[piece.index])
+                call = Call(leg, piece, gathered.attempts[piece.index], record)
                 if self._by_rdma():
                     gathered.holders[piece.body["req_id"]] = call
                 if tried:

@@ -1,0 +1,78 @@
+"""What was done for one request, as it is done. Access log, receipts, metrics and spans are all made of this.
+
+    began ─▶ admitted ─▶ drawn ─▶ legs ─▶ first ─▶ ended      seconds by the proxy's monotonic clock; 0: not (yet)
+
+Holds no prompt, no media, no key and no reference to what does, so that it may be kept. Observes nothing by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # core's Job has its Record
+    from proxy.core import Stage
+
+OK = "ok"
+CANCELLED = "cancelled"
+
+
+class Event(NamedTuple):
+    """Something that not every request sees: it waited, a leg failed and another takes its place, …"""
+
+    at: float
+    name: str  # queued | retry | fallback | hedge | resume
+    detail: str
+
+
+@dataclass(slots=True, eq=False)
+class LegRecord:
+    """One stage of a request on one instance, once. Legs run beside each other: the list is in order of `began`."""
+
+    stage: Stage
+    url: str  # of the instance
+    attempt: int  # of the request's; of an encode leg: of its items'
+    items: int
+    began: float
+    first: float = 0.0  # what the next stage, or the client, needed of it was there; 0: as it ended
+    ended: float = 0.0
+    outcome: str = ""  # OK, a retry.Cause, or CANCELLED; empty while it runs
+    context: str = ""  # the trace context that its engine got
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """One request. `ended`, the path, the tokens, the status and the error are told once it is over."""
+
+    id: str = ""  # x-request-id
+    api: str = ""  # the route's path
+    model: str = ""
+    stream: bool = False
+    items: int = 0
+    began: float = 0.0
+    admitted: float = 0.0
+    drawn: float = 0.0  # the plan was there
+    first: float = 0.0  # the first byte that proves success
+    ended: float = 0.0
+    path: str = "none"
+    route: str = ""  # the receipt of x-triptych-route: path, instances and reason of the last plan
+    attempts: int = 0
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    prompt_tokens: int = 0  # as its engine has counted them, else predicted
+    output_tokens: int = 0  # as its engine has counted them, else by the bytes of its events; 0: nobody could tell
+    status: int = 0  # of HTTP; 499: the client left
+    error: str = ""  # stage and message, without line breaks
+    code: str = ""  # of the error
+    context: str = ""  # the trace context that the client sent
+    legs: list[LegRecord] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+    def leg(self, stage: Stage, url: str, items: int, now: float) -> LegRecord:
+        """One that begins."""
+        leg = LegRecord(stage, url, self.attempts, items, now)
+        self.legs.append(leg)
+        return leg
+
+    def note(self, at: float, name: str, detail: str) -> None:
+        """An event that has happened."""
+        self.events.append(Event(at, name, detail))
