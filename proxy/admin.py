@@ -59,8 +59,13 @@ class Admin:
             post("/instances/drain", self.drain, Audience.ADMINS),
         ]
 
+    @property
+    def locked(self) -> bool:
+        """Whether changes need a key."""
+        return self._key is not None
+
     async def list(self, request: Request) -> Response:
-        return json_response({"instances": [self._shown(instance) for instance in self._fleet]})
+        return json_response({"instances": [self.shown(instance) for instance in self._fleet]})
 
     async def register(self, request: Request) -> Response:
         """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain."""
@@ -75,7 +80,7 @@ class Admin:
         except ValueError as error:
             raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
         self._health.wake()
-        return json_response({"registered": True, "instance": self._shown(instance)})
+        return json_response({"registered": True, "instance": self.shown(instance)})
 
     async def remove(self, request: Request) -> Response:
         """Forget an instance now. What runs on it goes on."""
@@ -95,7 +100,7 @@ class Admin:
         if instance is None:
             raise NotFound(f"no instance {asked.url}", param="url")
         self._fleet.apply(instance, Event.DRAIN, "drained by an admin")
-        return json_response({"draining": instance.state is State.DRAINING, "instance": self._shown(instance)})
+        return json_response({"draining": instance.state is State.DRAINING, "instance": self.shown(instance)})
 
     def authorized(self, request: Request) -> dict[str, str]:
         """The headers that engines get of an admin's call: credentials, if they are not the admin key. Raises
@@ -105,7 +110,7 @@ class Admin:
         ours = self._key is not None and "x-api-key" not in request.headers
         return {} if given is None or ours else {"authorization": given}
 
-    def _shown(self, instance: Instance) -> dict[str, Any]:
+    def shown(self, instance: Instance) -> dict[str, Any]:
         """What is so of it by all workers; rates and items, by this one: each learns from its own requests."""
         ledger, rates = self._balancer.ledger, self._balancer.rates[instance.role]
         load = ledger.load(instance.url)

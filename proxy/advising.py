@@ -36,14 +36,18 @@ class Advising(Collector):
         return [get("/plan", self.plan, Audience.ADMINS)]
 
     async def plan(self, request: Request) -> Response:
-        """Always 200: without an advice, `reason` says why there is none."""
+        """Always 200, see `told`."""
+        return json_response(await self.told(_engines(request.query.get("engines"))))
+
+    async def told(self, engines: int | None = None) -> dict[str, Any]:
+        """The plan as JSON; without an advice, `reason` says why there is none."""
         offered, carried = self._sizing.offered(), self._sizing.carried()
         shown = _numbers(offered, carried)
         try:
-            advice = await asyncio.to_thread(advise, offered, carried, _engines(request.query.get("engines")))
+            advice = await asyncio.to_thread(advise, offered, carried, engines)
         except ValueError as error:
-            return json_response({**shown, "reason": str(error)})
-        return json_response({**shown, **_advice(advice, offered)})
+            return {**shown, "reason": str(error)}
+        return {**shown, **_advice(advice, offered)}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         advised = GaugeMetricFamily(

@@ -82,6 +82,12 @@ class Metrics:
         """Show these gauges too, which their owner knows for all workers."""
         self._standing.append(standing)
 
+    def requests_now(self) -> tuple[int, int]:
+        """Requests in flight, and those of them that wait to be admitted, over all workers."""
+        told = self._registry.get_sample_value if self._shared is None else tally.live(self._shared).get
+        in_flight, queued = (int(told(f"triptych_requests_{what}") or 0) for what in ("in_flight", "queued"))
+        return in_flight, queued
+
     def render(self) -> bytes:
         """The exposition text, with the gauges read from their owners now."""
         counted = self._registry if self._shared is None else tally.summed(self._shared)

@@ -1,10 +1,13 @@
 """What is exposed after real requests, by name."""
 
+import asyncio
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
+from tests.support.waiting import until
 
 
 async def samples(d: Deployment) -> dict[tuple[str, ...], float]:
@@ -37,6 +40,17 @@ async def test_every_stage_has_a_histogram_and_leases_return_to_zero() -> None:
         assert found["triptych_load_tokens", d.decodes[0].netloc, "decode"] == 0
         assert found["triptych_requests_in_flight",] == 0
         assert all(found["triptych_bytes_total", way] > 0 for way in ("from_clients", "to_engines", "to_clients"))
+
+
+async def test_requests_of_this_moment_are_told() -> None:
+    async with deployment("1b", max_concurrent=1) as d:
+        gate = d.combined[0].gate = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(d.post(chat()))
+            await until(lambda: d.proxy.metrics.requests_now() == (3, 2))
+            gate.set()
+        assert d.proxy.metrics.requests_now() == (0, 0)
 
 
 async def test_every_name_begins_with_triptych() -> None:

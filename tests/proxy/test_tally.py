@@ -47,9 +47,14 @@ def test_counts_add_up_and_go_on_where_a_killed_worker_ended(tmp_path: Path, wor
         work(tmp_path, worker, worker + 1)
     total = sum(range(1, workers + 1))
     found = told(tmp_path)
-    assert found["triptych_x_total", "P-D"] == found["triptych_flying",] == total
+    assert (
+        found["triptych_x_total", "P-D"]
+        == found["triptych_flying",]
+        == total
+        == tally.live(tmp_path)["triptych_flying"]
+    )
     tally.bury(tmp_path, 0)
-    assert told(tmp_path).get(("triptych_flying",), 0) == total - 1
+    assert told(tmp_path).get(("triptych_flying",), 0) == total - 1 == tally.live(tmp_path)["triptych_flying"]
     work(tmp_path, 0, 5)  # its successor
     found = told(tmp_path)
     assert found["triptych_x_total", "P-D"] == found["triptych_s_count",] == total + 5
