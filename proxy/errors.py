@@ -3,6 +3,7 @@
 ProxyError                    500  the tree's root; a class carries status, type, code
 ├─ BadRequest                 400  the client's mistake, found before any engine was called
 │  ├─ ForbiddenField          400  a field that only the proxy may set
+│  ├─ ForbiddenMedia          403  a URL that clients may not name
 │  └─ TooLarge                413
 ├─ NotFound                   404
 ├─ Conflict                   409
@@ -96,6 +97,11 @@ class BadRequest(ProxyError):
 
 class ForbiddenField(BadRequest):
     code = "forbidden_field"
+
+
+class ForbiddenMedia(BadRequest):
+    status = 403
+    code = "media_forbidden"
 
 
 class TooLarge(BadRequest):
