@@ -53,7 +53,7 @@ class Answer(Exchange):
             return StageTimeout(f"{who} did not answer in time", stage=stage)
         if isinstance(error, ConnectFailed):
             return Unreachable(f"{who} {error}", stage=stage)
-        if str(error).startswith("not HTTP"):
+        if str(error).startswith(("not HTTP", "TLS")):
             return Broken(f"{who} failed: {error}", stage=stage)
         if error.begun:
             return Broken(f"{who} broke off in the middle of its answer", stage=stage)
@@ -91,6 +91,11 @@ class Upstream:
 
     def __repr__(self) -> str:
         return f"<Upstream {self._client!r}>"
+
+    def go_by(self, timeouts: Timeouts) -> None:
+        """Other patience, for calls that begin from now on."""
+        self.timeouts = timeouts
+        self._client.connect_timeout = timeouts.connect
 
     async def __aenter__(self) -> Upstream:
         self._client.open()

@@ -361,7 +361,7 @@ class _Connection(asyncio.Protocol):
         if exc is None and exchange.status and not any(exchange.header(name) for name in _FRAMED):
             exchange.ended()  # RFC 9112 6.3: such a body lasts as long as its connection
         else:
-            exchange.failed(Cut(str(exc) if exc is not None else "closed", exchange.status != 0))
+            exchange.failed(Cut("closed" if exc is None else _why(exc), exchange.status != 0))
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
@@ -452,7 +452,7 @@ def _whole(data: bytes) -> int:
 
 
 @cache
-def _tls() -> ssl.SSLContext:
+def system_trust() -> ssl.SSLContext:
     """Read once: the system's certificates take tens of milliseconds."""
     return ssl.create_default_context()
 
@@ -463,7 +463,7 @@ class _Origin:
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self.host = parts.hostname or ""
-        self.tls = _tls() if parts.scheme == "https" else None
+        self.tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
         self.prefix = parts.path.rstrip("/")
         self.authority = parts.netloc.rpartition("@")[2]
@@ -501,10 +501,16 @@ class _Origin:
 class Client:
     """The pools of all engines. `open` and `close` it once each."""
 
-    def __init__(self, connect_timeout: float, resolve: Resolve | None = None) -> None:
-        """`resolve`: None leaves names to the system."""
-        self._connect_timeout = connect_timeout
+    def __init__(
+        self,
+        connect_timeout: float,
+        resolve: Resolve | None = None,
+        tls: Callable[[], ssl.SSLContext] = system_trust,
+    ) -> None:
+        """`resolve`: None leaves names to the system. `tls` is asked for each new connection to an https URL."""
+        self.connect_timeout = connect_timeout
         self._resolve = resolve
+        self._tls = tls
         self._origins: dict[str, _Origin] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._watcher: asyncio.TimerHandle | None = None
@@ -557,14 +563,12 @@ class Client:
         loop = self.loop
         origin.connecting += 1
         connection = _Connection(origin)
-        until = loop.time() + self._connect_timeout
+        until = loop.time() + self.connect_timeout
         try:
             async with asyncio.timeout_at(min(until, exchange.deadline)) as timer:
                 host = origin.host if self._resolve is None else await self._resolve(origin.host, origin.port)
-                name = origin.host if origin.tls else None
-                await loop.create_connection(
-                    lambda: connection, host, origin.port, ssl=origin.tls, server_hostname=name
-                )
+                name, tls = (origin.host, self._tls()) if origin.tls else (None, None)
+                await loop.create_connection(lambda: connection, host, origin.port, ssl=tls, server_hostname=name)
         except TimeoutError:
             connection.abandon()
             if not timer.expired():
@@ -603,6 +607,14 @@ class Client:
             self._sweeper = self._loop.call_later(_KEEPALIVE_S / 2, self._sweep)
 
 
+def _why(error: Exception) -> str:
+    return _words(error) if isinstance(error, ssl.SSLError) else str(error)
+
+
 def _words(error: OSError) -> str:
     """The system's words for it, without the address, which the caller names better."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}"
     return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -65,14 +66,24 @@ class Server:
         *,
         sock: socket.socket | None = None,
         reuse_port: bool = False,
+        tls: ssl.SSLContext | None = None,
     ) -> int:
         """Listen, on `sock` if one is given; the port. Raises OSError."""
         loop = asyncio.get_running_loop()
+        patience = None if tls is None else self.limits.head_seconds
         if sock is not None:
-            self._server = await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
+            self._server = await loop.create_server(
+                lambda: Connection(self), sock=sock, backlog=_BACKLOG, ssl=tls, ssl_handshake_timeout=patience
+            )
         else:
             self._server = await loop.create_server(
-                lambda: Connection(self), host or None, port, backlog=_BACKLOG, reuse_port=reuse_port or None
+                lambda: Connection(self),
+                host or None,
+                port,
+                backlog=_BACKLOG,
+                reuse_port=reuse_port or None,
+                ssl=tls,
+                ssl_handshake_timeout=patience,
             )
         self._sweep(loop)
         bound: int = self._server.sockets[0].getsockname()[1]

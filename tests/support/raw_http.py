@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -83,7 +84,9 @@ def refuse(error: HttpError) -> Response:
 
 
 @asynccontextmanager
-async def serving(handle: Handle, grace: float = 0.2, **limits: Any) -> AsyncIterator[Serving]:
+async def serving(
+    handle: Handle, grace: float = 0.2, tls: ssl.SSLContext | None = None, **limits: Any
+) -> AsyncIterator[Serving]:
     async def edge(request: Request) -> Response | None:
         try:
             return await handle(request)
@@ -91,7 +94,7 @@ async def serving(handle: Handle, grace: float = 0.2, **limits: Any) -> AsyncIte
             return refuse(error)
 
     server = Server(edge, refuse, Limits(**limits))
-    found = Serving(server, await server.start("127.0.0.1", 0))
+    found = Serving(server, await server.start("127.0.0.1", 0, tls=tls))
     try:
         yield found
     finally:

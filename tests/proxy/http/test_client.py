@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from proxy.http.client import Client, ConnectFailed, Cut, Late
+from proxy.tls import Caller, Files
+from tests.support.tls import Authority
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -362,4 +367,29 @@ async def test_a_connection_is_made_within_the_exchanges_patience() -> None:
         exchange.patience(0.1)
         with pytest.raises(Late):
             await exchange.__aenter__()
+        await client.close()
+
+
+async def test_why_a_peer_refuses_our_certificate_is_told(tmp_path: Path) -> None:
+    ca = Authority(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca.path)
+    context.verify_mode = ssl.CERT_REQUIRED
+    files = ca.files("server")
+    assert files.cert is not None
+    context.load_cert_chain(files.cert, files.key)
+    caller = Caller(Files(ca=ca.path))
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
+
+        def serve() -> None:
+            sock, _ = listening.accept()
+            with sock, pytest.raises(ssl.SSLError):
+                context.wrap_socket(sock, server_side=True)
+
+        serving = thread.submit(serve)
+        client = Client(60.0, tls=lambda: caller.context)
+        client.open()
+        with pytest.raises(Cut, match="TLS: tlsv13 alert certificate required"):
+            async with client.request("GET", f"https://127.0.0.1:{listening.getsockname()[1]}", "/"):
+                pass
+        await asyncio.wrap_future(serving)
         await client.close()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 
 import pytest
 
+from proxy.http.client import Client
 from proxy.http.message import Response
 from proxy.http.server import Limits, Request, Server
+from proxy.tls import Caller, Files, Listener
 from tests.support.raw_http import refuse, serving
+from tests.support.tls import Authority
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
@@ -75,3 +79,43 @@ async def test_what_outlives_the_grace_time_is_cut() -> None:
 def test_the_sweep_is_as_fine_as_the_shortest_limit() -> None:
     assert Limits().sweep_seconds == 1.0
     assert Limits(head_seconds=0.4).sweep_seconds == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 3 << 20])
+async def test_bodies_of_every_size_pass_both_ways_in_tls(tmp_path: Path, size: int) -> None:
+    async def echo(request: Request) -> Response:
+        return Response(200, bytes(await request.read()))
+
+    ca, body = Authority(tmp_path), bytes(range(256)) * (size // 256) + b"!"
+    caller = Caller(Files(ca=ca.path))
+    async with serving(echo, tls=Listener(ca.files("server")).context) as s:
+        client = Client(5.0, tls=lambda: caller.context)
+        client.open()
+        for _ in range(2):
+            async with client.request("POST", f"https://127.0.0.1:{s.port}", "/", body=body) as exchange:
+                assert await exchange.read() == body
+        assert "1 connections" in repr(s.server)
+        await client.close()
+
+
+async def test_who_shakes_no_hands_is_not_waited_for(tmp_path: Path) -> None:
+    tls = Listener(Authority(tmp_path).files("server")).context
+    async with serving(ok, tls=tls, head_seconds=0.05) as s:
+        client = await s.connect()
+        assert await client.closed() == b""
+
+
+async def test_who_speaks_plainly_to_tls_is_hung_up_on(tmp_path: Path) -> None:
+    async with serving(ok, tls=Listener(Authority(tmp_path).files("server")).context) as s:
+        client = await s.connect()
+        client.send(GET)
+        assert b"HTTP" not in await client.closed()
+
+
+async def test_an_answer_before_the_end_of_a_body_arrives_in_tls(tmp_path: Path) -> None:
+    """One half of such a connection cannot be closed alone."""
+    ca = Authority(tmp_path)
+    async with serving(ok, tls=Listener(ca.files("server")).context) as s:
+        client = await s.connect(ssl=ca.trusting())
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
+        assert (await client.answer())[2] == b"ok"
