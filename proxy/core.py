@@ -171,6 +171,8 @@ class Instance:
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON; what its URL or the probe says beside: see `Dialect`
     failures: int = 0  # probes failed in a row
     secret: str | None = field(default=None, repr=False)  # the credential it asks for; never shown
+    weight: float = 1.0  # capacity, relative to that of the others with its role
+    sources: frozenset[str] = frozenset()  # who lists it: see `proxy.membership`
 
     @property
     def netloc(self) -> str:

@@ -3,6 +3,7 @@
     0              the fleet            balancer.roster
     roster.SIZE    loads, turns         balancer.board
     … + board      what was asked       flow
+    … + flow       who is alive         heartbeats
 
 Beside the memory there is a folder for the sockets between workers and for their counters, gone with the supervisor or,
 if that was killed, with the workers.
@@ -17,17 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy import flow, tally
+from proxy import flow, heartbeats, tally
 from proxy.balancer import board, roster
 from proxy.balancer.board import Board
 from proxy.balancer.roster import Roster
 from proxy.core import Instance, State
 from proxy.flow import Flow
 from proxy.health import Health
+from proxy.heartbeats import Heartbeats
 from proxy.segment import Segment
 from proxy.siblings import Siblings
 
-_FLEET, _ROWS, _PROBES = range(3)  # the segment's locks
+_FLEET, _ROWS, _PROBES, _BEATS = range(4)  # the segment's locks
 _LOOK_S = 0.1  # how often the one who probes looks for what others have done to the fleet
 
 Told = Callable[[Instance, State], None]
@@ -43,7 +45,7 @@ class Crew:
 
     @classmethod
     def create(cls, workers: int) -> Crew:
-        segment = Segment.create(roster.SIZE + board.size(workers) + flow.size(workers))
+        segment = Segment.create(roster.SIZE + board.size(workers) + flow.size(workers) + heartbeats.SIZE)
         return cls(workers, segment, Path(tempfile.mkdtemp(prefix="triptych-")))
 
     def fleet(self, told: Told = lambda instance, before: None) -> Roster:
@@ -55,6 +57,10 @@ class Crew:
 
     def flow(self, worker: int) -> Flow:
         return Flow(self.segment.buffer[roster.SIZE + board.size(self.workers) :], self.workers, worker)
+
+    def heartbeats(self) -> Heartbeats:
+        cells = self.segment.buffer[roster.SIZE + board.size(self.workers) + flow.size(self.workers) :]
+        return Heartbeats(cells, lambda: self.segment.locked(_BEATS))
 
     def lost(self, worker: int) -> None:
         """A worker is dead: its leases are given back, and what it had in flight is over."""
@@ -89,6 +95,9 @@ class Seat:
 
     def flow(self) -> Flow:
         return self._crew.flow(self.worker)
+
+    def heartbeats(self) -> Heartbeats:
+        return self._crew.heartbeats()
 
     def fleet(self, told: Told) -> Roster:
         """This worker's look at the fleet; `told` as a Roster's."""

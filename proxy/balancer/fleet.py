@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Any
 
@@ -60,7 +61,8 @@ class Fleet:
 
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
-        self.version = 0  # another number each time an instance comes, goes or changes its state
+        self.held: dict[str, frozenset[str]] = {}  # URLs kept out although these sources list them
+        self.version = 0  # another number each time an instance comes, goes or changes its state or weight
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._instances.values()))
@@ -105,6 +107,16 @@ class Fleet:
         if state is State.GONE:
             self._instances.pop(instance.url, None)
         return changed
+
+    def weigh(self, instance: Instance, weight: float) -> None:
+        """Count on another capacity (> 0)."""
+        if weight != instance.weight:
+            instance.weight = weight
+            self.version += 1
+
+    def changing(self) -> AbstractContextManager[None]:
+        """What is changed within is changed at once for all workers, from what they have changed before. No await."""
+        return nullcontext()
 
     def refresh(self) -> bool:
         """Take over what other workers changed; True if they did."""

@@ -1,7 +1,7 @@
 """The fleet as all workers of one proxy see it: a Fleet whose instances stand in shared memory, written by any of them.
 
     0           version     how often the fleet was written; its lowest bit says which half holds it now
-    64          half 0      length 8 │ crc32 8 │ JSON …
+    64          half 0      length 8 │ crc32 8 │ JSON: [facts by URL, held by URL]
     64 + 2 M    half 1      length 8 │ crc32 8 │ JSON …
 
 A change is made under `lock`: read what others wrote, change, write the other half, and only then the version, in one
@@ -44,12 +44,15 @@ class Facts:
     model: str
     facts: Mapping[str, Any]
     secret: str | None
+    weight: float
+    sources: list[str]  # in order
 
     @classmethod
     def of(cls, instance: Instance) -> Facts:
         reason = instance.reason[:_REASON_LIMIT]
         role, dialect, state = instance.role.value, instance.dialect, instance.state
-        return cls(role, dialect, state, reason, instance.model, instance.facts, instance.secret)
+        said = instance.model, instance.facts, instance.secret, instance.weight, sorted(instance.sources)
+        return cls(role, dialect, state, reason, *said)
 
 
 class Roster(Fleet):
@@ -71,6 +74,7 @@ class Roster(Fleet):
         self.takeovers = 0  # how often something was found that another worker wrote
         self._seen = 0
         self._facts: dict[str, Facts] = {}  # as they stand in the memory
+        self._held: dict[str, list[str]] = {}  # the same of `held`
         self._changing = False
 
     # ---- looking
@@ -94,15 +98,15 @@ class Roster(Fleet):
     # ---- changing
 
     def join(self, url: str, role: Role, dialect: str, facts: Mapping[str, Any] | None = None) -> Instance:
-        with self._change():
+        with self.changing():
             return super().join(url, role, dialect, facts)
 
     def remove(self, url: str) -> Instance | None:
-        with self._change():
+        with self.changing():
             return super().remove(url)
 
     def apply(self, instance: Instance, event: Event, reason: str) -> bool:
-        with self._change():
+        with self.changing():
             if self._instances.get(instance.url) is not instance:
                 return False  # removed by another worker a moment ago
             return super().apply(instance, event, reason)
@@ -110,11 +114,11 @@ class Roster(Fleet):
     def share(self) -> None:
         """Publish what was set on instances here without an event, such as why one is not READY yet."""
         if {url: Facts.of(instance) for url, instance in self._instances.items()} != self._facts:
-            with self._change():
+            with self.changing():
                 pass
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         if self._changing:
             yield
             return
@@ -134,8 +138,9 @@ class Roster(Fleet):
             return False
         while True:
             version = self._version[0]
-            if (listed := self._read(version)) is not None and version == self._version[0]:
+            if (read := self._read(version)) is not None and version == self._version[0]:
                 break
+        listed, self._held = read
         self._seen = version
         self.version += 1
         for url in self._facts.keys() - listed.keys():
@@ -143,21 +148,27 @@ class Roster(Fleet):
         for url, facts in listed.items():
             self._take_over(url, facts)
         self._facts = listed
+        self.held = {url: frozenset(sources) for url, sources in self._held.items()}
         self.takeovers += 1
         return True
 
-    def _read(self, version: int) -> dict[str, Facts] | None:
+    def _read(self, version: int) -> tuple[dict[str, Facts], dict[str, list[str]]] | None:
         start = _HALVES + version % 2 * _HALF
         head = self._bytes[start : start + _HEAD].cast("q")
         length, checksum = head
         text = bytes(self._bytes[start + _HEAD : start + _HEAD + length])
-        return {url: Facts(*facts) for url, facts in orjson.loads(text).items()} if crc32(text) == checksum else None
+        if crc32(text) != checksum:
+            return None
+        listed, held = orjson.loads(text)
+        return {url: Facts(*facts) for url, facts in listed.items()}, held
 
     def _publish(self) -> None:
         facts = {url: Facts.of(instance) for url, instance in self._instances.items()}
-        if facts == self._facts:
+        held = {url: sorted(sources) for url, sources in self.held.items()}
+        if facts == self._facts and held == self._held:
             return
-        text = orjson.dumps({url: [getattr(f, name) for name in Facts.__slots__] for url, f in facts.items()})
+        listed = {url: [getattr(f, name) for name in Facts.__slots__] for url, f in facts.items()}
+        text = orjson.dumps([listed, held])
         if len(text) > _HALF - _HEAD:
             self._undo(facts.keys() - self._facts.keys())
             raise ValueError(f"{len(facts)} instances are more than one proxy holds")
@@ -166,7 +177,7 @@ class Roster(Fleet):
         self._bytes[start + _HEAD : start + _HEAD + len(text)] = text
         head[0], head[1] = len(text), crc32(text)
         self._seen = self._version[0] = self._seen + 1
-        self._facts = facts
+        self._facts, self._held = facts, held
 
     def _take_over(self, url: str, facts: Facts) -> None:
         """What another worker changed, and only that: the rest may have been set here a moment ago."""
@@ -188,6 +199,10 @@ class Roster(Fleet):
             instance.facts = facts.facts
         if seen is None or facts.secret != seen.secret:
             instance.secret = facts.secret
+        if seen is None or facts.weight != seen.weight:
+            instance.weight = facts.weight
+        if seen is None or facts.sources != seen.sources:
+            instance.sources = frozenset(facts.sources)
 
     def _leave(self, url: str) -> None:
         instance = self._instances.pop(url, None)

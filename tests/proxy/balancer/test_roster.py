@@ -92,7 +92,7 @@ def test_a_reader_is_never_shown_half_a_fleet() -> None:
     (here, there), _ = rosters(2)
     here.join(URLS[0], Role.DECODE, "native")
     before = shown(there)
-    with pytest.raises(KeyError), here._change():
+    with pytest.raises(KeyError), here.changing():
         here._instances[URLS[1]] = Instance(URLS[1], Role.DECODE, "native")
         raise KeyError  # killed on the way
     assert shown(there) == before
@@ -110,7 +110,7 @@ def test_a_fleet_that_does_not_fit_is_refused_and_nothing_is_changed() -> None:
 
 def test_twelve_hundred_instances_fit_with_all_they_may_say() -> None:
     (here, there), _ = rosters(2)
-    with here._change():
+    with here.changing():
         for number in range(1200):
             instance = here.join(f"http://encoder-{number}.engines.svc:8000", Role.ENCODE, "native")
             instance.reason, instance.facts = "r" * 300, {"labels": "f" * 1000}
