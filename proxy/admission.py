@@ -204,8 +204,9 @@ class Admission:
         def rank(one: Entry) -> tuple[int, bool]:
             return one.priority, encoders and one.media  # to shed media helps where encoders are what is short
 
-        worst = max((one for lane in self._lanes.values() for one in lane), key=lambda one: (rank(one), one))
-        if rank(worst) <= rank(entry):
+        waiting = (one for lane in self._lanes.values() for one in lane)
+        worst = max(waiting, key=lambda one: (rank(one), one), default=None)
+        if worst is None or rank(worst) <= rank(entry):
             raise full(self._waiting)
         worst.place = Place.REFUSED
         self._waiting -= 1

@@ -57,7 +57,7 @@ class OpenAI:
     ) -> None:
         self._fleet = fleet
         self._sizing = sizing
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._upstream = upstream
         self._metrics = metrics
         self._reading = reading
@@ -93,9 +93,9 @@ class OpenAI:
             self._active.discard(engine_id)
 
     async def _serve(self, job: Job, sink: ClientSink) -> Response | None:
-        run = self._dispatcher.begin(job, sink)
+        run = self.dispatcher.begin(job, sink)
         try:
-            await self._dispatcher.run(run)
+            await self.dispatcher.run(run)
             self._ended(run, 200)
             self._sizing.finished(run)
         except ProxyError as error:
@@ -124,7 +124,7 @@ class OpenAI:
         return job
 
     def _ended(self, run: Run, status: int, error: ProxyError | None = None) -> None:
-        record = self._dispatcher.end(run, status)
+        record = self.dispatcher.end(run, status)
         if error is not None:
             record.code, record.error = str(error.code), f"{error.stage}: {_LINES.sub(' ', error.message)}"
         seconds = record.ended - record.began

@@ -4,45 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from math import inf
 
-from proxy import api, callbacks, flow
+from proxy import api, callbacks, derived, flow
 from proxy.access import AccessLog
 from proxy.admin import Admin
-from proxy.admission import Admission, Limits
+from proxy.admission import Admission
 from proxy.advising import Advising
-from proxy.balancer import POLICIES
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
-from proxy.balancer.policy import Means
 from proxy.balancer.rates import Rates
-from proxy.breaker import Breakers, Thresholds
+from proxy.breaker import Breakers
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.costs import Costs
 from proxy.crew import Seat
 from proxy.dialects import FEEDS, INLINE, Speakers
-from proxy.dialects.base import Media, Options
-from proxy.dispatch import Dispatcher, Rules
+from proxy.dialects.base import Options
+from proxy.dispatch import Dispatcher
 from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
 from proxy.enrolment import Enrolment
 from proxy.families import Families
-from proxy.gate import Gate, Targets
-from proxy.health import Health, Probing
+from proxy.gate import Gate
+from proxy.health import Health
 from proxy.hedge import Hedge
 from proxy.http.router import Router, post
-from proxy.http.server import Limits as HttpLimits
 from proxy.http.server import Server
-from proxy.introduction import Introduction, Patience
+from proxy.introduction import Introduction
 from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
-from proxy.links import Links
 from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
@@ -51,12 +45,11 @@ from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
-from proxy.prospects import Sight
 from proxy.reading import Reading
 from proxy.settings import ProxySettings
 from proxy.sizing import Sizing
 from proxy.tasks import together
-from proxy.upstream import Timeouts, Upstream
+from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
 
 log = logging.getLogger(__name__)
@@ -73,46 +66,57 @@ class Proxy:
         self._seat = seat
         self.fleet = filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
         rates = {role: Rates(prior) for role, prior in PRIORS.items()}
-        policies = {
-            role: POLICIES[name](Means(role, rates[role], random.random)) for role, name in settings.policies().items()
-        }
-        self.balancer = Balancer(policies, seat.board() if seat else None, rates)
+        self.balancer = Balancer(derived.policies(settings, rates), seat.board() if seat else None, rates)
         self.metrics = Metrics(seat.folder if seat else None)
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
         self.advising = Advising(self.sizing)
         self.metrics.also(Standing(self.fleet, self.balancer.ledger))
         self.metrics.also(self.advising)
-        self.upstream = Upstream(_timeouts(settings))
+        self.upstream = Upstream(derived.timeouts(settings))
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
-        self.breakers = Breakers(Thresholds(settings.breaker_failures, settings.breaker_delay))
-        probing = Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
+        self.breakers = Breakers(derived.thresholds(settings))
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
-        patience = Patience(settings.probe_timeout, settings.warm_up_timeout)
-        introduction = Introduction(self.upstream, self.speakers, self.families, patience)
-        self.health = Health(self.fleet, self.balancer, self.breakers, self.upstream, introduction, probing)
+        self.introduction = Introduction(self.upstream, self.speakers, self.families, derived.patience(settings))
+        self.health = Health(
+            *(self.fleet, self.balancer, self.breakers, self.upstream, self.introduction, derived.probing(settings))
+        )
         self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
-        self.planner = self._planner(self.balancer)
-        self.gate = self._gate(settings)
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
         self.measuring = _measuring(settings, self.costs)
         self.reading = Reading(self._identity, self.costs, self.measuring)
+        self.planner = self._planner(self.balancer)
+        admission = Admission(derived.limits(settings))
+        foresee = self._outlooks().of
+        self.gate = Gate(admission, self.metrics, time.monotonic, foresee, derived.targets(settings))
         self.virtual: VirtualEncoder | None = None
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
+        self.openai = api.OpenAI(
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self.reading, self.access)
+        )
         self.port = seat.port if seat else settings.port
 
+    def go_by(self, settings: ProxySettings) -> None:
+        """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began."""
+        self.settings = settings
+        self.balancer.choose_by(derived.policies(settings, self.balancer.rates))
+        self.upstream.go_by(derived.timeouts(settings))
+        self.breakers.thresholds = derived.thresholds(settings)
+        self.health.probing = derived.probing(settings)
+        self.introduction.patience = derived.patience(settings)
+        self.planner = self._planner(self.balancer)
+        self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
+        self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
+        self.health.wake()
+
     def _planner(self, balancer: Balancer) -> Planner:
-        inline, sight = self.settings.inline_encoding, _sight(self.settings)
+        inline, sight = self.settings.inline_encoding, derived.sight(self.settings)
         return Planner(self.fleet, balancer, self.breakers, inline, self.families, sight)
 
-    def _gate(self, settings: ProxySettings) -> Gate:
+    def _outlooks(self) -> Outlooks:
         planners = self.planner, self._planner(idle(self.balancer))
-        outlooks = Outlooks(*planners, self.fleet, self.balancer, self.sizing, time.monotonic)
-        targets = Targets(
-            settings.ttft_target or inf, settings.tpot_target or inf, settings.max_embedding_bytes is not None
-        )
-        return Gate(Admission(_limits(settings)), self.metrics, time.monotonic, outlooks.of, targets)
+        return Outlooks(*planners, self.fleet, self.balancer, self.sizing, time.monotonic)
 
     def _dispatcher(self, settings: ProxySettings) -> Dispatcher:
         suspicion = Suspicion(dead=self.health.dead, opened=self.health.suspect)
@@ -120,12 +124,13 @@ class Proxy:
         legs = Legs(self.speakers, self.upstream, self.metrics, time.monotonic, suspicion, lessons)
         planner = self.planner
         encoding = Encoding(legs, planner, Hedge(settings.hedge_after), settings.max_attempts)
-        rules = Rules(settings.max_attempts, settings.resume, settings.request_timeout)
-        if settings.virtual_encoder_port is not None:
-            calls = EncoderCalls(legs, self.upstream)
+        calls = EncoderCalls(legs, self.upstream)
+        if self.virtual is not None:
+            self.virtual.go_by(planner, calls, settings.max_attempts)
+        elif settings.virtual_encoder_port is not None:
             self.virtual = VirtualEncoder(self.fleet, planner, legs, calls, settings.max_attempts, self.costs)
         over = Pictures(self.speakers).over if self.virtual is None else self.virtual.over
-        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, rules, over)
+        return Dispatcher(planner, legs, encoding, self.metaserver, self.gate, derived.rules(settings), over)
 
     @property
     def url(self) -> str:
@@ -134,14 +139,11 @@ class Proxy:
 
     def server(self) -> Server:
         settings = self.settings
-        openai = api.OpenAI(
-            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self.reading, self.access)
-        )
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
         told = [*admin.routes(), *profiling.routes(), *self.advising.routes()]
-        routes = [*openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
-        return Server(api.edge(Router(routes)), api.refused, HttpLimits(body_bytes=settings.max_body_bytes))
+        routes = [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
+        return Server(api.edge(Router(routes)), api.refused, derived.http_limits(settings))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
@@ -168,7 +170,7 @@ class Proxy:
         if self.virtual is None:
             yield
             return
-        limits = HttpLimits(body_bytes=settings.max_body_bytes)
+        limits = derived.http_limits(settings)
         server = Server(api.edge(Router(self.virtual.routes())), api.refused, limits)
         self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
         lists = settings.lists()
@@ -211,44 +213,10 @@ class Proxy:
         return Identity(f"{settings.tenant_salt}\0{tenant}".encode(), settings.trust_client_identity)
 
 
-def _timeouts(settings: ProxySettings) -> Timeouts:
-    return Timeouts(
-        connect=settings.connect_timeout,
-        encode=settings.encode_timeout,
-        prefill=settings.prefill_timeout,
-        first_token=settings.first_token_timeout,
-        stream_idle=settings.stream_idle_timeout,
-        answer=settings.answer_timeout,
-    )
-
-
 def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:
     if settings.measure_urls == "never":
         return None
     return Measuring(costs, settings.measure_timeout, private=settings.measure_urls == "all")
-
-
-def _limits(settings: ProxySettings) -> Limits:
-    """An equal share for each worker: connections are dealt to them evenly, and nobody asks another for a place."""
-    share = settings.workers
-    return Limits(
-        requests=-(-settings.max_concurrent // share),
-        nbytes=min(settings.max_bytes_in_flight, max(settings.max_bytes_in_flight // share, settings.max_body_bytes)),
-        queue=-(-settings.max_queue // share),
-        patience=settings.queue_timeout,
-    )
-
-
-def _sight(settings: ProxySettings) -> Sight:
-    """Bytes are bounded by an equal share for each worker, as requests are."""
-    most = settings.max_embedding_bytes
-    return Sight(
-        weighed=frozenset(role for role, policy in settings.policies().items() if policy == "affinity"),
-        always=settings.ttft_target is not None,
-        media_anyway=settings.media_to_prefill is not Media.NEVER,
-        max_embedding_bytes=None if most is None else -(-most // settings.workers),
-        links=Links.parse(settings.link_rates),
-    )
 
 
 def filled(fleet: Fleet, settings: ProxySettings) -> Fleet:

@@ -64,7 +64,7 @@ class Breakers:
     """The circuits of a fleet by URL. An unknown URL has a closed one."""
 
     def __init__(self, thresholds: Thresholds) -> None:
-        self._thresholds = thresholds
+        self.thresholds = thresholds
         self._records: dict[str, _Record] = {}
         self._restricted: set[str] = set()  # to which not every leg may go, or might not a moment ago
 
@@ -97,7 +97,7 @@ class Breakers:
         until = max(record.avoid_until, record.open_until or 0.0)
         if until > now:
             return until - now
-        return self._thresholds.delay if record.trial is not None else 0.0
+        return self.thresholds.delay if record.trial is not None else 0.0
 
     def circuit(self, url: str, now: float) -> Circuit:
         record = self._records.get(url)
@@ -133,9 +133,9 @@ class Breakers:
         record.failures += 1
         if record.open_until is not None and not is_trial:
             return False  # begun before it opened
-        if not is_trial and record.failures < self._thresholds.failures:
+        if not is_trial and record.failures < self.thresholds.failures:
             return False
-        record.open_until = now + self._thresholds.delay * min(2**record.trips, _LONGEST)
+        record.open_until = now + self.thresholds.delay * min(2**record.trips, _LONGEST)
         record.trips += 1
         self._restricted.add(url)
         return True

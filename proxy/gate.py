@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 
 from proxy import wishes
-from proxy.admission import Admission, Entry, Outlook, Place, Wish, full, late
+from proxy.admission import Admission, Entry, Limits, Outlook, Place, Wish, full, late
 from proxy.core import Job
 from proxy.errors import ProxyError, QueueTimeout, ShuttingDown
 from proxy.metrics import Metrics
@@ -46,6 +46,12 @@ class Gate:
         self._waiting: dict[int, asyncio.Future[None]] = {}  # by the entry's number
         self._looking: asyncio.Handle | None = None
         self._closed = False
+
+    def go_by(self, limits: Limits, foresee: Callable[[Job], Outlook], targets: Targets) -> None:
+        """Other limits and targets from now on. Who was admitted stays, and so do the targets of those who wait."""
+        self.admission.limits = limits
+        self._foresee, self._targets = foresee, targets
+        self._let_in(self.admission.promote(self._clock()))
 
     def close(self) -> None:
         """Nobody new is admitted, and those that wait are refused: the proxy is stopping."""

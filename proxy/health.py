@@ -43,7 +43,7 @@ class Health:
         self._balancer = balancer
         self._upstream = upstream
         self._introduce = introduce
-        self._probing = probing
+        self.probing = probing
         self._running: dict[str, asyncio.Task[None]] = {}  # probes by URL
         self._wake = asyncio.Event()
 
@@ -71,10 +71,10 @@ class Health:
             while True:
                 self._wake.clear()
                 self._start(group)
-                await self._wait(self._probing.timeout)
+                await self._wait(self.probing.timeout)
                 self._tidy()
                 awaited = any(instance.state in (State.JOINING, State.DOWN) for instance in self._fleet)
-                pause = min(_AWAITED_INTERVAL_S, self._probing.interval) if awaited else self._probing.interval
+                pause = min(_AWAITED_INTERVAL_S, self.probing.interval) if awaited else self.probing.interval
                 try:
                     async with asyncio.timeout(pause):
                         await self._wake.wait()
@@ -111,13 +111,13 @@ class Health:
 
     async def _probe(self, instance: Instance) -> None:
         try:
-            status, _ = await self._upstream.get(instance, "/health", self._probing.timeout)
+            status, _ = await self._upstream.get(instance, "/health", self.probing.timeout)
             if status != 200:
                 raise Unfit(f"GET /health answers {status}")
             if instance.state is not State.READY:
                 await self._introduce(instance, self._fleet)
         except Unreachable as error:
-            instance.failures = self._probing.failures  # nobody listens: asking again would tell nothing new
+            instance.failures = self.probing.failures  # nobody listens: asking again would tell nothing new
             self._failed(instance, str(error))
         except (EngineFailed, Unfit) as error:
             self._failed(instance, str(error))
@@ -133,7 +133,7 @@ class Health:
             if instance.reason != reason:
                 log.info("%s %s is not ready: %s", instance.role.label, instance.netloc, reason)
             instance.reason = reason
-        elif instance.failures >= self._probing.failures or self.circuit(instance) is not Circuit.CLOSED:
+        elif instance.failures >= self.probing.failures or self.circuit(instance) is not Circuit.CLOSED:
             self._apply(instance, Event.FAILED, reason)  # once is enough where legs have failed as well
 
     def _apply(self, instance: Instance, event: Event, reason: str) -> None:

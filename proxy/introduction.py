@@ -42,7 +42,7 @@ class Introduction:
         self._upstream = upstream
         self._dialects = dialects
         self._families = families
-        self._patience = patience
+        self.patience = patience
 
     async def __call__(self, instance: Instance, listed: Iterable[Instance]) -> None:
         """Fill in what `instance` says of itself, and try it, among the `listed`. Raises Unfit, EngineFailed."""
@@ -62,7 +62,7 @@ class Introduction:
         return None if instance.dialect == UNKNOWN else self._families.stray(instance, listed)
 
     async def _found(self, instance: Instance) -> Found | None:
-        ask = detect.asking(self._upstream, instance, self._patience.question)
+        ask = detect.asking(self._upstream, instance, self.patience.question)
         if instance.dialect != UNKNOWN:
             return await detect.detect(ask, instance.dialect)
         found = await detect.detect(ask)
@@ -88,7 +88,7 @@ class Introduction:
             return
         url = detect.bootstrap_url(instance, _VLLM_BOOTSTRAP_PORT)
         ids = await detect.engine_ids(
-            detect.asking(self._upstream, replace(instance, url=url), self._patience.question)
+            detect.asking(self._upstream, replace(instance, url=url), self.patience.question)
         )
         if not ids:
             raise Unfit(f"its bootstrap server {url} does not tell its engine id")
@@ -99,7 +99,7 @@ class Introduction:
         if call is None:
             return
         path, body = call
-        data, seconds = orjson.dumps(body), self._patience.warm_up
+        data, seconds = orjson.dumps(body), self.patience.warm_up
         post = self._upstream.post(instance, Stage.PROXY, path, data, "x-request-id: warm-up\r\n", seconds)
         try:
             async with post as answer:

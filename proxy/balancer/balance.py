@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from proxy.balancer.board import Board
 from proxy.balancer.caches import CAPACITY, Holders, hit
 from proxy.balancer.foresight import soonest
-from proxy.balancer.ledger import Lease, Ledger
+from proxy.balancer.ledger import Lease, Ledger, Listener
 from proxy.balancer.pace import TOKEN
 from proxy.balancer.policy import Demand, Policy
 from proxy.balancer.pool import Pool
@@ -27,8 +27,13 @@ class Balancer:
     ) -> None:
         self._policies = policies
         self.rates = rates or {role: Rates(prior) for role, prior in PRIORS.items()}
-        self.ledger = Ledger({role: one.changed for role, one in policies.items() if one.listens}, board)
+        self.ledger = Ledger(_listeners(policies), board)
         self.holders = Holders()  # of items, among the encoders
+
+    def choose_by(self, policies: Mapping[Role, Policy]) -> None:
+        """Have other policies choose from now on. Leases stay, and so does what was learnt."""
+        self._policies = policies
+        self.ledger.listeners = _listeners(policies)
 
     def take(self, role: Role, pool: Pool, demand: Demand) -> Lease:
         """Choose one of `pool` (not empty) and charge it. The caller owns the lease."""
@@ -68,3 +73,7 @@ class Balancer:
     def forget(self, instance: Instance) -> None:
         self.rates[instance.role].forget(instance.url)
         self.holders.forget(instance.url)
+
+
+def _listeners(policies: Mapping[Role, Policy]) -> dict[Role, Listener]:
+    return {role: one.changed for role, one in policies.items() if one.listens}

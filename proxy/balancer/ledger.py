@@ -56,7 +56,7 @@ class Ledger:
 
     def __init__(self, listeners: Mapping[Role, Listener], board: Board | None = None) -> None:
         """`listeners` hear of every lease of their role taken and returned here: the instance, as it stands then."""
-        self._listeners = listeners
+        self.listeners = listeners
         self._board = board or alone()
         self._open: set[Lease] = set()
 
@@ -88,7 +88,7 @@ class Ledger:
 
     def _move(self, lease: Lease, tokens: int, leases: int) -> None:
         self._board.add(lease.row, _TOTALS[lease.role], tokens, leases)
-        listener = self._listeners.get(lease.role)
+        listener = self.listeners.get(lease.role)
         if listener is not None:
             listener(lease.instance.url, self._board.standing(lease.row))
 

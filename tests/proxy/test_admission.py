@@ -270,3 +270,12 @@ def test_whatever_happens_wishes_are_kept_and_nobody_is_passed_by_those_who_need
     for entry in entries:
         a.leave(entry, now)
     assert (a.requests, a.nbytes, a.waiting) == (0, 0, 0)
+
+
+def test_without_a_queue_nobody_waits_and_nobody_is_pushed_out() -> None:
+    a = admission(requests=1, queue=0)
+    running, _ = a.arrive(0, 1)
+    with pytest.raises(Overloaded):
+        a.arrive(-1, 1)
+    a.leave(running)
+    assert a.arrive(0, 1)[0].place is Place.ADMITTED

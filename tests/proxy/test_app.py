@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import aiohttp
 import pytest
@@ -11,10 +12,11 @@ from aiohttp import web
 from proxy.app import Proxy
 from proxy.settings import ProxySettings
 from proxy.vision import FAMILIES
-from tests.fakes.deployment import FAST, deployment
+from tests.fakes.deployment import FAST, Deployment, deployment
 from tests.fakes.media import chat
 from tests.fakes.native import ENGINES, Decode, Encoder, Language, Prefill
 from tests.proxy.test_measuring import hosted, parts
+from tests.support.waiting import until
 
 
 @pytest.mark.parametrize("measure", ["never", "all"])
@@ -85,3 +87,46 @@ async def test_a_stopping_proxy_still_takes_the_callbacks_of_its_requests() -> N
                 assert response.status == 200
             assert decode.callbacks == [(200, {"status": "ok"})]
             await serving
+
+
+def changed(d: Deployment, **given: Any) -> ProxySettings:
+    return d.proxy.settings.model_copy(update=given)
+
+
+async def test_other_settings_are_for_requests_that_begin_after_them() -> None:
+    async with deployment("2b", answer_timeout=30.0, policy="round_robin") as d:
+        gate = asyncio.Event()
+        for engine in d.combined:
+            engine.gate = gate
+        asking = asyncio.create_task(d.post(chat()))
+        await until(lambda: sum(engine.running for engine in d.combined) == 1)
+        d.proxy.go_by(changed(d, answer_timeout=0.05, max_attempts=1, max_concurrent=2, max_queue=0))
+        answer = await d.post(chat())
+        assert (answer.status, answer.error["code"], answer.error["attempts"]) == (504, "stage_timeout", 1)
+        d.proxy.go_by(changed(d, max_concurrent=1))
+        assert (await d.post(chat())).error["code"] == "queue_full"
+        gate.set()
+        assert (await asking).status == 200, "by the patience that it began with"
+
+
+async def test_who_waits_for_a_place_gets_one_of_those_that_a_reload_adds() -> None:
+    async with deployment("1b", max_concurrent=1) as d:
+        gate = d.combined[0].gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat())) for _ in range(2)]
+        await until(lambda: d.proxy.gate.admission.waiting == 1)
+        d.proxy.go_by(changed(d, max_concurrent=2))
+        await d.combined[0].until(lambda: d.combined[0].running == 2)
+        gate.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200, 200]
+
+
+async def test_another_policy_chooses_with_the_loads_that_are_there() -> None:
+    async with deployment("2b", policy="round_robin") as d:
+        gate = d.combined[0].gate = d.combined[1].gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat())) for _ in range(3)]
+        await until(lambda: sum(engine.running for engine in d.combined) == 3)
+        d.proxy.go_by(changed(d, policy="least_loaded"))
+        asking.append(asyncio.create_task(d.post(chat())))
+        await until(lambda: [engine.running for engine in d.combined] == [2, 2])
+        gate.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4

@@ -1,0 +1,88 @@
+"""What each part of the proxy takes of the settings: frozen values, made here and nowhere else."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from math import inf
+
+from proxy.admission import Limits
+from proxy.balancer import POLICIES
+from proxy.balancer.policy import Means, Policy
+from proxy.balancer.rates import Rates
+from proxy.breaker import Thresholds
+from proxy.core import Role
+from proxy.dialects.base import Media
+from proxy.dispatch import Rules
+from proxy.gate import Targets
+from proxy.health import Probing
+from proxy.http.server import Limits as HttpLimits
+from proxy.introduction import Patience
+from proxy.links import Links
+from proxy.prospects import Sight
+from proxy.settings import ProxySettings
+from proxy.upstream import Timeouts
+
+
+def policies(settings: ProxySettings, rates: Mapping[Role, Rates]) -> dict[Role, Policy]:
+    """New ones, which go by `rates`."""
+    named = settings.policies().items()
+    return {role: POLICIES[name](Means(role, rates[role], random.random)) for role, name in named}
+
+
+def timeouts(settings: ProxySettings) -> Timeouts:
+    return Timeouts(
+        connect=settings.connect_timeout,
+        encode=settings.encode_timeout,
+        prefill=settings.prefill_timeout,
+        first_token=settings.first_token_timeout,
+        stream_idle=settings.stream_idle_timeout,
+        answer=settings.answer_timeout,
+    )
+
+
+def thresholds(settings: ProxySettings) -> Thresholds:
+    return Thresholds(settings.breaker_failures, settings.breaker_delay)
+
+
+def probing(settings: ProxySettings) -> Probing:
+    return Probing(settings.probe_interval, settings.probe_timeout, settings.probe_failures)
+
+
+def patience(settings: ProxySettings) -> Patience:
+    return Patience(settings.probe_timeout, settings.warm_up_timeout)
+
+
+def rules(settings: ProxySettings) -> Rules:
+    return Rules(settings.max_attempts, settings.resume, settings.request_timeout)
+
+
+def targets(settings: ProxySettings) -> Targets:
+    return Targets(settings.ttft_target or inf, settings.tpot_target or inf, settings.max_embedding_bytes is not None)
+
+
+def limits(settings: ProxySettings) -> Limits:
+    """An equal share for each worker: connections are dealt to them evenly, and nobody asks another for a place."""
+    share = settings.workers
+    return Limits(
+        requests=-(-settings.max_concurrent // share),
+        nbytes=min(settings.max_bytes_in_flight, max(settings.max_bytes_in_flight // share, settings.max_body_bytes)),
+        queue=-(-settings.max_queue // share),
+        patience=settings.queue_timeout,
+    )
+
+
+def http_limits(settings: ProxySettings) -> HttpLimits:
+    return HttpLimits(body_bytes=settings.max_body_bytes)
+
+
+def sight(settings: ProxySettings) -> Sight:
+    """Bytes are bounded by an equal share for each worker, as requests are."""
+    most = settings.max_embedding_bytes
+    return Sight(
+        weighed=frozenset(role for role, policy in settings.policies().items() if policy == "affinity"),
+        always=settings.ttft_target is not None,
+        media_anyway=settings.media_to_prefill is not Media.NEVER,
+        max_embedding_bytes=None if most is None else -(-most // settings.workers),
+        links=Links.parse(settings.link_rates),
+    )
