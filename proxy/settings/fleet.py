@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, field_validator, model_validator
 
 from proxy.core import BOTH, Order, Role
 from proxy.dialects import DIALECTS
 from proxy.dialects.base import Media
 from proxy.dialects.sglang import Sglang
-from proxy.settings.endpoint import Endpoint, nothing, urls
+from proxy.settings.endpoint import FINDERS, Endpoint, nothing, urls, written
 
 _ORDERS = {"push": Order.DECODE_FIRST, "pull": Order.SEQUENTIAL, "together": Order.TOGETHER}
 
@@ -23,6 +24,21 @@ class FleetSettings(BaseModel):
         "", description="prefill engines; 'disable', 'none' or empty: the decode list holds combined engines"
     )
     decode_servers_urls: str = Field("", description="decode engines, or combined ones without a prefill list")
+    register_key: str | None = Field(
+        None,
+        description="what engines show that register themselves (their --register-key); with it the lists may be "
+        "empty; default: the admin key",
+    )
+    discovery_interval: PositiveFloat = Field(
+        5.0, description=f"seconds between two look-ups of names: {FINDERS['dns']}, {FINDERS['srv']}"
+    )
+    dns_server: str = Field("", description="address or address:port to ask for them; default: as resolv.conf says")
+    kubernetes_api: str = Field(
+        "https://kubernetes.default.svc", description=f"API server that is watched for endpoints: {FINDERS['k8s']}"
+    )
+    kubernetes_credentials: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"), description="folder with its token and ca.crt"
+    )
     dialect: str = Field("auto", description=f"of URLs without one: {', '.join(DIALECTS)}; auto asks each engine")
     kv_handoff: Literal["auto", "push", "pull", "together"] = Field(
         "auto",
@@ -53,15 +69,15 @@ class FleetSettings(BaseModel):
     @field_validator("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls", mode="before")
     @classmethod
     def _joined(cls, value: Any) -> Any:
-        """A YAML file may hold a list."""
-        return ",".join(map(str, value)) if isinstance(value, list) else ("" if value is None else value)
+        """A YAML file may hold a list, with mappings in it."""
+        return ",".join(map(written, value)) if isinstance(value, list) else ("" if value is None else value)
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         endpoints = self.fleet()
-        if not any(Role.DECODE in role for role, _ in endpoints):
-            raise ValueError("--decode-servers-urls: at least one engine is needed")
-        listed = [endpoint.url for _, endpoint in endpoints]
+        if self.register_key is None and not any(Role.DECODE in role for role, _ in endpoints):
+            raise ValueError("--decode-servers-urls: at least one engine is needed, or --register-key for some to come")
+        listed = [endpoint.name for _, endpoint in endpoints]
         twice = next((url for url in listed if listed.count(url) > 1), None)
         if twice is not None:
             raise ValueError(f"{twice} is listed twice: an engine has one role")
@@ -70,7 +86,8 @@ class FleetSettings(BaseModel):
         return self
 
     def fleet(self) -> list[tuple[Role, Endpoint]]:
-        """Every engine of the three lists with its role. Raises ValueError."""
+        """Every engine of the three lists with its role, and the names behind which there are some. Raises
+        ValueError."""
         split = not nothing(self.prefill_servers_urls)
         lists = (
             (Role.ENCODE, self.encode_servers_urls),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from proxy.core import BOTH, Role
@@ -36,12 +38,31 @@ def test_lists_of_encoders_are_urls_without_their_ends() -> None:
     assert load(*D).lists() == []
 
 
+def test_a_file_may_list_urls_and_mappings(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.yaml"
+    file.write_text("decode-servers-urls:\n- http://d:1\n- {url: 'http://d:2', weight: 3, labels: {rack: r1}}\n")
+    assert load("--config", str(file)).fleet() == [
+        (BOTH, Endpoint("http://d:1", "auto")),
+        (BOTH, Endpoint("http://d:2", "auto", {"labels": {"rack": "r1"}}, 3.0)),
+    ]
+
+
+def test_lists_may_be_empty_where_engines_register_themselves() -> None:
+    assert load("--register-key", "k").fleet() == []
+
+
+def test_names_behind_which_there_are_engines_stand_in_the_same_lists() -> None:
+    ((role, found),) = load("--decode-servers-urls", "srv+http://_d._tcp.x").fleet()
+    assert (role, found.finder, found.name) == (BOTH, "srv", "srv+http://_d._tcp.x")
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         ([], "--decode-servers-urls: at least one engine is needed"),
         (["--prefill-servers-urls", "http://p:1"], "--decode-servers-urls: at least one engine is needed"),
         ([*D, "--encode-servers-urls", "http://d:1/"], "http://d:1 is listed twice"),
+        (["--decode-servers-urls", "dns+http://d:1,dns+http://d:1/"], "dns+http://d:1 is listed twice"),
         ([*D, "--encoder-register-urls", "http://l:8997"], "listens on --virtual-encoder-port"),
         ([*D, "--virtual-encoder-port", "0", "--encoder-register-urls", "l:8997"], "looks like http://host:port"),
     ],
