@@ -7,9 +7,9 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from proxy import api, callbacks, derived, flow
+from proxy import api, callbacks, derived, flow, history
 from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission
@@ -41,13 +41,16 @@ from proxy.measuring import Measuring
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
 from proxy.outlooks import Outlooks, idle
+from proxy.page import Page
 from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
 from proxy.reading import Reading
 from proxy.settings import ProxySettings
+from proxy.siblings import Kind
 from proxy.sizing import Sizing
+from proxy.snapshot import Owners, Snapshots
 from proxy.tasks import together
 from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
@@ -92,9 +95,9 @@ class Proxy:
         self.virtual: VirtualEncoder | None = None
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
-        self.openai = api.OpenAI(
-            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.metrics, self.reading, self.access)
-        )
+        self.history = seat.history() if seat else history.alone()
+        told = (self.metrics, self.access, self.history)
+        self.openai = api.OpenAI(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading, *told)
         self.port = seat.port if seat else settings.port
 
     def go_by(self, settings: ProxySettings) -> None:
@@ -141,7 +144,9 @@ class Proxy:
         settings = self.settings
         admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
-        told = [*admin.routes(), *profiling.routes(), *self.advising.routes()]
+        owners = Owners(self.fleet, admin, self.metrics, self.advising, self.history, settings.workers)
+        page = Page(Snapshots(owners, time.monotonic), admin)
+        told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *page.routes()]
         routes = [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, derived.http_limits(settings))
 
@@ -149,7 +154,14 @@ class Proxy:
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
         measuring = nullcontext() if self.measuring is None else self.measuring.running()
-        async with self.upstream, self.metaserver.listening(), measuring, self._encoding(), together() as group:
+        async with (
+            self.upstream,
+            self.metaserver.running(),
+            self._siblings(),
+            measuring,
+            self._encoding(),
+            together() as group,
+        ):
             server = self.server()
             try:
                 shared = self._seat is not None
@@ -162,6 +174,11 @@ class Proxy:
                 self.gate.close()
                 await server.stop(await self._last_callbacks(self.settings.grace_timeout))
                 self.access.flush()
+
+    def _siblings(self) -> AbstractAsyncContextManager[None]:
+        """Within, the other workers get this one's answers."""
+        answers = {Kind.CALLBACK: self.metaserver.answer}
+        return nullcontext() if self._seat is None else self._seat.siblings.listening(answers)
 
     @asynccontextmanager
     async def _encoding(self) -> AsyncIterator[None]:

@@ -23,7 +23,7 @@ from proxy.errors import BadRequest, Conflict, NotFound, ProxyError, StageTimeou
 from proxy.http.message import JSON, Response
 from proxy.http.server import Request
 from proxy.places import NO_PLACES, Places, Taken
-from proxy.siblings import Siblings
+from proxy.siblings import Kind, Siblings
 from proxy.tasks import Owed
 
 ROUTE = "/v1/metaserver"
@@ -127,14 +127,10 @@ class Metaserver:
             waiting.finish(ProxyError("the request ended before its prefill", code="request_ended"))
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator[None]:
-        """Within, other workers can pass on what is this one's. What is owed ends with it."""
+    async def running(self) -> AsyncIterator[None]:
+        """What is owed ends with it."""
         try:
-            if self._siblings is None:
-                yield
-            else:
-                async with self._siblings.listening(self.answer):
-                    yield
+            yield
         finally:
             await self.owed.stop()
 
@@ -177,10 +173,10 @@ class Metaserver:
             return await self.answer(body)
         named = [other for other in siblings.others if str(other) == worker]
         if named:
-            return await siblings.ask(named[0], body)
+            return await siblings.ask(named[0], Kind.CALLBACK, body)
         for other in siblings.others:
             with suppress(NotFound):
-                status, answer = await siblings.ask(other, body)
+                status, answer = await siblings.ask(other, Kind.CALLBACK, body)
                 if status != NotFound.status:
                     return status, answer
         return await self.answer(body)

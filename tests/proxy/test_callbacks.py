@@ -12,7 +12,7 @@ from proxy.callbacks import Metaserver
 from proxy.core import Instance, Role
 from proxy.errors import Conflict, NotFound, ProxyError, StageTimeout, Unreachable
 from proxy.places import NO_PLACES
-from proxy.siblings import Siblings
+from proxy.siblings import Kind, Siblings
 from tests.fakes.deployment import deployment
 from tests.fakes.media import chat
 
@@ -142,10 +142,11 @@ async def test_among_several_workers_the_address_names_one(url: str | None, expe
 
 @pytest.mark.parametrize("named", ["0", "1", "2", "9", "x", None])
 async def test_a_callback_reaches_who_waits_by_its_name_or_by_asking(named: str | None, tmp_path: Path) -> None:
-    workers = [Metaserver("h", None, Siblings(tmp_path, 3, worker)) for worker in range(3)]
+    crew = [Siblings(tmp_path, 3, worker) for worker in range(3)]
+    workers = [Metaserver("h", None, siblings) for siblings in crew]
     async with AsyncExitStack() as stack:
-        for worker in workers:
-            await stack.enter_async_context(worker.listening())
+        for worker, siblings in zip(workers, crew, strict=True):
+            await stack.enter_async_context(siblings.listening({Kind.CALLBACK: worker.answer}))
         waiting = stack.enter_context(workers[2].expect("a"))
         body = b'{"request_id": "chatcmpl-a", "x": 1}'
         asking = asyncio.create_task(workers[0].routed(body, named))
