@@ -20,6 +20,7 @@ from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
 from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
+from proxy.history import History
 from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
@@ -51,9 +52,10 @@ class OpenAI:
         sizing: Sizing,
         dispatcher: Dispatcher,
         upstream: Upstream,
-        metrics: Metrics,
         reading: Reading,
+        metrics: Metrics,
         access: AccessLog,
+        history: History,
     ) -> None:
         self._fleet = fleet
         self._sizing = sizing
@@ -62,6 +64,7 @@ class OpenAI:
         self._metrics = metrics
         self._reading = reading
         self._access = access
+        self._history = history
         self._active: set[str] = set()  # engine-facing ids in flight
         self._received, self._sent = (metrics.bytes.labels(way) for way in ("from_clients", "to_clients"))
         self._counters: dict[tuple[str, str], Counter] = {}  # of metrics.requests: finding a child costs as much as it
@@ -127,6 +130,7 @@ class OpenAI:
         record = self.dispatcher.end(run, status)
         if error is not None:
             record.code, record.error = str(error.code), f"{error.stage}: {_LINES.sub(' ', error.message)}"
+        self._history.ended(record)
         seconds = record.ended - record.began
         self._count(record.path, str(status))
         self._metrics.observe("e2e", seconds)

@@ -1,9 +1,10 @@
 """What the workers of one proxy share, and each one's place in it. Starts no process: `workers` does.
 
-    0              the fleet            balancer.roster
-    roster.SIZE    loads, turns         balancer.board
-    … + board      what was asked       flow
-    … + flow       who is alive         heartbeats
+    roster        the fleet, and where each instance stands
+    board         loads, turns
+    flow          what was asked
+    heartbeats    who is alive
+    history       what has ended
 
 Beside the memory there is a folder for the sockets between workers and for their counters, gone with the supervisor or,
 if that was killed, with the workers.
@@ -16,9 +17,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
-from proxy import flow, heartbeats, tally
+from proxy import flow, heartbeats, history, tally
 from proxy.balancer import board, roster
 from proxy.balancer.board import Board
 from proxy.balancer.roster import Roster
@@ -26,6 +28,7 @@ from proxy.core import Instance, State
 from proxy.flow import Flow
 from proxy.health import Health
 from proxy.heartbeats import Heartbeats
+from proxy.history import History
 from proxy.segment import Segment
 from proxy.siblings import Siblings
 
@@ -45,22 +48,28 @@ class Crew:
 
     @classmethod
     def create(cls, workers: int) -> Crew:
-        segment = Segment.create(roster.SIZE + board.size(workers) + flow.size(workers) + heartbeats.SIZE)
+        segment = Segment.create(sum(_sizes(workers).values()))
         return cls(workers, segment, Path(tempfile.mkdtemp(prefix="triptych-")))
 
     def fleet(self, told: Told = lambda instance, before: None) -> Roster:
         return Roster(self.segment.buffer, lambda: self.segment.locked(_FLEET), told)
 
     def board(self, worker: int) -> Board:
-        cells = self.segment.buffer[roster.SIZE :]
-        return Board(cells, self.workers, worker, lambda: self.segment.locked(_ROWS))
+        return Board(self._part("board"), self.workers, worker, lambda: self.segment.locked(_ROWS))
 
     def flow(self, worker: int) -> Flow:
-        return Flow(self.segment.buffer[roster.SIZE + board.size(self.workers) :], self.workers, worker)
+        return Flow(self._part("flow"), self.workers, worker)
 
     def heartbeats(self) -> Heartbeats:
-        cells = self.segment.buffer[roster.SIZE + board.size(self.workers) + flow.size(self.workers) :]
-        return Heartbeats(cells, lambda: self.segment.locked(_BEATS))
+        return Heartbeats(self._part("heartbeats"), lambda: self.segment.locked(_BEATS))
+
+    def history(self, worker: int) -> History:
+        return History(self._part("history"), self.workers, worker)
+
+    def _part(self, name: str) -> memoryview:
+        sizes = _sizes(self.workers)
+        begin = sum(size for _, size in takewhile(lambda part: part[0] != name, sizes.items()))
+        return self.segment.buffer[begin : begin + sizes[name]]
 
     def lost(self, worker: int) -> None:
         """A worker is dead: its leases are given back, and what it had in flight is over."""
@@ -70,6 +79,17 @@ class Crew:
     def remove(self) -> None:
         """Nothing is left behind. The memory has no name and goes with its last user."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sizes(workers: int) -> dict[str, int]:
+    """Bytes of each part of the memory, in their order."""
+    return {
+        "roster": roster.SIZE,
+        "board": board.size(workers),
+        "flow": flow.size(workers),
+        "heartbeats": heartbeats.SIZE,
+        "history": history.size(workers),
+    }
 
 
 class Seat:
@@ -98,6 +118,9 @@ class Seat:
 
     def heartbeats(self) -> Heartbeats:
         return self._crew.heartbeats()
+
+    def history(self) -> History:
+        return self._crew.history(self.worker)
 
     def fleet(self, told: Told) -> Roster:
         """This worker's look at the fleet; `told` as a Roster's."""

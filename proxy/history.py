@@ -4,6 +4,7 @@ Each worker writes rows of its own in memory that all of them read, one row for 
 
     number   which span the row is of, counted from boot, plus one; 0: none yet
     sums     by `Sum`
+    paths    requests by path
     ttft     counts by bucket of the time to the first token
     e2e      counts by bucket of the whole time
 
@@ -21,6 +22,7 @@ from enum import IntEnum, auto
 import numpy as np
 from numpy.typing import NDArray
 
+from proxy.core import Path
 from proxy.record import Record
 
 SPAN_S = 2.0
@@ -52,7 +54,7 @@ class Sum(IntEnum):
     PREFILL_TIME = auto()
 
 
-_RATES = (Sum.SERVED, Sum.LEFT, Sum.REFUSED, Sum.FAILED, Sum.ITEMS, Sum.TOKENS, Sum.PREFILLED)
+_RATES = (Sum.SERVED, Sum.LEFT, Sum.REFUSED, Sum.FAILED, Sum.ITEMS, Sum.TOKENS)
 _MEANS = {
     "encode": (Sum.ENCODE_TIME, Sum.ENCODED),
     "prefill": (Sum.PREFILL_TIME, Sum.PREFILLED),
@@ -62,7 +64,8 @@ _MEANS = {
 # Cells of a row, as numbers: arithmetic with an enum's members would cost more than all else at a request's end.
 _SERVED, _LEFT, _REFUSED, _FAILED, _ITEMS, _TOKENS, _STREAMED, _STREAM_TIME = range(1, 9)
 _ENCODED, _ENCODE_TIME, _PREFILLED, _PREFILL_TIME = range(9, 13)
-_TTFT = 1 + len(Sum)
+_PATHS = {path.label: cell for cell, path in enumerate(Path, 1 + len(Sum))}
+_TTFT = 1 + len(Sum) + len(_PATHS)
 _E2E = _TTFT + _BUCKETS
 _WIDTH = _E2E + _BUCKETS
 _EDGES = [_FINEST_S * 2 ** (bucket / _STEPS) for bucket in range(_BUCKETS - 1)]
@@ -95,6 +98,8 @@ class History:
         cells[
             row + (_SERVED if status < 400 else _LEFT if status == 499 else _REFUSED if status < 500 else _FAILED)
         ] += 1
+        if record.path in _PATHS:
+            cells[row + _PATHS[record.path]] += 1
         if "ttft" in timings:
             cells[row + _TTFT + bisect_left(_EDGES, timings["ttft"])] += 1
             cells[row + _E2E + bisect_left(_EDGES, record.ended - record.began)] += 1
@@ -136,6 +141,7 @@ def _curves(windows: Floats) -> dict[str, Floats]:
         means = {name: windows[:, time] / windows[:, count] for name, (time, count) in _MEANS.items()}
     return {
         **{what.name.lower(): windows[:, what] / (SPAN_S * WINDOW) for what in _RATES},
+        **{path: windows[:, cell - 1] / (SPAN_S * WINDOW) for path, cell in _PATHS.items()},
         **means,
         **{f"ttft_p{percent}": _quantiles(ttft, percent / 100) for percent in (50, 95, 99)},
         **{f"e2e_p{percent}": _quantiles(e2e, percent / 100) for percent in (50, 95)},

@@ -19,7 +19,7 @@ WINDOW_S = SPAN_S * WINDOW
 def told(history: History, at: float, status: int = 200, seconds: float = 0.5, **timings: float) -> None:
     """A stream of two items and nine tokens has ended."""
     first = at - seconds + timings.get("ttft", 0.0)
-    record = Record(stream=True, items=2, began=at - seconds, first=first, ended=at, output_tokens=9)
+    record = Record(stream=True, path="E-P-D", items=2, began=at - seconds, first=first, ended=at, output_tokens=9)
     record.status, record.timings = status, timings
     history.ended(record)
 
@@ -35,11 +35,11 @@ def test_a_point_tells_rates_and_means_of_the_spans_before_it() -> None:
     told(history, NOW + 1, prefill=0.4)
     for status in (499, 400, 429, 500, 502, 503):
         told(history, NOW, status)
-    history.ended(Record(ended=NOW, began=NOW - 0.1, status=200, timings={"ttft": 0.1}, output_tokens=5))
+    history.ended(Record(path="PD", ended=NOW, began=NOW - 0.1, status=200, timings={"ttft": 0.1}, output_tokens=5))
     found = last(history, NOW + SPAN_S)
     rates = {name: found[name] * WINDOW_S for name in ("served", "left", "refused", "failed", "items", "tokens")}
     assert rates == {"served": 4, "left": 1, "refused": 2, "failed": 3, "items": 4, "tokens": 23}
-    assert found["prefilled"] * WINDOW_S == 2
+    assert (found["E-P-D"] * WINDOW_S, found["PD"] * WINDOW_S, found["P-D"]) == (9, 1, 0)
     assert (found["encode"], found["prefill"]) == pytest.approx((0.2, 0.3))
     assert found["token"] == pytest.approx((0.8 + 1.6) / 16), "what is not streamed tells of no pace"
     assert found["ttft_p50"] == pytest.approx(0.4, rel=0.1)

@@ -1,0 +1,100 @@
+"""What the page at /ui and `triptych top` show, as one JSON object: made when somebody asks, once a second at most.
+
+Everything in it is told by its owner; nothing is measured here. All who watch one worker share what it has made.
+
+    version, workers, ready            of this proxy
+    locked                             whether draining needs the admin key
+    in_flight, queued                  requests
+    instances                          as GET /instances has them, with less of what their engines say
+    curves    last                     the span, counted from boot, of the latest point
+              span, window             seconds from one point to the next, and that each point tells of
+              columns                  by name, the oldest point first; null where there is nothing to tell
+    plan                               as GET /plan
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+
+from proxy.admin import Admin
+from proxy.advising import Advising
+from proxy.balancer.fleet import Fleet
+from proxy.core import Instance
+from proxy.history import SPAN_S, SPANS, WINDOW, Curves, History
+from proxy.metrics import Metrics
+from proxy.routing import router
+
+_EVERY_S = 1.0
+_POINTS = SPANS - WINDOW
+_RECENT = 15  # points for those who have the ones before
+_SIGNIFICANT = 4  # digits
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Of what is told."""
+
+    fleet: Fleet
+    admin: Admin
+    metrics: Metrics
+    advising: Advising
+    history: History
+    workers: int
+
+
+class Snapshots:
+    """One per worker."""
+
+    def __init__(self, owners: Owners, clock: Callable[[], float]) -> None:
+        self._owners = owners
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._due = 0.0
+        self._last = 0  # the latest point
+        self._whole = self._recent = b""
+        self._version = version("triptych")
+
+    async def get(self, since: int | None = None) -> bytes:
+        """The present one. Who has the points of the curves up to `since` may get only some of the later ones."""
+        async with self._lock:
+            if self._clock() >= self._due:
+                self._due = self._clock() + _EVERY_S
+                await self._make()
+        return self._recent if since is not None and self._last - _RECENT <= since <= self._last else self._whole
+
+    async def _make(self) -> None:
+        owners = self._owners
+        in_flight, queued = owners.metrics.requests_now()
+        told = {
+            "version": self._version,
+            "workers": owners.workers,
+            "ready": router.servable(owners.fleet.census()),
+            "locked": owners.admin.locked,
+            "in_flight": in_flight,
+            "queued": queued,
+            "instances": [self._shown(instance) for instance in owners.fleet],
+            "plan": await owners.advising.told(),
+        }
+        curves = owners.history.curves(self._clock(), _POINTS)
+        self._last = curves.last
+        self._whole, self._recent = (orjson.dumps({**told, "curves": _points(curves, n)}) for n in (_POINTS, _RECENT))
+
+    def _shown(self, instance: Instance) -> dict[str, Any]:
+        shown = self._owners.admin.shown(instance)
+        del shown["facts"], shown["rate"]
+        return shown | {name: instance.facts[name] for name in ("version", "labels") if name in instance.facts}
+
+
+def _points(curves: Curves, latest: int) -> dict[str, Any]:
+    columns = {name: [_short(value) for value in column[-latest:].tolist()] for name, column in curves.columns.items()}
+    return {"last": curves.last, "span": SPAN_S, "window": SPAN_S * WINDOW, "columns": columns}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{_SIGNIFICANT}g}")
