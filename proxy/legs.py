@@ -68,6 +68,8 @@ class Legs:
         stage = part.stage
         path = _ENCODE_ROUTE if stage is Stage.ENCODE else job.api
         fields = f"x-request-id: {request_id}\r\n{job.fields}"
+        if part.context:
+            fields += f"traceparent: {part.context}\r\n"
         return self._upstream.post(leg.instance, stage, path, data, fields, seconds)
 
     async def call(

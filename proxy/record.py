@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # core's Job has its Record
     from proxy.core import Stage
+    from proxy.trace import Trace
 
 OK = "ok"
 CANCELLED = "cancelled"
@@ -37,7 +38,7 @@ class LegRecord:
     first: float = 0.0  # what the next stage, or the client, needed of it was there; 0: as it ended
     ended: float = 0.0
     outcome: str = ""  # OK, a retry.Cause, or CANCELLED; empty while it runs
-    context: str = ""  # the trace context that its engine got
+    context: str = ""  # the `traceparent` that its engine gets; empty: the client's, if it sent one
 
 
 @dataclass(slots=True, eq=False)
@@ -63,13 +64,15 @@ class Record:
     status: int = 0  # of HTTP; 499: the client left
     error: str = ""  # stage and message, without line breaks
     code: str = ""  # of the error
-    context: str = ""  # the trace context that the client sent
+    trace: Trace | None = None  # None: tracing is off
     legs: list[LegRecord] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
     def leg(self, stage: Stage, url: str, items: int, now: float) -> LegRecord:
         """One that begins."""
         leg = LegRecord(stage, url, self.attempts, items, now)
+        if self.trace is not None:
+            leg.context = self.trace.child()
         self.legs.append(leg)
         return leg
 

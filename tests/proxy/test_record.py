@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from proxy.core import Stage
 from proxy.record import Event, Record
+from proxy.trace import begin
 
 
 def test_legs_are_told_in_the_order_they_began_with_the_attempt_they_belong_to() -> None:
@@ -22,3 +25,11 @@ def test_events_keep_when_and_what() -> None:
     record = Record()
     record.note(3.0, "retry", "prefill: connect")
     assert record.events == [Event(3.0, "retry", "prefill: connect")]
+
+
+def test_each_leg_of_a_traced_request_has_a_context_of_its_own() -> None:
+    ids = count(1)
+    record = Record(trace=begin("", 1.0, lambda bits: next(ids)))
+    contexts = [record.leg(Stage.DECODE, "http://d:1", 0, 0.0).context for _ in range(2)]
+    assert contexts == [f"00-{1:032x}-{span:016x}-01" for span in (3, 4)]
+    assert Record().leg(Stage.DECODE, "http://d:1", 0, 0.0).context == ""
