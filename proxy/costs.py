@@ -8,13 +8,16 @@ from typing import Protocol, TypeAlias
 from proxy import media
 from proxy.core import Body, model_of
 from proxy.media import Shape
-from proxy.sizes import Sizes
+from proxy.sizes import Grid, Sizes
 from proxy.splice import Media
 from proxy.text import Text
 from proxy.vision import DEFAULT, Vision
 
 Price: TypeAlias = tuple[int, int]
 """Of an item: predicted tokens, and work in tokens of a small image."""
+
+Size: TypeAlias = Shape | Grid
+"""Of an item, as its own bytes tell or as an encoder cut it."""
 
 
 class Visions(Protocol):
@@ -44,13 +47,20 @@ class Costs:
         """What encodes the media of a request, in the bounds that it sets."""
         return self.visions.of(model_of(body)).bounded(body.get("mm_processor_kwargs"))
 
-    def price(self, vision: Vision, modality: str, found: Media | None, identity: str) -> Price:
+    def size(self, modality: str, found: Media | None, identity: str) -> Size | None:
         """Of an item. `found`: None where its bytes are elsewhere; then an encoder may have told of `identity`."""
         if found is not None and modality == "image":
-            return vision.price(media.measure(modality, found.head, found.nbytes, found.at))
+            return media.measure(modality, found.head, found.nbytes, found.at)
         known = self.sizes.find(identity)
-        if known is not None:
-            return vision.price(known) if isinstance(known, Shape) else vision.price_of(known)
-        if found is None:
-            return vision.price(None)
-        return vision.price(media.measure(modality, found.head, found.nbytes, found.at))
+        if known is not None or found is None:
+            return known
+        return media.measure(modality, found.head, found.nbytes, found.at)
+
+    def price(self, vision: Vision, modality: str, found: Media | None, identity: str) -> Price:
+        """Of an item, told as for `size`."""
+        return price_of(vision, self.size(modality, found, identity))
+
+
+def price_of(vision: Vision, size: Size | None) -> Price:
+    """Of an item of that size; None: nothing is known of it."""
+    return vision.price_of(size) if isinstance(size, tuple) else vision.price(size)

@@ -14,8 +14,9 @@ from blake3 import blake3
 
 from proxy import splice
 from proxy.core import Api, Body, Item, Job, field_lines, model_of
-from proxy.costs import Costs
+from proxy.costs import Costs, price_of
 from proxy.errors import BadRequest, ForbiddenField
+from proxy.limits import Limits
 from proxy.splice import Cut, Media, Pieces
 from proxy.text import BYTES_PER_TOKEN
 from proxy.vision import Vision
@@ -35,6 +36,7 @@ class Identity:
 
 
 _PLAIN = Costs()
+_LIMITS = Limits()
 
 
 def parse(
@@ -44,13 +46,15 @@ def parse(
     identity: Identity,
     headers: Mapping[str, str] | None = None,
     costs: Costs = _PLAIN,
+    limits: Limits = _LIMITS,
 ) -> Job:
-    """The job in a request's bytes, which its body goes on to use. Raises BadRequest, ForbiddenField.
+    """The job in a request's bytes, which its body goes on to use. Raises BadRequest.
 
     Takes a fraction of a millisecond per megabyte of media; large bodies belong in a thread.
     """
     body, cuts = _load(raw)
-    reading = _Reading(identity, cuts, costs)
+    limits.check_depth(body)
+    reading = _Reading(identity, cuts, costs, limits)
     try:
         items = reading.items(body, api)
     except BadRequest:
@@ -59,8 +63,9 @@ def parse(
         items = None
     if items is None or not reading.complete:  # something stands where media do not: read it all as plain JSON
         body = _object(orjson.loads(raw))
-        items = _Reading(identity, [], costs).items(body, api)
+        items = _Reading(identity, [], costs, limits).items(body, api)
     text_bytes, token_ids = _text(body)
+    limits.check_text(text_bytes)
     return Job(
         id=request_id,
         api=api,
@@ -117,17 +122,18 @@ def parts(body: Body) -> Iterator[tuple[int, int, dict[str, Any]]]:
 def _kind(part: Mapping[str, Any]) -> str | None:
     named = part.get("type")
     if named is not None:
-        return named if named in _MEDIA else None
+        return named if isinstance(named, str) and named in _MEDIA else None
     return next((key for key in _MEDIA if key in part), None)
 
 
 class _Reading:
     """Items out of one parsed body. Strings that were cut out of it become `splice.Cut`s in their place."""
 
-    def __init__(self, identity: Identity, cuts: list[memoryview], costs: Costs) -> None:
+    def __init__(self, identity: Identity, cuts: list[memoryview], costs: Costs, limits: Limits) -> None:
         self._identity = identity
         self._cuts = cuts
         self._costs = costs
+        self._limits = limits
         self._used: set[int] = set()
         self._salt = b""
 
@@ -137,10 +143,10 @@ class _Reading:
         return len(self._used) == len(self._cuts)
 
     def items(self, body: dict[str, Any], api: Api) -> tuple[Item, ...]:
-        """Raises BadRequest, ForbiddenField."""
+        """Raises BadRequest."""
         if not self._identity.trust_client:
             _refuse_reserved(body)
-        self._salt = _salt(body, self._identity)
+        self._salt = salt(body, self._identity)
         items = tuple(self._items(body)) if api is Api.CHAT else ()
         if api is Api.CHAT and not isinstance(body.get("messages"), list):
             raise BadRequest("`messages` must be a list", param="messages")
@@ -155,8 +161,10 @@ class _Reading:
             if not self._identity.trust_client:
                 _refuse_embeds(part, f"messages[{m}].content[{p}]")
             kind = _kind(part)
+            self._limits.check_urls(part, kind, f"messages[{m}].content[{p}]")
             if kind is not None:
                 vision = vision or self._costs.vision(body)
+                self._limits.check_items(index + 1)
                 yield self._item(index, m, p, part, kind, vision)
                 index += 1
 
@@ -164,7 +172,7 @@ class _Reading:
         modality = _MEDIA[kind]
         url = _url(part.get(kind), kind, f"messages[{m}].content[{p}]")
         found = self._media(part, kind, url)
-        content = {"type": kind, **part}
+        content = {**part, "type": kind}
         if self._identity.trust_client and isinstance(part.get("uuid"), str):
             mm_hash: str | None = part["uuid"]
         else:
@@ -173,7 +181,9 @@ class _Reading:
             if mm_hash is not None:
                 content["uuid"] = mm_hash
         same = mm_hash or url
-        tokens, work = self._costs.price(vision, modality, found, same)
+        size = self._costs.size(modality, found, same)
+        self._limits.check_size(size, f"messages[{m}].content[{p}]")
+        tokens, work = price_of(vision, size)
         return Item(index, m, p, modality, content, mm_hash, same, tokens, work, tokens * vision.embedding_bytes)
 
     def _media(self, part: dict[str, Any], kind: str, url: str) -> Media | None:
@@ -228,7 +238,7 @@ def _names_base64(prefix: str) -> bool:
     return prefix[:5].lower() == "data:" and prefix.find(",") == len(prefix) - 1 and prefix.lower().endswith(";base64,")
 
 
-def _salt(body: Body, identity: Identity) -> bytes:
+def salt(body: Body, identity: Identity) -> bytes:
     """A BLAKE3 key from all that changes the embedding besides the media; empty where nothing does.
 
     Without it, one client's `mm_processor_kwargs` would decide what another gets for the same image.
