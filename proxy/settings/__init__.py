@@ -4,7 +4,7 @@ Only `load` reads the environment and files. Precedence: flags, then TRIPTYCH_â€
 """
 
 from proxy.settings.endpoint import Endpoint
-from proxy.settings.load import load
+from proxy.settings.load import Sources, Wrong, load, refuse
 from proxy.settings.proxy import ProxySettings
 
-__all__ = ["Endpoint", "ProxySettings", "load"]
+__all__ = ["Endpoint", "ProxySettings", "Sources", "Wrong", "load", "refuse"]

@@ -47,7 +47,7 @@ class ChoosingSettings(BaseModel):
     breaker_delay: PositiveFloat = Field(5.0, description="seconds until such an engine is tried again")
 
     @model_validator(mode="after")
-    def _readable(self) -> Self:
+    def _readable_choices(self) -> Self:
         self.policies()
         flagged(self.vision)
         try:

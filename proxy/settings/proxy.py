@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from proxy.settings.admission import AdmissionSettings
 from proxy.settings.choosing import ChoosingSettings
@@ -59,17 +54,11 @@ class ProxySettings(
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _Yaml(settings_cls)
+        """What it is made with, and nothing else: `load` reads all the rest."""
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _one_process(self) -> Self:
         if self.workers > 1 and self.virtual_encoder_port is not None:
             raise ValueError("--virtual-encoder-port: a request's calls must meet in one process, so with --workers 1")
         return self
-
-
-class _Yaml(YamlConfigSettingsSource):
-    """A file whose keys may have - between words, as the flags do."""
-
-    def __call__(self) -> dict[str, Any]:
-        return {key.replace("-", "_"): value for key, value in super().__call__().items()}
