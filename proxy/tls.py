@@ -45,7 +45,7 @@ class Listener:
         connection.context = self._latest
 
 
-class Caller:
+class Connector:
     """A client's side: `context` is for the next connection. Without authorities it trusts those of the system."""
 
     def __init__(self, files: Files) -> None:
@@ -54,7 +54,7 @@ class Caller:
         self.context = _calling(files)
 
     def __repr__(self) -> str:
-        return f"<Caller {self._files.cert}>"
+        return f"<Connector {self._files.cert}>"
 
     def reread(self) -> None:
         """Raises ValueError naming the file at fault: what was read before stays."""

@@ -11,7 +11,7 @@ import trustme
 from proxy.http.client import Client, ConnectFailed, Cut
 from proxy.http.message import Response
 from proxy.http.server import Request
-from proxy.tls import Caller, Files, Listener
+from proxy.tls import Connector, Files, Listener
 from tests.support.raw_http import serving
 from tests.support.tls import Authority
 
@@ -20,7 +20,7 @@ async def echo(request: Request) -> Response:
     return Response(200, bytes(await request.read()))
 
 
-async def ask(port: int, caller: Caller) -> bytes:
+async def ask(port: int, caller: Connector) -> bytes:
     client = Client(5.0, tls=lambda: caller.context)
     client.open()
     try:
@@ -39,23 +39,23 @@ def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 async def test_whose_certificate_comes_from_elsewhere_is_no_engine_of_ours(ca: Authority) -> None:
     async with serving(echo, tls=Listener(ca.files("server")).context) as s:
         with pytest.raises(ConnectFailed, match="TLS: unable to get local issuer certificate"):
-            await ask(s.port, Caller(Files()))
+            await ask(s.port, Connector(Files()))
     async with serving(echo, tls=Listener(ca.files("server", "elsewhere.example")).context) as s:
         with pytest.raises(ConnectFailed, match=r"TLS: .*certificate is not valid for '127\.0\.0\.1'"):
-            await ask(s.port, Caller(Files(ca=ca.path)))
+            await ask(s.port, Connector(Files(ca=ca.path)))
 
 
 async def test_clients_without_a_certificate_are_not_served_where_one_is_asked_for(ca: Authority) -> None:
     listener = Listener(ca.files("server", ca=ca.path))
     async with serving(echo, tls=listener.context) as s:
         with pytest.raises(Cut):
-            await ask(s.port, Caller(Files(ca=ca.path)))
-        assert await ask(s.port, Caller(ca.files("client", "me", ca=ca.path))) == b"hello"
+            await ask(s.port, Connector(Files(ca=ca.path)))
+        assert await ask(s.port, Connector(ca.files("client", "me", ca=ca.path))) == b"hello"
 
 
 async def test_what_was_replaced_is_read_again_by_both_sides(ca: Authority, tmp_path: Path) -> None:
     listener = Listener(ca.files("server", ca=ca.path))
-    caller = Caller(mine := ca.files("client", "me", ca=ca.path))
+    caller = Connector(mine := ca.files("client", "me", ca=ca.path))
     other = Authority(tmp_path, "other")
     async with serving(echo, tls=listener.context) as s:
         assert await ask(s.port, caller) == b"hello"
@@ -106,14 +106,14 @@ def test_bad_files_are_named_and_change_nothing(tmp_path: Path, spoil: dict[str,
         _written(tmp_path / "bad.key", spoil["key"]) if "key" in spoil else good.key,
         _written(tmp_path / "bad.pem", spoil["ca"]) if "ca" in spoil else good.ca,
     )
-    for kind in (Listener, Caller):
+    for kind in (Listener, Connector):
         with pytest.raises(ValueError, match=says):
             kind(bad)
 
 
 def test_a_file_that_became_bad_leaves_what_was_read_before(tmp_path: Path) -> None:
     files = Authority(tmp_path).files("server")
-    listener, caller = Listener(files), Caller(files)
+    listener, caller = Listener(files), Connector(files)
     before = caller.context
     assert files.cert is not None
     files.cert.write_bytes(b"")
@@ -141,7 +141,7 @@ def test_an_encrypted_key_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_no_version_before_1_2_is_spoken(ca: Authority) -> None:
-    for context in (Listener(ca.files("server")).context, Caller(Files()).context):
+    for context in (Listener(ca.files("server")).context, Connector(Files()).context):
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 

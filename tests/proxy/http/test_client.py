@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from proxy.http.client import Client, ConnectFailed, Cut, Late
-from proxy.tls import Caller, Files
+from proxy.tls import Connector, Files
 from tests.support.tls import Authority
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -377,7 +377,7 @@ async def test_why_a_peer_refuses_our_certificate_is_told(tmp_path: Path) -> Non
     files = ca.files("server")
     assert files.cert is not None
     context.load_cert_chain(files.cert, files.key)
-    caller = Caller(Files(ca=ca.path))
+    caller = Connector(Files(ca=ca.path))
     with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
 
         def serve() -> None:

@@ -11,7 +11,7 @@ import pytest
 from proxy.http.client import Client
 from proxy.http.message import Response
 from proxy.http.server import Limits, Request, Server
-from proxy.tls import Caller, Files, Listener
+from proxy.tls import Connector, Files, Listener
 from tests.support.raw_http import refuse, serving
 from tests.support.tls import Authority
 
@@ -87,7 +87,7 @@ async def test_bodies_of_every_size_pass_both_ways_in_tls(tmp_path: Path, size: 
         return Response(200, bytes(await request.read()))
 
     ca, body = Authority(tmp_path), bytes(range(256)) * (size // 256) + b"!"
-    caller = Caller(Files(ca=ca.path))
+    caller = Connector(Files(ca=ca.path))
     async with serving(echo, tls=Listener(ca.files("server")).context) as s:
         client = Client(5.0, tls=lambda: caller.context)
         client.open()
