@@ -29,6 +29,7 @@ _DRAIN_S = 1.0  # for the end of an answer of which enough was read, so that its
 _CLOSE_S = 1.0
 _LOOK_S = 0.05  # how late an exchange may find that its patience has ended
 _WHOLE_LIMIT = 256 << 20
+_HEAD_LIMIT = 256 << 10  # bytes of an answer that belong to no body: head, interim answers, trailers, sizes of chunks
 _SMALL = 16 << 10  # a body up to this is copied behind its head, to be one buffer
 _FRAMED = ("content-length", "transfer-encoding")
 _PLAIN = re.compile(rb"HTTP/1\.1 200 [ -~]*((?:\r\n[A-Za-z0-9-]+: [!-~][ -~]*){1,64}\r\n)\r\n")
@@ -276,6 +277,7 @@ class _Connection(asyncio.Protocol):
         self._interim = False  # a 1xx answer is being read
         self._fresh = False  # nothing has come yet
         self._between = False  # two chunks
+        self._bare = 0  # bytes since the last of a body
         self.shortcut: Shortcut | None = None
         self._draining: asyncio.TimerHandle | None = None
         self._abandoned = False
@@ -293,6 +295,7 @@ class _Connection(asyncio.Protocol):
         self._exchange = exchange
         self._reusable = self._fresh = True
         self._between = self.heard = False
+        self._bare = 0
         if isinstance(body, list):
             self._transport.writelines([head, *body])
         elif len(body) <= _SMALL:
@@ -381,7 +384,10 @@ class _Connection(asyncio.Protocol):
                 self._parser = httptools.HttpResponseParser(self)
         assert self._parser is not None
         try:
+            self._bare += len(data)
             self._parser.feed_data(data)
+            if self._bare > _HEAD_LIMIT:
+                raise httptools.HttpParserError(f"more than {_HEAD_LIMIT} bytes without any of a body")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._reusable = False
             exchange.failed(Cut(f"not HTTP: {error}", exchange.status != 0))
@@ -410,6 +416,7 @@ class _Connection(asyncio.Protocol):
         exchange.wake()
 
     def on_body(self, data: bytes) -> None:
+        self._bare = 0
         if self._exchange is not None:
             self._exchange.got(data)
 

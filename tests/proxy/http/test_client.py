@@ -159,6 +159,36 @@ async def test_answers_that_break(answer: bytes, begun: bool) -> None:
         assert p.connections == 2, "a broken connection is not used again"
 
 
+@pytest.mark.parametrize(
+    ("beginning", "endless"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x-more: and more\r\n"),
+        (b"HTTP/1.1 200 OK\r\nx-more: ", b"and more "),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nlink: <a>\r\n\r\n"),
+        (CHUNKED + b"2\r\nok\r\n0\r\n", b"x-more: and more\r\n"),
+        (CHUNKED + b"2", b";x=y"),
+    ],
+    ids=["fields", "a field", "interim answers", "trailers", "an extension"],
+)
+async def test_what_is_no_body_does_not_fill_memory(beginning: bytes, endless: bytes) -> None:
+    sent = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await take(reader)
+        writer.write(beginning)
+        while True:
+            writer.write(endless * 1000)
+            sent += len(endless) * 1000
+            await writer.drain()
+
+    async with peer(script) as (p, client):
+        with pytest.raises(Cut, match="not HTTP: more than 262144 bytes"):
+            await whole(p, client)
+        await p.left.wait()
+        assert sent < 16 << 20, "it is hung up on"
+
+
 @pytest.mark.parametrize("last", [b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", OK + b"more"])
 async def test_connections_that_cannot_be_trusted_are_not_used_again(last: bytes) -> None:
     async with peer(says(last)) as (p, client):
