@@ -1,15 +1,17 @@
-"""The fleet by HTTP: look, register, drain, remove. Instances live in memory; a restart begins with the flags again."""
+"""The fleet by HTTP: look, register, drain, remove. Instances live in memory; a restart begins with the lists again."""
 
 from __future__ import annotations
 
 import hmac
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from proxy.balancer.balance import Balancer
-from proxy.balancer.fleet import Event, Fleet
+from proxy.balancer.fleet import Fleet
 from proxy.core import Instance, Role, State
 from proxy.errors import BadRequest, Conflict, NotFound, Unauthorized
 from proxy.health import Health
@@ -17,6 +19,7 @@ from proxy.http.message import Response, json_response
 from proxy.http.router import Audience, Route, delete, get, post
 from proxy.http.server import Request
 from proxy.links import labels
+from proxy.membership import REGISTERED, Membership
 from proxy.settings import Endpoint
 
 T = TypeVar("T", bound=BaseModel)
@@ -29,6 +32,10 @@ class Registration(BaseModel):
     role: str
     url: str
     labels: dict[str, str] = {}  # beside those of the URL
+    weight: FiniteFloat | None = Field(None, gt=0)
+    key: str | None = None  # that the engine asks for
+    ttl: FiniteFloat | None = Field(None, gt=0, le=3600)  # seconds until the next heartbeat; None: for ever
+    life: str = ""  # another one for each process: what tells an engine that was started again from a heartbeat
 
     @field_validator("labels")
     @classmethod
@@ -43,12 +50,23 @@ class Named(BaseModel):
     url: str
 
 
+@dataclass(frozen=True, slots=True)
+class Locks:
+    """The keys that changes ask for; without any they are open to all."""
+
+    admin: str | None = None
+    register: str | None = None  # of engines: to register with heartbeats, and to drain who is registered
+
+
 class Admin:
-    def __init__(self, fleet: Fleet, balancer: Balancer, health: Health, key: str | None, dialect: str) -> None:
+    def __init__(
+        self, fleet: Fleet, membership: Membership, balancer: Balancer, health: Health, locks: Locks, dialect: str
+    ) -> None:
         self._fleet = fleet
+        self._membership = membership
         self._balancer = balancer
         self._health = health
-        self._key = key
+        self._locks = locks
         self._dialect = dialect
 
     def routes(self) -> list[Route]:
@@ -62,52 +80,62 @@ class Admin:
     @property
     def locked(self) -> bool:
         """Whether changes need a key."""
-        return self._key is not None
+        return self._locks != Locks()
 
     async def list(self, request: Request) -> Response:
-        return json_response({"instances": [self.shown(instance) for instance in self._fleet]})
+        held = {url: sorted(sources) for url, sources in self._fleet.held.items()}
+        return json_response({"instances": [self.shown(instance) for instance in self._fleet], "held": held})
 
     async def register(self, request: Request) -> Response:
-        """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain."""
-        self._authorize(request)
+        """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain, and is
+        a heartbeat where there is a `ttl`."""
         asked = await _body(request, Registration)
+        self._authorize(request, by_engines=asked.ttl is not None)
         try:
-            role, endpoint = Role.named(asked.role), Endpoint.parse(asked.url, self._dialect)
-            instance = self._fleet.join(endpoint.url, role, endpoint.dialect, _labelled(endpoint.facts, asked.labels))
+            role, endpoint = Role.named(asked.role), self._endpoint(asked)
+            until = None if asked.ttl is None else time.monotonic() + asked.ttl
+            instance = self._membership.register(role, endpoint, asked.life, until)
         except KeyError:
             roles = "encode, prefill, decode, prefill_decode"
             raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
-        except ValueError as error:
+        except (ValueError, LookupError) as error:
             raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
-        self._health.wake()
-        return json_response({"registered": True, "instance": self.shown(instance)})
+        if instance is not None and instance.state is State.JOINING:
+            self._health.wake()
+        shown = None if instance is None else self.shown(instance)
+        return json_response({"registered": instance is not None, "instance": shown})
 
     async def remove(self, request: Request) -> Response:
         """Forget an instance now. What runs on it goes on."""
         self._authorize(request)
         if not (url := request.query.get("url")):
             raise BadRequest("name the instance: DELETE /instances?url=http://host:port", param="url")
-        instance = self._fleet.remove(url.rstrip("/"))
-        if instance is not None:
-            self._balancer.forget(instance)
-        return json_response({"removed": instance is not None})
+        return json_response({"removed": self._membership.remove(url.rstrip("/")) is not None})
 
     async def drain(self, request: Request) -> Response:
         """Give an instance nothing new; it leaves the fleet when its last request has ended."""
-        self._authorize(request)
         asked = await _body(request, Named)
         instance = self._fleet.get(asked.url.rstrip("/"))
+        self._authorize(request, by_engines=instance is not None and REGISTERED in instance.sources)
         if instance is None:
             raise NotFound(f"no instance {asked.url}", param="url")
-        self._fleet.apply(instance, Event.DRAIN, "drained by an admin")
+        self._membership.drain(instance, "drained by an admin")
+        self._health.wake()
         return json_response({"draining": instance.state is State.DRAINING, "instance": self.shown(instance)})
+
+    def _endpoint(self, asked: Registration) -> Endpoint:
+        endpoint = Endpoint.parse(asked.url, self._dialect)
+        if endpoint.finder:
+            raise ValueError(f"{endpoint.name}: names are listed by flags and the file")
+        weight, secret = asked.weight or endpoint.weight, asked.key or endpoint.secret
+        return replace(endpoint, facts=_labelled(endpoint.facts, asked.labels), weight=weight, secret=secret)
 
     def authorized(self, request: Request) -> dict[str, str]:
         """The headers that engines get of an admin's call: credentials, if they are not the admin key. Raises
         Unauthorized."""
         self._authorize(request)
         given = request.headers.get("authorization")
-        ours = self._key is not None and "x-api-key" not in request.headers
+        ours = self._locks.admin is not None and "x-api-key" not in request.headers
         return {} if given is None or ours else {"authorization": given}
 
     def shown(self, instance: Instance) -> dict[str, Any]:
@@ -126,6 +154,8 @@ class Admin:
             "state": instance.state,
             "reason": instance.reason,
             "circuit": self._health.circuit(instance),
+            "sources": sorted(instance.sources),
+            "weight": instance.weight,
             "model": instance.model,
             "facts": instance.facts,
             "leases": ledger.leases(url=instance.url),
@@ -133,12 +163,14 @@ class Admin:
             **shown,
         }
 
-    def _authorize(self, request: Request) -> None:
-        if self._key is None:
-            return
+    def _authorize(self, request: Request, *, by_engines: bool = False) -> None:
+        """Raises Unauthorized."""
+        locks = self._locks
+        keys = [locks.admin, locks.register] if by_engines or locks.admin is None else [locks.admin]
+        accepted = [key.encode() for key in keys if key is not None]
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("x-api-key", bearer)
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        given = request.headers.get("x-api-key", bearer).encode()
+        if accepted and not any(hmac.compare_digest(given, key) for key in accepted):
             raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
 
 

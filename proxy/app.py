@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from proxy import api, callbacks, derived, flow, history
+from proxy import api, callbacks, derived, flow, heartbeats, history
 from proxy.access import AccessLog
-from proxy.admin import Admin
+from proxy.admin import Admin, Locks
 from proxy.admission import Admission
 from proxy.advising import Advising
 from proxy.balancer.balance import PRIORS, Balancer
@@ -38,6 +38,7 @@ from proxy.introduction import Introduction
 from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
 from proxy.measuring import Measuring
+from proxy.membership import Membership
 from proxy.metrics import Metrics, Standing
 from proxy.openai import Identity
 from proxy.outlooks import Outlooks, idle
@@ -67,9 +68,12 @@ class Proxy:
         """`seat`: this process's place among several workers, whose supervisor has filled the fleet."""
         self.settings = settings
         self._seat = seat
-        self.fleet = filled(Fleet(), settings) if seat is None else seat.fleet(self._told)
+        self.fleet = Fleet() if seat is None else seat.fleet(self._told)
         rates = {role: Rates(prior) for role, prior in PRIORS.items()}
         self.balancer = Balancer(derived.policies(settings, rates), seat.board() if seat else None, rates)
+        beats = heartbeats.alone() if seat is None else seat.heartbeats()
+        self.membership = Membership(self.fleet, beats, self.balancer.forget)
+        (self.membership.configure if seat is None else self.membership.follow)(settings.fleet())
         self.metrics = Metrics(seat.folder if seat else None)
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
         self.advising = Advising(self.sizing)
@@ -142,7 +146,8 @@ class Proxy:
 
     def server(self) -> Server:
         settings = self.settings
-        admin = Admin(self.fleet, self.balancer, self.health, settings.admin_key, settings.dialect)
+        locks = Locks(settings.admin_key, settings.register_key)
+        admin = Admin(self.fleet, self.membership, self.balancer, self.health, locks, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
         owners = Owners(self.fleet, admin, self.metrics, self.advising, self.history, settings.workers)
         page = Page(Snapshots(owners, time.monotonic), admin)
@@ -234,14 +239,6 @@ def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:
     if settings.measure_urls == "never":
         return None
     return Measuring(costs, settings.measure_timeout, private=settings.measure_urls == "all")
-
-
-def filled(fleet: Fleet, settings: ProxySettings) -> Fleet:
-    """With every engine that is listed."""
-    for role, endpoint in settings.fleet():
-        fleet.join(endpoint.url, role, endpoint.dialect, endpoint.facts)
-        log.info("%s %s (%s)", role.label, endpoint.url, endpoint.dialect)
-    return fleet
 
 
 def local_url(host: str, port: int) -> str:

@@ -60,6 +60,10 @@ class Heartbeats:
         row = self._row(url)
         return None if row is None else int(self._until[row]) / _NANO
 
+    def late(self, now: float) -> bool:
+        """Whether anybody is to be alive no more."""
+        return bool(((self._keys != 0) & (self._until <= int(now * _NANO))).any())
+
     def forget(self, url: str) -> None:
         """Nothing is expected of it any more. Unknown ones are ignored."""
         with self._lock():

@@ -11,8 +11,9 @@ import sys
 import uvloop
 
 from proxy import tally
-from proxy.app import Proxy, filled, local_url
+from proxy.app import Proxy, local_url
 from proxy.crew import Crew, Seat
+from proxy.membership import Membership
 from proxy.settings import ProxySettings
 from proxy.workers import Supervisor, reserve
 
@@ -47,7 +48,7 @@ def supervise(settings: ProxySettings) -> int:
     held = reserve(settings.host, settings.port)
     port = held[0].getsockname()[1]
     crew = Crew.create(settings.workers)
-    filled(crew.fleet(), settings)
+    Membership(crew.fleet(), crew.heartbeats()).configure(settings.fleet())
 
     def work(seat: Seat) -> None:
         tally.install(seat.folder, seat.worker)

@@ -62,7 +62,7 @@ class Fleet:
     def __init__(self) -> None:
         self._instances: dict[str, Instance] = {}
         self.held: dict[str, frozenset[str]] = {}  # URLs kept out although these sources list them
-        self.version = 0  # another number each time an instance comes, goes or changes its state or weight
+        self.version = 0  # another number each time an instance comes, goes, or is not as it was
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._instances.values()))
@@ -107,12 +107,6 @@ class Fleet:
         if state is State.GONE:
             self._instances.pop(instance.url, None)
         return changed
-
-    def weigh(self, instance: Instance, weight: float) -> None:
-        """Count on another capacity (> 0)."""
-        if weight != instance.weight:
-            instance.weight = weight
-            self.version += 1
 
     def changing(self) -> AbstractContextManager[None]:
         """What is changed within is changed at once for all workers, from what they have changed before. No await."""

@@ -40,6 +40,8 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
             "state": "READY",
             "reason": "healthy",
             "circuit": "CLOSED",
+            "sources": ["registered"],
+            "weight": 1.0,
             "model": "tiny",
             "facts": {"version": "0", "known_by": "GET /info says triptych both"},
             "leases": 1,
@@ -95,6 +97,9 @@ async def test_removing_lets_a_running_request_end() -> None:
         ("/instances", {"role": "decode", "url": "http://h:1", "more": 1}, 400, "more"),
         ("/instances", {"role": "decode", "url": "magic+http://h:1"}, 400, "url"),
         ("/instances", {"role": "decode", "url": "http://h:1", "labels": {"moon": "m"}}, 400, "labels"),
+        ("/instances", {"role": "decode", "url": "http://h:1", "weight": 0}, 400, "weight"),
+        ("/instances", {"role": "decode", "url": "http://h:1", "ttl": -1}, 400, "ttl"),
+        ("/instances", {"role": "decode", "url": "dns+http://h:1"}, 400, "url"),
         ("/instances", b"{", 400, None),
         ("/instances/drain", {"url": "http://h:1"}, 404, "url"),
     ],
@@ -110,6 +115,33 @@ async def test_an_instance_may_come_with_labels() -> None:
         asked = {"role": "both", "url": "http://h:1?rack=r1&host=h1", "labels": {"host": "h2", "zone": "z"}}
         answer = await d.post(asked, "/instances")
         assert answer.json["instance"]["facts"] == {"labels": {"rack": "r1", "host": "h2", "zone": "z"}}
+
+
+async def test_an_instance_may_come_with_a_weight_and_a_key_that_nobody_is_shown() -> None:
+    async with deployment("1b") as d:
+        answer = await d.post({"role": "both", "url": "http://h:1", "weight": 2, "key": "s3cret"}, "/instances")
+        assert answer.json["instance"]["weight"] == 2.0
+        instance = d.proxy.fleet.get("http://h:1")
+        assert instance is not None and instance.secret == "s3cret"
+        assert b"s3cret" not in answer.body + (await d.get("/instances")).body
+
+
+async def test_heartbeats_keep_an_instance_and_end_no_drain() -> None:
+    async with deployment("1b") as d, Language() as late:
+        beat = {"role": "both", "url": late.url, "ttl": 60, "life": "first"}
+        assert (await d.post(beat, "/instances")).json["registered"]
+        await d.proxy.health.tick()
+        instance = d.proxy.fleet.get(late.url)
+        assert instance is not None and instance.state is State.READY
+        assert (await d.post(beat, "/instances")).json["instance"]["state"] == "READY"
+        await d.post({"url": late.url}, "/instances/drain")
+        await d.proxy.health.tick()
+        answer = await d.post(beat, "/instances")
+        assert answer.json == {"registered": False, "instance": None}, "an admin has drained this process"
+        assert (await d.get("/instances")).json["held"] == {late.url: ["registered"]}
+        answer = await d.post({**beat, "life": "second"}, "/instances")
+        assert answer.json["registered"] and answer.json["instance"]["state"] == "JOINING"
+        assert (await delete(d, late.url))[1] == {"removed": True}
 
 
 async def test_a_known_instance_keeps_its_role() -> None:
@@ -130,3 +162,23 @@ async def test_changes_need_the_key_and_looking_does_not() -> None:
         assert (await d.post(registration, "/instances", x_api_key="s3cret")).status == 200
         assert (await d.post(registration, "/instances", authorization="Bearer s3cret")).status == 200
         assert (await delete(d, None, **{"X-API-Key": "s3cret"}))[0] == 400
+
+
+async def test_engines_have_a_key_of_their_own_for_themselves() -> None:
+    async with deployment("1b", admin_key="s3cret", register_key="engines") as d:
+        url = "http://h:1"
+        forever = {"role": "both", "url": url}
+        assert (await d.post(forever, "/instances", x_api_key="engines")).status == 401
+        assert (await d.post({**forever, "ttl": 9}, "/instances", x_api_key="wrong")).status == 401
+        assert (await d.post({**forever, "ttl": 9}, "/instances", x_api_key="engines")).status == 200
+        assert (await d.post({"url": d.combined[0].url}, "/instances/drain", x_api_key="engines")).status == 401
+        assert (await d.post({"url": url}, "/instances/drain", x_api_key="engines")).status == 200
+        assert (await delete(d, url, **{"X-API-Key": "engines"}))[0] == 401
+        assert (await delete(d, url, **{"X-API-Key": "s3cret"}))[0] == 200
+
+
+async def test_without_an_admin_key_the_engines_key_locks_all() -> None:
+    async with deployment("1b", register_key="engines") as d:
+        registration = {"role": "both", "url": "http://h:1"}
+        assert (await d.post(registration, "/instances")).status == 401
+        assert (await d.post(registration, "/instances", x_api_key="engines")).status == 200

@@ -20,13 +20,14 @@ def test_what_one_worker_hears_every_worker_knows() -> None:
     assert other.until(URL) is None and not other.knows(URL, "first life")
     one.beat(URL, "first life", 12.5)
     assert other.until(URL) == 12.5
+    assert other.late(12.5) and not other.late(12.0)
     assert other.knows(URL, "first life") and not other.knows(URL, "second life")
     other.beat(URL, "second life", 20.0)
     assert one.until(URL) == 20.0 and one.knows(URL, "second life")
     assert repr(one) == "<Heartbeats of 1>"
     one.forget(URL)
     one.forget(URL)
-    assert other.until(URL) is None
+    assert other.until(URL) is None and not other.late(99.0)
 
 
 def test_a_row_is_given_to_the_next_when_nobody_has_it() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from proxy.admin import Admin
+from proxy.admin import Admin, Locks
 from proxy.history import SPAN_S, SPANS, WINDOW
 from proxy.snapshot import Owners, Snapshots
 from tests.fakes.deployment import Deployment, deployment
@@ -25,7 +25,7 @@ class Watch:
 
     def __init__(self, d: Deployment) -> None:
         proxy = d.proxy
-        admin = Admin(proxy.fleet, proxy.balancer, proxy.health, None, "auto")
+        admin = Admin(proxy.fleet, proxy.membership, proxy.balancer, proxy.health, Locks(), "auto")
         owners = Owners(proxy.fleet, admin, proxy.metrics, proxy.advising, proxy.history, 1)
         self.snapshots = Snapshots(owners, lambda: self.now)
         self.now = time.monotonic()
