@@ -5,6 +5,8 @@
     flow          what was asked
     heartbeats    who is alive
     history       what has ended
+    quota         what API keys have used
+    reloads       how configurations were taken
 
 Beside the memory there is a folder for the sockets between workers and for their counters, gone with the supervisor or,
 if that was killed, with the workers.
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from proxy import flow, heartbeats, history, tally
+from proxy import flow, heartbeats, history, quota, reloading, tally
 from proxy.balancer import board, roster
 from proxy.balancer.board import Board
 from proxy.balancer.roster import Roster
@@ -29,10 +31,12 @@ from proxy.flow import Flow
 from proxy.health import Health
 from proxy.heartbeats import Heartbeats
 from proxy.history import History
+from proxy.quota import Quota
+from proxy.reloading import Reloads
 from proxy.segment import Segment
 from proxy.siblings import Siblings
 
-_FLEET, _ROWS, _PROBES, _BEATS = range(4)  # the segment's locks
+_FLEET, _ROWS, _PROBES, _BEATS, _QUOTA = range(5)  # the segment's locks
 _LOOK_S = 0.1  # how often the one who probes looks for what others have done to the fleet
 
 Told = Callable[[Instance, State], None]
@@ -66,14 +70,35 @@ class Crew:
     def history(self, worker: int) -> History:
         return History(self._part("history"), self.workers, worker)
 
+    def reloads(self) -> Reloads:
+        return Reloads(self._part("reloads"))
+
+    def publish(self, text: str) -> None:
+        """This is the configuration of all workers from now on."""
+        fresh = self.folder / "configuration.new"
+        fresh.write_text(text, "utf-8")
+        fresh.rename(self._published)
+
+    def published(self) -> str | None:
+        """The latest; None while all go by the one that they were started with."""
+        return self._published.read_text("utf-8") if self._published.exists() else None
+
+    @property
+    def _published(self) -> Path:
+        return self.folder / "configuration"
+
+    def quota(self, worker: int) -> Quota:
+        return Quota(self._part("quota"), self.workers, worker, lambda: self.segment.locked(_QUOTA))
+
     def _part(self, name: str) -> memoryview:
         sizes = _sizes(self.workers)
         begin = sum(size for _, size in takewhile(lambda part: part[0] != name, sizes.items()))
         return self.segment.buffer[begin : begin + sizes[name]]
 
     def lost(self, worker: int) -> None:
-        """A worker is dead: its leases are given back, and what it had in flight is over."""
+        """A worker is dead: its leases and its keys' places are given back, and what it had in flight is over."""
         self.board(worker).clear(worker)
+        self.quota(worker).clear(worker)
         tally.bury(self.folder, worker)
 
     def remove(self) -> None:
@@ -89,6 +114,8 @@ def _sizes(workers: int) -> dict[str, int]:
         "flow": flow.size(workers),
         "heartbeats": heartbeats.SIZE,
         "history": history.size(workers),
+        "quota": quota.size(workers),
+        "reloads": reloading.SIZE,
     }
 
 
@@ -121,6 +148,13 @@ class Seat:
 
     def history(self) -> History:
         return self._crew.history(self.worker)
+
+    def quota(self) -> Quota:
+        return self._crew.quota(self.worker)
+
+    def published(self) -> str | None:
+        """The configuration that the supervisor has taken last; None if that is the first."""
+        return self._crew.published()
 
     def fleet(self, told: Told) -> Roster:
         """This worker's look at the fleet; `told` as a Roster's."""

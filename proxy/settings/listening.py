@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, Field, PositiveFloat
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat
 
 
 class ListeningSettings(BaseModel):
@@ -15,5 +15,15 @@ class ListeningSettings(BaseModel):
     workers: int = Field(
         1, ge=1, le=64, description="processes that serve the port, with one view of load between them"
     )
-    grace_timeout: PositiveFloat = Field(30.0, description="seconds that requests may go on after SIGTERM")
-    config: Path | None = Field(None, description="YAML file with these flags as keys, - or _ between words")
+    drain_delay: NonNegativeFloat = Field(
+        0.0,
+        description="seconds after SIGTERM in which new requests are still served while /ready says 503: as long as "
+        "whoever sends them takes to notice",
+    )
+    grace_timeout: PositiveFloat = Field(
+        30.0, description="seconds that requests may then go on; those that are left end with an error that says so"
+    )
+    config: Path | None = Field(
+        None,
+        description="YAML file with these flags as keys, - or _ between words; read again on SIGHUP or when it changes",
+    )
