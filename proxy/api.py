@@ -8,24 +8,23 @@ import math
 import random
 import re
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import orjson
-from prometheus_client import Counter
 
-from proxy.access import AccessLog
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
 from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
-from proxy.history import History
 from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
 from proxy.metrics import Metrics
 from proxy.reading import Reading
+from proxy.record import Record
 from proxy.relay import ClientSink
 from proxy.routing import router
 from proxy.sizing import Sizing
@@ -54,20 +53,17 @@ class OpenAI:
         upstream: Upstream,
         reading: Reading,
         metrics: Metrics,
-        access: AccessLog,
-        history: History,
+        watchers: Sequence[Callable[[Record], None]],
     ) -> None:
+        """`watchers` get the record of each request that is over. They must not wait."""
         self._fleet = fleet
         self._sizing = sizing
         self.dispatcher = dispatcher
         self._upstream = upstream
         self._metrics = metrics
         self._reading = reading
-        self._access = access
-        self._history = history
+        self._watchers = watchers
         self._active: set[str] = set()  # engine-facing ids in flight
-        self._received, self._sent = (metrics.bytes.labels(way) for way in ("from_clients", "to_clients"))
-        self._counters: dict[tuple[str, str], Counter] = {}  # of metrics.requests: finding a child costs as much as it
 
     def routes(self) -> list[Route]:
         return [
@@ -91,6 +87,10 @@ class OpenAI:
             job = await self._job(request, engine_id)
             job.record.id = wanted
             return await self._serve(job, ClientSink(request, wanted))
+        except ProxyError as error:  # before there was a job
+            now = time.monotonic()
+            self._told(Record(wanted, api=request.path, began=now, ended=now), error)
+            return _failed(error, {})
         finally:
             self._metrics.in_flight.dec()
             self._active.discard(engine_id)
@@ -114,37 +114,21 @@ class OpenAI:
         return None
 
     async def _job(self, request: Request, engine_id: str) -> Job:
-        raw = await request.read()
-        self._received.inc(len(raw))
-        api, headers = _APIS[request.path], _end_to_end(request.headers)
-        try:
-            job = await self._reading.job(raw, api, engine_id, request.headers, headers)
-        except ProxyError as error:
-            self._count("none", str(error.status))
-            raise
+        raw, headers = await request.read(), _end_to_end(request.headers)
+        job = await self._reading.job(raw, _APIS[request.path], engine_id, request.headers, headers)
         for item in job.items:
             self._metrics.items.labels(item.modality).inc()
         return job
 
     def _ended(self, run: Run, status: int, error: ProxyError | None = None) -> None:
-        record = self.dispatcher.end(run, status)
-        if error is not None:
-            record.code, record.error = str(error.code), f"{error.stage}: {_LINES.sub(' ', error.message)}"
-        self._history.ended(record)
-        seconds = record.ended - record.began
-        self._count(record.path, str(status))
-        self._metrics.observe("e2e", seconds)
-        self._sent.inc(run.sink.sent)
-        timings = " ".join([f"{name}={s * 1000:.0f}ms" for name, s in record.timings.items()])
-        told = "" if error is None else f" error={record.error}"
-        what = f"{record.id} {record.api} {status}"
-        self._access.write(f"{what} e2e={seconds * 1000:.0f}ms {timings} route={record.route!r}{told}")
+        self._told(self.dispatcher.end(run, status), error)
 
-    def _count(self, path: str, status: str) -> None:
-        counter = self._counters.get((path, status))
-        if counter is None:
-            counter = self._counters[path, status] = self._metrics.requests.labels(path, status)
-        counter.inc()
+    def _told(self, record: Record, error: ProxyError | None) -> None:
+        if error is not None:
+            record.status, record.code = error.status, str(error.code)
+            record.error = f"{error.stage}: {_LINES.sub(' ', error.message)}"
+        for watch in self._watchers:
+            watch(record)
 
     # ---- the proxy's own
 

@@ -48,6 +48,7 @@ from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
 from proxy.reading import Reading
+from proxy.receipts import Receipts
 from proxy.settings import ProxySettings
 from proxy.siblings import Kind
 from proxy.sizing import Sizing
@@ -88,7 +89,7 @@ class Proxy:
         self.health = Health(
             *(self.fleet, self.balancer, self.breakers, self.upstream, self.introduction, derived.probing(settings))
         )
-        self.access = AccessLog(sys.stderr if settings.log_level in ("debug", "info") else None)
+        self.access = AccessLog(sys.stderr, settings.access_form())
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
         self.measuring = _measuring(settings, self.costs)
         self.reading = Reading(self._identity, self.costs, self.measuring)
@@ -100,8 +101,11 @@ class Proxy:
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
         self.history = seat.history() if seat else history.alone()
-        told = (self.metrics, self.access, self.history)
-        self.openai = api.OpenAI(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading, *told)
+        self.receipts = Receipts(settings.receipts, seat.siblings if seat else None)
+        watchers = [self.metrics.ended, self.access.ended, self.history.ended, self.receipts.ended]
+        self.openai = api.OpenAI(
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading, self.metrics, watchers)
+        )
         self.port = seat.port if seat else settings.port
 
     def go_by(self, settings: ProxySettings) -> None:
@@ -151,7 +155,7 @@ class Proxy:
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
         owners = Owners(self.fleet, admin, self.metrics, self.advising, self.history, settings.workers)
         page = Page(Snapshots(owners, time.monotonic), admin)
-        told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *page.routes()]
+        told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *self.receipts.routes(), *page.routes()]
         routes = [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
         return Server(api.edge(Router(routes)), api.refused, derived.http_limits(settings))
 
@@ -182,7 +186,7 @@ class Proxy:
 
     def _siblings(self) -> AbstractAsyncContextManager[None]:
         """Within, the other workers get this one's answers."""
-        answers = {Kind.CALLBACK: self.metaserver.answer}
+        answers = {Kind.CALLBACK: self.metaserver.answer, Kind.RECEIPTS: self.receipts.answer}
         return nullcontext() if self._seat is None else self._seat.siblings.listening(answers)
 
     @asynccontextmanager

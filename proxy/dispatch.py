@@ -128,15 +128,15 @@ class Dispatcher:
     def begin(self, job: Job, sink: Sink) -> Run:
         record = job.record
         record.began, record.api, record.model = self._clock(), job.api, job.model
-        record.stream, record.items = job.stream, len(job.items)
+        record.stream, record.items, record.received = job.stream, len(job.items), job.nbytes
         return Run(job, sink, record)
 
     def end(self, run: Run, status: int) -> Record:
         """The record of a request that has ended, with all that is known of it."""
         record = run.record
-        record.ended, record.status = self._clock(), status
+        record.ended, record.status, record.sent = self._clock(), status, run.sink.sent
         if run.plan is not None:
-            record.path, record.route = run.plan.path.label, run.route
+            record.path, record.route, record.reason = run.plan.path.label, run.route, run.plan.reason
             record.prompt_tokens = run.prompt_tokens or run.job.prompt_tokens
             record.output_tokens = int(run.tokens) + run.job.stream if run.tokens else 0
         return record

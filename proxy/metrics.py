@@ -16,6 +16,7 @@ from proxy import tally
 from proxy.balancer.fleet import Fleet
 from proxy.balancer.ledger import Ledger
 from proxy.core import ROLES, State
+from proxy.record import Record
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -70,9 +71,28 @@ class Metrics:
         self.resumes = Counter("triptych_resumes", "Streams continued by another instance", registry=registry)
         self.bytes = Counter("triptych_bytes", "Body bytes by direction", ["direction"], registry=registry)
         self.items = Counter("triptych_items", "Media items received, by modality", ["modality"], registry=registry)
+        self.spans = Counter(
+            "triptych_spans",
+            "Spans of traces, by what became of them: exported, dropped",
+            ["result"],
+            registry=registry,
+        )
+        self._received, self._sent = (self.bytes.labels(way) for way in ("from_clients", "to_clients"))
+        self._ended: dict[tuple[str, int], Counter] = {}  # of `requests`: finding a child costs as much as counting
         self.in_flight = Gauge(
             "triptych_requests_in_flight", "Requests not yet ended", registry=registry, multiprocess_mode="livesum"
         )
+
+    def ended(self, record: Record) -> None:
+        """A request is over."""
+        counter = self._ended.get((record.path, record.status))
+        if counter is None:
+            counter = self._ended[record.path, record.status] = self.requests.labels(record.path, str(record.status))
+        counter.inc()
+        if record.admitted:
+            self.observe("e2e", record.ended - record.began)
+        self._received.inc(record.received)
+        self._sent.inc(record.sent)
 
     def observe(self, stage: str, seconds: float) -> None:
         """`stage` is encode, prefill, decode, ttft or e2e."""

@@ -40,23 +40,31 @@ class LegRecord:
     outcome: str = ""  # OK, a retry.Cause, or CANCELLED; empty while it runs
     context: str = ""  # the `traceparent` that its engine gets; empty: the client's, if it sent one
 
+    @property
+    def netloc(self) -> str:
+        return self.url.partition("://")[2]
+
 
 @dataclass(slots=True, eq=False)
 class Record:
     """One request. `ended`, the path, the tokens, the status and the error are told once it is over."""
 
     id: str = ""  # x-request-id
+    caller: str = ""  # the name of the client's API key
     api: str = ""  # the route's path
     model: str = ""
     stream: bool = False
     items: int = 0
+    received: int = 0  # bytes of the body
+    sent: int = 0  # bytes of the answer's
     began: float = 0.0
     admitted: float = 0.0
     drawn: float = 0.0  # the plan was there
     first: float = 0.0  # the first byte that proves success
     ended: float = 0.0
     path: str = "none"
-    route: str = ""  # the receipt of x-triptych-route: path, instances and reason of the last plan
+    route: str = ""  # as x-triptych-route tells it: path, instances and reason of the last plan
+    reason: str = ""
     attempts: int = 0
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
     prompt_tokens: int = 0  # as its engine has counted them, else predicted

@@ -1,4 +1,4 @@
-"""Which handler answers a method and a path. No patterns: every route here is a fixed path."""
+"""Which handler answers a method and a path. No patterns: a route is a fixed path, or all that begin with one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Audience(Flag):
 @dataclass(frozen=True, slots=True)
 class Route:
     method: str
-    path: str
+    path: str  # with a slash at its end: all paths that have more behind it, but for those with a route of their own
     handler: Handler
     audience: Audience = Audience.CLIENTS
 
@@ -57,11 +57,21 @@ class Router:
         for route in routes:
             if route.audience & audience:
                 self._handlers.setdefault(route.path, {})[route.method] = route.handler
+        # Those that others begin with, the longest first.
+        self._open = sorted((path for path in self._handlers if path.endswith("/")), key=len, reverse=True)
 
     def find(self, method: str, path: str) -> Handler:
         """A GET handler answers HEAD as well. Raises NoRoute."""
-        handlers = self._handlers.get(path, {})
+        handlers = self._handlers.get(path)
+        if handlers is None or path.endswith("/"):
+            handlers = self._under(path)
         handler = handlers.get("GET" if method == "HEAD" else method)
         if handler is None:
             raise NoRoute(frozenset(handlers))
         return handler
+
+    def _under(self, path: str) -> dict[str, Handler]:
+        for beginning in self._open:
+            if path.startswith(beginning) and path != beginning:
+                return self._handlers[beginning]
+        return {}

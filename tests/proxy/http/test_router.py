@@ -38,3 +38,15 @@ def test_each_audience_finds_its_own() -> None:
             else:
                 with pytest.raises(NoRoute, match="no such path"):
                     router.find("GET", f"/{path}")
+
+
+def test_a_path_with_a_slash_at_its_end_is_for_all_that_have_more_behind_it() -> None:
+    router = Router([get("/a", one), get("/a/", two), delete("/a/b/", one), get("/a/c", one)])
+    assert router.find("GET", "/a") is router.find("GET", "/a/c") is one
+    assert router.find("GET", "/a/x") is router.find("GET", "/a/x/y") is router.find("HEAD", "/a/c/") is two
+    assert router.find("DELETE", "/a/b/x") is one
+    with pytest.raises(NoRoute, match="DELETE"):
+        router.find("GET", "/a/b/x")
+    for path in ("/a/", "/", "/b/a/x", "/ab"):
+        with pytest.raises(NoRoute, match="no such path"):
+            router.find("GET", path)

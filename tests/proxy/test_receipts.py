@@ -1,0 +1,139 @@
+"""What can be asked of requests that have ended: each path's legs, what went wrong, over one worker and several."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from proxy.receipts import Receipts
+from proxy.record import Record
+from proxy.siblings import Kind, Siblings
+from tests.fakes.deployment import Deployment, deployment
+from tests.fakes.faults import Fault
+from tests.fakes.faults import Kind as Failing
+from tests.fakes.media import chat, image, part
+
+
+async def receipt(d: Deployment, name: str = "r1") -> dict[str, Any]:
+    answer = await d.get(f"/requests/{name}")
+    assert answer.status == 200, answer.body
+    return dict(answer.json)
+
+
+def legs(told: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    return [(leg["stage"], leg["instance"], leg["attempt"], leg["items"], leg["outcome"]) for leg in told["legs"]]
+
+
+async def test_a_receipt_tells_each_leg_of_the_path_it_took() -> None:
+    async with deployment("1e1p1d") as d:
+        await d.post(chat(part(image()), stream=True), x_request_id="r1")
+        told = await receipt(d)
+    e, p, dec = d.encoders[0].netloc, d.prefills[0].netloc, d.decodes[0].netloc
+    assert legs(told) == [("encode", e, 1, 1, "ok"), ("decode", dec, 1, 0, "ok"), ("prefill", p, 1, 0, "ok")]
+    assert (told["status"], told["path"], told["attempts"], told["items"], told["stream"]) == (200, "E-P-D", 1, 1, True)
+    assert told["route"].endswith(f"reason={told['reason']}") and told["error"] is told["code"] is None
+    assert 0 <= told["admitted"] <= told["drawn"] <= told["ttft"] <= told["seconds"]
+    for leg in told["legs"]:
+        assert told["drawn"] <= leg["began"] <= (leg["first"] or leg["ended"]) <= leg["ended"] <= told["seconds"]
+    assert told["received"] > 100 and told["sent"] > 100 and told["output_tokens"] > 0
+    assert set(told["timings"]) == {"encode", "prefill", "ttft", "decode"}
+
+
+async def test_a_failed_leg_and_the_one_that_took_its_place_are_both_told() -> None:
+    async with deployment("2b") as d:
+        for engine in d.combined:
+            engine.fail(Fault(Failing.RESET))
+        for _ in range(2):
+            await d.post(chat(), x_request_id="r1")
+        told = await receipt(d)
+        if told["attempts"] == 1:  # the other's fault came with the first request
+            told = (await d.get("/requests")).json["requests"][1]
+    assert [leg["outcome"] for leg in told["legs"]] in (["broken", "ok"], ["broken", "broken"])
+    assert [leg["attempt"] for leg in told["legs"]] == [1, 2]
+
+
+async def test_what_happened_on_the_way_is_told_with_its_time() -> None:
+    async with deployment("1e2b", inline_encoding=True) as d:
+        d.encoders[0].always = Fault(Failing.STATUS, status=500)
+        assert (await d.post(chat(part(image())), x_request_id="r1")).status == 200
+        told = await receipt(d)
+    assert [(event["name"], event["detail"]) for event in told["events"]] == [
+        ("fallback", "encode: server_error, encoded inline")
+    ]
+    assert 0 < told["events"][0]["at"] < told["seconds"]
+
+
+async def test_requests_that_never_reached_an_engine_have_one_too() -> None:
+    async with deployment("1b") as d:
+        await d.post(b"{", x_request_id="r1")
+        told = await receipt(d)
+    assert (told["status"], told["code"], told["legs"], told["path"]) == (400, "invalid_request", [], "none")
+    assert told["error"].startswith("proxy: the body is not JSON")
+
+
+async def test_a_client_that_left_is_told_as_such() -> None:
+    async with deployment("1b") as d:
+        d.combined[0].always = Fault(Failing.HANG)
+        async with aiohttp.ClientSession() as http:
+            headers = {"x-request-id": "r1"}
+            asking = asyncio.create_task(http.post(f"{d.url}/v1/chat/completions", json=chat(), headers=headers))
+            await d.combined[0].until(lambda: d.combined[0].running == 1)
+            assert (await d.get("/requests/r1")).status == 404, "it has not ended"
+            asking.cancel()
+            await asyncio.wait([asking])
+            await d.settle()
+        told = await receipt(d)
+    assert (told["status"], told["ttft"]) == (499, None)
+    assert legs(told) == [("decode", d.combined[0].netloc, 1, 0, "cancelled")]
+
+
+async def test_the_latest_come_first_and_the_oldest_are_forgotten() -> None:
+    async with deployment("1b", receipts=3) as d:
+        for number in range(5):
+            await d.post(chat(), x_request_id=f"r{number}")
+        assert [one["id"] for one in (await d.get("/requests")).json["requests"]] == ["r4", "r3", "r2"]
+        assert [one["id"] for one in (await d.get("/requests?limit=1")).json["requests"]] == ["r4"]
+        assert (await d.get("/requests/r0")).error["code"] == "not_found"
+        for limit in ("0", "-1", "x", "1001", "9" * 30):
+            assert (await d.get(f"/requests?limit={limit}")).error["param"] == "limit"
+
+
+async def test_without_receipts_there_are_none() -> None:
+    async with deployment("1b", receipts=0) as d:
+        await d.post(chat(), x_request_id="r1")
+        assert (await d.get("/requests")).json == {"requests": []}
+
+
+async def test_nothing_that_was_said_is_kept() -> None:
+    async with deployment("1e1b") as d:
+        body = chat(part(image())) | {"user": "4711-secret"}
+        body["messages"][0]["content"].append({"type": "text", "text": "the prompt's secret"})
+        await d.post(body, authorization="Bearer secret", x_request_id="r1")
+        shown = (await d.get("/requests/r1")).body + (await d.get("/requests")).body
+    assert b"secret" not in shown and b"base64" not in shown
+
+
+async def test_whichever_worker_is_asked_tells_of_all(tmp_path: Path) -> None:
+    siblings = [Siblings(tmp_path, 3, worker) for worker in range(3)]
+    crew = [Receipts(10, one) for one in siblings]
+    for number, receipts in zip(range(6), itertools.cycle(crew), strict=False):
+        receipts.ended(Record(f"r{number}", began=1.0 + number, ended=20.0 + number))
+    async with siblings[1].listening({Kind.RECEIPTS: crew[1].answer}):  # 2 is dead
+        recent = orjson.loads((await crew[0].recent(Asked("/requests", {"limit": "3"}))).body)
+        assert [one["id"] for one in recent["requests"]] == ["r4", "r3", "r1"]
+        one = orjson.loads((await crew[0].one(Asked("/requests/r4"))).body)
+        assert (one["id"], one["seconds"]) == ("r4", 19.0)
+
+
+class Asked:
+    """As much of a request as handlers look at."""
+
+    def __init__(self, path: str, query: Mapping[str, str] = {}) -> None:
+        self.path = path
+        self.query = query
