@@ -4,9 +4,9 @@ URLs come from clients, so every way to spend this machine's memory, time or tru
 
 - bytes: counted while they arrive, whatever the headers promise (--max-media-bytes);
 - time: one deadline over all redirects (--fetch-timeout), and a bound on fetches at once (--max-fetches);
-- reach: hosts that resolve to loopback, private or link-local addresses are refused, at every redirect, by the resolver
-  that the connection itself uses, so that a name cannot change its mind after the check (--allow-private-hosts);
-- files: only regular files under --allowed-media-roots, after symlinks are resolved.
+- reach: hosts that resolve to addresses outside the open Internet are refused, at every redirect, by the resolver that
+  the connection itself uses, so that a name cannot change its mind after the check (--allow-private-hosts);
+- files: only regular files under --allowed-media-roots, after links are resolved, and following none put there since.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import os
-import stat
 from collections.abc import Awaitable, Callable
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from socket import AF_INET, AddressFamily
 from typing import Protocol
@@ -27,6 +24,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from engines.encoder import files
+from engines.encoder.addresses import is_public
 from engines.errors import BadRequest, Forbidden, TooLarge
 from engines.settings import EncoderSettings
 
@@ -44,14 +43,6 @@ class Run(Protocol):
 
 class ForbiddenHost(OSError):
     """A host that clients may not make this machine contact. An OSError, because that is what resolvers raise."""
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open Internet."""
-    ip: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
-    if isinstance(ip, IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast
 
 
 class PublicResolver(AbstractResolver):
@@ -80,7 +71,7 @@ class Fetcher:
         self._settings = settings
         self._run = run
         self._limit = int(settings.max_media_bytes)
-        self._roots = tuple(root.resolve() for root in settings.allowed_media_roots)
+        self._roots = settings.allowed_media_roots
         self._slots = asyncio.Semaphore(settings.max_fetches)
         self._session: aiohttp.ClientSession | None = None
 
@@ -132,30 +123,14 @@ class Fetcher:
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
             raise Forbidden("a file:// URL names no host", code="image_forbidden")
-        path = Path(unquote(parts.path))
         try:
-            real = path.resolve()
-        except (OSError, RuntimeError, ValueError):  # a loop of symlinks, a null byte
-            real = None
-        if real is None or not any(real.is_relative_to(root) for root in self._roots):
+            data = files.read(Path(unquote(parts.path)), self._roots, self._limit + 1)
+        except (files.Outside, ValueError):  # a null byte
             # The same answer whether the file exists or not: what lies outside the roots is nobody's business.
-            raise Forbidden("the file is outside --allowed-media-roots", code="image_forbidden")
-        return self._read(real)
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            # No waiting on a named pipe, no following of a link put there since `resolve`.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            told = "the file is outside --allowed-media-roots, or no regular file"
+            raise Forbidden(told, code="image_forbidden") from None
         except OSError as error:
             raise BadRequest(f"cannot read the file: {error.strerror}", code="image_unreachable") from None
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise Forbidden("the path is not a regular file", code="image_forbidden")
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                data = file.read(self._limit + 1)
-        finally:
-            os.close(descriptor)
         if len(data) > self._limit:
             raise self._too_large()
         return data
