@@ -50,7 +50,7 @@ class Phase(Enum):
 class Request:
     """One request, and the way to answer it. Handlers either return a Response or call begin, write and end."""
 
-    __slots__ = ("_connection", "_error", "_waiter", "body", "chunks", "complete", "head", "started")
+    __slots__ = ("_connection", "_error", "_waiter", "body", "chunks", "complete", "cut", "head", "started")
 
     def __init__(self, connection: Connection, head: Head) -> None:
         self._connection = connection
@@ -59,6 +59,7 @@ class Request:
         self.chunks: Chunks | None = None
         self.complete = False  # the body is there
         self.started = False  # an answer has begun
+        self.cut = False  # it was cancelled because the server's time is over, not because its client has left
         self._error: HttpError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -76,6 +77,11 @@ class Request:
     @property
     def headers(self) -> Headers:
         return self.head.headers
+
+    @property
+    def peer(self) -> str:
+        """The address of the other end; empty where it has none."""
+        return self._connection.peer
 
     @property
     def query(self) -> dict[str, str]:
@@ -178,6 +184,12 @@ class Connection(asyncio.BufferedProtocol):
         return f"<Connection {self._phase.name} {self._request!r}>"
 
     @property
+    def peer(self) -> str:
+        """The address of the other end; empty once it is gone, or where it has none."""
+        name = None if self._transport is None else self._transport.get_extra_info("peername")
+        return str(name[0]) if isinstance(name, tuple) else ""
+
+    @property
     def busy(self) -> bool:
         return self._task is not None
 
@@ -186,8 +198,6 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
         self._server.opened(self)
-        if self._server.stopping:
-            self._transport.close()
         self.deadline = self._loop.time() + self.limits.idle_seconds
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -200,10 +210,21 @@ class Connection(asyncio.BufferedProtocol):
             self._server.closed(self)
 
     def wind_down(self) -> None:
-        """The server stops: answer what is in work, take nothing new."""
+        """What is in work is the last that is answered here."""
         self._keep_alive = False
-        if self._task is None and self._transport is not None and self._phase is not Phase.LINGER:
+
+    def leave_idle(self) -> None:
+        """Close, unless something is in work, or has begun to arrive."""
+        if self._phase is Phase.HEAD and not self._buffer and self._transport is not None:
             self._transport.close()
+
+    def cut(self) -> None:
+        """Have what is in work come to its end now."""
+        if self._request is not None and self._task is not None:
+            self._request.cut = True
+            self._task.cancel()
+        else:
+            self.abort()
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -270,7 +291,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._buffer = b""
         self._request = Request(self, head)
-        self._keep_alive = head.keep_alive and not self._server.stopping
+        self._keep_alive = head.keep_alive and not self._server.draining
         self._begin_body(self._request, data[end + 4 :])
         if self._transport is not None and self._phase in (Phase.BODY, Phase.ANSWER):
             # Kept here, cancelled when the client leaves; the server waits for its end.
@@ -402,7 +423,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()  # the client must see that its answer is not whole
         elif not request.complete:
             self._linger()
-        elif not self._keep_alive or self._server.stopping:
+        elif not self._keep_alive:
             self._transport.close()
         else:
             self._phase = Phase.HEAD

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,6 +24,8 @@ Refuse: TypeAlias = Callable[[HttpError], Response]
 _BACKLOG = 1024
 _SCRATCH = 256 << 10  # what all connections read into by turns: each empties it before the next read
 _LARGEST_SWEEP_S = 1.0
+_LAST_REQUESTS_S = 0.1  # for requests that were on their way when the server stopped to listen
+_LAST_WORDS_S = 1.0  # for handlers whose time is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class Server:
         self.handle = handle
         self.refuse = refuse
         self.limits = limits or Limits()
-        self.stopping = False
+        self.draining = False
+        self._tls: ssl.SSLContext | None = None
         self.scratch = memoryview(bytearray(_SCRATCH))
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
@@ -70,6 +74,7 @@ class Server:
     ) -> int:
         """Listen, on `sock` if one is given; the port. Raises OSError."""
         loop = asyncio.get_running_loop()
+        self._tls = tls
         patience = None if tls is None else self.limits.head_seconds
         if sock is not None:
             self._server = await loop.create_server(
@@ -89,27 +94,58 @@ class Server:
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
 
-    async def stop(self, grace: float) -> None:
-        """Listen no more; requests in flight may go on for `grace` seconds and are then cut."""
-        self.stopping = True
-        if self._server is not None:
-            self._server.close()
-        for connection in list(self._connections):
+    def drain(self) -> None:
+        """From now on each answer is the last of its connection. Requests are served as before, on new ones too."""
+        self.draining = True
+        for connection in self._connections:
             connection.wind_down()
-        try:
-            async with asyncio.timeout(grace):
-                await self._until_empty()
-        except TimeoutError:
+
+    async def stop(self, grace: float) -> None:
+        """Listen no more. Who has connected is served yet; requests in flight may go on for `grace` seconds. Those that
+        are left are cut (`Request.cut`): their handlers are cancelled, and have a second for a last word."""
+        self.drain()
+        await self._stop_listening()
+        await self._until_empty(min(grace, _LAST_REQUESTS_S))
+        for connection in list(self._connections):
+            connection.leave_idle()
+        if not await self._until_empty(grace):
             for connection in list(self._connections):
-                connection.abort()
-            await self._until_empty()
+                connection.cut()
+            if not await self._until_empty(_LAST_WORDS_S):
+                for connection in list(self._connections):
+                    connection.abort()
+                await self._until_empty(None)
         if self._sweeper is not None:
             self._sweeper.cancel()
 
-    async def _until_empty(self) -> None:
-        while self._connections:
-            self._empty.clear()
-            await self._empty.wait()
+    async def _stop_listening(self) -> None:
+        """Closing a socket resets those who wait in it to be accepted: they are accepted first, up to the last one."""
+        if self._server is None:
+            return
+        listening = [sock.dup() for sock in self._server.sockets]
+        self._server.close()
+        accepted: list[socket.socket] = []
+        for sock in listening:
+            sock.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    accepted.append(sock.accept()[0])
+            sock.close()
+        loop, patience = asyncio.get_running_loop(), None if self._tls is None else _LAST_WORDS_S
+        joining = [
+            loop.connect_accepted_socket(lambda: Connection(self), one, ssl=self._tls, ssl_handshake_timeout=patience)
+            for one in accepted
+        ]
+        await asyncio.gather(*joining, return_exceptions=True)  # who leaves meanwhile is nobody's concern
+
+    async def _until_empty(self, patience: float | None) -> bool:
+        """Until the last connection is closed; False if there are some after `patience` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._connections:
+                    self._empty.clear()
+                    await self._empty.wait()
+        return not self._connections
 
     def opened(self, connection: Connection) -> None:
         self._connections.add(connection)

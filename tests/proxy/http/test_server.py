@@ -57,6 +57,101 @@ async def test_stopping_lets_a_request_end_and_takes_no_other() -> None:
         await stopping
 
 
+async def test_while_it_drains_each_answer_is_the_last_of_its_connection() -> None:
+    async with serving(ok) as s, asyncio.timeout(10):
+        before = await s.connect()
+        before.send(GET)
+        assert "connection" not in (await before.answer())[1]
+        s.server.drain()
+        for client in (before, await s.connect()):
+            client.send(GET)
+            status, headers, _ = await client.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await client.closed() == b""
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_who_has_connected_when_it_stops_is_served(secure: bool, tmp_path: Path) -> None:
+    """Sockets that nobody has accepted yet, and requests that nobody has read: the loop has had no turn for them."""
+    authority = Authority(tmp_path)
+    tls = Listener(authority.files("server")).context if secure else None
+    async with serving(ok, tls=tls) as s, asyncio.timeout(10):
+        kept = None if secure else socket.create_connection(("127.0.0.1", s.port))
+        if kept is not None:
+            while "0 connections" in repr(s.server):
+                await asyncio.sleep(0.001)
+            kept.send(GET)
+        waiting = [socket.create_connection(("127.0.0.1", s.port)) for _ in range(20)]
+
+        def ask(sock: socket.socket) -> bytes:
+            sock.settimeout(10)
+            with authority.trusting().wrap_socket(sock, server_hostname="localhost") if secure else sock as one:
+                if sock is not kept:
+                    one.sendall(GET)
+                return b"".join(iter(lambda: one.recv(1000), b""))
+
+        asking = [asyncio.create_task(asyncio.to_thread(ask, sock)) for sock in [*waiting, *filter(None, [kept])]]
+        await s.server.stop(5)
+        answers = await asyncio.gather(*asking)
+        assert all(answer.startswith(b"HTTP/1.1 200 ") and b"connection: close" in answer for answer in answers)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", s.port))
+
+
+async def test_a_head_that_has_begun_to_arrive_may_end() -> None:
+    async with serving(ok) as s, asyncio.timeout(10):
+        client = await s.connect()
+        client.send(GET[:10])
+        while "1 connections" not in repr(s.server):
+            await asyncio.sleep(0.001)
+        stopping = asyncio.create_task(s.server.stop(5))
+        await asyncio.sleep(0.2)
+        client.send(GET[10:])
+        assert (await client.answer())[0] == 200
+        await stopping
+
+
+async def test_who_is_cut_has_a_last_word() -> None:
+    async def handle(request: Request) -> Response:
+        request.begin(200, {}, None, b"first")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            assert request.cut
+            request.write(b" last")
+            request.end()
+        return None  # type: ignore[return-value]
+
+    async with serving(handle) as s, asyncio.timeout(10):
+        client = await s.connect()
+        client.send(GET)
+        while "1 busy" not in repr(s.server):
+            await asyncio.sleep(0.001)
+        await s.server.stop(0.05)
+        assert (await client.answer())[2] == b"first last"
+
+
+async def test_a_client_that_leaves_is_no_cut() -> None:
+    cut: list[bool] = []
+
+    async def handle(request: Request) -> Response:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cut.append(request.cut)
+        return Response()
+
+    async with serving(handle) as s, asyncio.timeout(10):
+        client = await s.connect()
+        client.send(GET)
+        while "1 busy" not in repr(s.server):
+            await asyncio.sleep(0.001)
+        client.close()
+        while not cut:
+            await asyncio.sleep(0.001)
+        assert cut == [False]
+
+
 async def test_what_outlives_the_grace_time_is_cut() -> None:
     cancelled = asyncio.Event()
 
