@@ -13,7 +13,7 @@ from importlib.metadata import version
 from urllib.parse import urlsplit
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
@@ -41,9 +41,8 @@ class Exporter:
         """`url`: where spans are posted; `instance`: which proxy this is. OTEL_… in the environment may add to both."""
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # each retry of each batch would have a line
         self._otlp = OTLPSpanExporter(endpoint=url, timeout=timeout)
-        self._resource = Resource.create(
-            {"service.name": "triptych-proxy", "service.version": _VERSION, "service.instance.id": instance}
-        )
+        ours = {"service.name": "triptych-proxy", "service.version": _VERSION, "service.instance.id": instance}
+        self._resource = Resource.create(ours).merge(OTELResourceDetector().detect())
 
     def export(self, ended: list[tuple[Record, float]]) -> bool:
         """Whether the collector took the spans of all the records, each with what makes its times Unix time."""

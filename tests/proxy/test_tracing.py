@@ -53,6 +53,17 @@ async def test_what_has_ended_arrives_with_the_name_of_its_proxy() -> None:
         await until(lambda: counted(metrics) == (6, 0))
 
 
+async def test_the_environment_may_name_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "front")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+    async with collector() as sink:
+        sender = Tracing(sink.url, 1.0, Metrics())
+        async with sender.running("me"):
+            sender.end(request(sender))
+    told = {"service.name": "front", "service.instance.id": "me", "deployment.environment.name": "test"}
+    assert sink.resources[0].items() >= told.items()
+
+
 async def test_what_is_left_at_the_end_is_sent() -> None:
     async with collector() as sink:
         sender = Tracing(f"{sink.url}/v1/traces", 1.0, Metrics())
