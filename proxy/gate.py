@@ -54,11 +54,8 @@ class Gate:
         self._let_in(self.admission.promote(self._clock()))
 
     def close(self) -> None:
-        """Nobody new is admitted, and those that wait are refused: the proxy is stopping."""
+        """Nobody new is admitted: the proxy is stopping. Those that wait already wait on."""
         self._closed = True
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(ShuttingDown("the proxy is stopping: send the request again"))
 
     async def enter(self, job: Job) -> Entry:
         """A place within the limits, until `leave`. Raises BadRequest, TooLarge, Overloaded, QueueTimeout,

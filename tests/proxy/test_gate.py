@@ -90,22 +90,30 @@ async def test_a_place_won_in_the_moment_of_leaving_is_given_on() -> None:
     assert (g.admission.requests, g.admission.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("how", ["late", "pushed", "stopped"])
+@pytest.mark.parametrize("how", ["late", "pushed"])
 async def test_who_waits_in_vain_is_told_why(how: str) -> None:
     g, left = gate(queue=1, patience=0.05 if how == "late" else 10.0), asyncio.Event()
     inside = asyncio.create_task(visit(g, left))
     waiting = asyncio.create_task(visit(g, left, priority=3))
     await until_waiting(g, 1)
     urgent = asyncio.create_task(visit(g, left, priority=0)) if how == "pushed" else None
-    if how == "stopped":
-        g.close()
-        with pytest.raises(ShuttingDown):
-            await visit(g, left)
-    errors: dict[str, type[ProxyError]] = {"late": QueueTimeout, "pushed": Overloaded, "stopped": ShuttingDown}
+    errors: dict[str, type[ProxyError]] = {"late": QueueTimeout, "pushed": Overloaded}
     with pytest.raises(errors[how]):
         await waiting
     left.set()
     await asyncio.gather(inside, *filter(None, [urgent]))
+    assert (g.admission.requests, g.admission.waiting) == (0, 0)
+
+
+async def test_who_waits_when_the_proxy_stops_is_served_and_nobody_after() -> None:
+    g, left = gate(), asyncio.Event()
+    visits = [asyncio.create_task(visit(g, left)) for _ in range(2)]
+    await until_waiting(g, 1)
+    g.close()
+    with pytest.raises(ShuttingDown):
+        await visit(g, left)
+    left.set()
+    await asyncio.gather(*visits)
     assert (g.admission.requests, g.admission.waiting) == (0, 0)
 
 
@@ -184,11 +192,10 @@ async def test_who_leaves_while_parked_leaves_nothing() -> None:
     g = gate(9, requests=9, foresee=engines.foresee, targets=Targets(first=5.0))
     parked = [asyncio.create_task(g.enter(job())) for _ in range(3)]
     await until_waiting(g, 3)
-    parked[0].cancel()
-    await until_waiting(g, 2)
-    g.close()
-    for result in (await asyncio.gather(*parked, return_exceptions=True))[1:]:
-        assert isinstance(result, ShuttingDown)
+    for number, task in enumerate(parked, 1):
+        task.cancel()
+        await until_waiting(g, 3 - number)
+    await asyncio.gather(*parked, return_exceptions=True)
     assert (g.admission.requests, g.admission.waiting, g.admission.wishing) == (0, 0, False)
 
 
