@@ -153,7 +153,8 @@ class Proxy:
         locks = Locks(settings.admin_key, settings.register_key)
         admin = Admin(self.fleet, self.membership, self.balancer, self.health, locks, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
-        owners = Owners(self.fleet, admin, self.metrics, self.advising, self.history, settings.workers)
+        watched = (self.metrics, self.advising, self.history, self.receipts)
+        owners = Owners(self.fleet, admin, *watched, settings.workers)
         page = Page(Snapshots(owners, time.monotonic), admin)
         told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *self.receipts.routes(), *page.routes()]
         routes = [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]

@@ -38,6 +38,7 @@ class Receipts:
         """`most`: that are kept; 0: none. `siblings`: who keeps others."""
         self._kept: deque[Record] = deque(maxlen=most)
         self._siblings = siblings
+        self._boot = _boot()  # once: however often it is told, a receipt is the same
 
     def __repr__(self) -> str:
         return f"<Receipts {len(self._kept)} of {self._kept.maxlen}>"
@@ -51,12 +52,15 @@ class Receipts:
 
     async def recent(self, request: Request) -> Response:
         """GET /requests?limit=50. Raises BadRequest."""
-        limit = _limit(request.query.get("limit"))
+        return json_response({"requests": await self.latest(_limit(request.query.get("limit")))})
+
+    async def latest(self, limit: int) -> list[dict[str, Any]]:
+        """So many of all workers, in short, the one that ended last first."""
         found = self._latest(limit)
         for answer in await self._others({"limit": limit}):
             found += answer
         found.sort(key=lambda receipt: -(receipt["at"] + receipt["seconds"]))
-        return json_response({"requests": found[:limit]})
+        return found[:limit]
 
     async def one(self, request: Request) -> Response:
         """GET /requests/{id}: the latest that went by that x-request-id. Raises NotFound."""
@@ -80,12 +84,11 @@ class Receipts:
         return [orjson.loads(answer) for answer in answers]
 
     def _latest(self, limit: int) -> list[dict[str, Any]]:
-        boot = _boot()
-        return [short(record, boot) for record in islice(reversed(self._kept), limit)]
+        return [short(record, self._boot) for record in islice(reversed(self._kept), limit)]
 
     def _named(self, name: str) -> list[dict[str, Any]]:
         """The latest one of this worker, if it has any."""
-        return [full(record, _boot()) for record in islice((r for r in reversed(self._kept) if r.id == name), 1)]
+        return [full(record, self._boot) for record in islice((r for r in reversed(self._kept) if r.id == name), 1)]
 
 
 def short(record: Record, boot: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Everything in it is told by its owner; nothing is measured here. All who watch o
               span, window             seconds from one point to the next, and that each point tells of
               columns                  by name, the oldest point first; null where there is nothing to tell
     plan                               as GET /plan
+    requests                           as GET /requests, the latest
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from proxy.balancer.fleet import Fleet
 from proxy.core import Instance
 from proxy.history import SPAN_S, SPANS, WINDOW, Curves, History
 from proxy.metrics import Metrics
+from proxy.receipts import Receipts
 from proxy.routing import router
 
 _EVERY_S = 1.0
 _POINTS = SPANS - WINDOW
-_RECENT = 15  # points for those who have the ones before
+_RECENT = 4  # points for those who have the ones before, and the requests that ended since
+_REQUESTS = 40
 _SIGNIFICANT = 4  # digits
 
 
@@ -45,6 +48,7 @@ class Owners:
     metrics: Metrics
     advising: Advising
     history: History
+    receipts: Receipts
     workers: int
 
 
@@ -61,7 +65,8 @@ class Snapshots:
         self._version = version("triptych")
 
     async def get(self, since: int | None = None) -> bytes:
-        """The present one. Who has the points of the curves up to `since` may get only some of the later ones."""
+        """The present one. Who has an earlier one, whose last point was `since`, may get only what is new of points and
+        requests."""
         async with self._lock:
             if self._clock() >= self._due:
                 self._due = self._clock() + _EVERY_S
@@ -81,14 +86,21 @@ class Snapshots:
             "instances": [self._shown(instance) for instance in owners.fleet],
             "plan": await owners.advising.told(),
         }
+        requests = await owners.receipts.latest(_REQUESTS)
         curves = owners.history.curves(self._clock(), _POINTS)
         self._last = curves.last
-        self._whole, self._recent = (orjson.dumps({**told, "curves": _points(curves, n)}) for n in (_POINTS, _RECENT))
+        self._whole = orjson.dumps({**told, "requests": requests, "curves": _points(curves, _POINTS)})
+        told["requests"] = [one for one in requests if _end(one) > _end(requests[0]) - (_RECENT + 1) * SPAN_S]
+        self._recent = orjson.dumps({**told, "curves": _points(curves, _RECENT)})
 
     def _shown(self, instance: Instance) -> dict[str, Any]:
         shown = self._owners.admin.shown(instance)
         del shown["facts"], shown["rate"]
         return shown | {name: instance.facts[name] for name in ("version", "labels") if name in instance.facts}
+
+
+def _end(receipt: dict[str, Any]) -> float:
+    return float(receipt["at"] + receipt["seconds"])
 
 
 def _points(curves: Curves, latest: int) -> dict[str, Any]:

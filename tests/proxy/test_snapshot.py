@@ -9,8 +9,9 @@ from typing import Any
 
 import orjson
 
-from proxy.admin import Admin, Locks
+from proxy.admin import Admin
 from proxy.history import SPAN_S, SPANS, WINDOW
+from proxy.record import Record
 from proxy.snapshot import Owners, Snapshots
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
@@ -25,8 +26,8 @@ class Watch:
 
     def __init__(self, d: Deployment) -> None:
         proxy = d.proxy
-        admin = Admin(proxy.fleet, proxy.membership, proxy.balancer, proxy.health, Locks(), "auto")
-        owners = Owners(proxy.fleet, admin, proxy.metrics, proxy.advising, proxy.history, 1)
+        admin = Admin(proxy.fleet, proxy.membership, proxy.balancer, proxy.health, proxy.guard, "auto")
+        owners = Owners(proxy.fleet, admin, proxy.metrics, proxy.advising, proxy.history, proxy.receipts, 1)
         self.snapshots = Snapshots(owners, lambda: self.now)
         self.now = time.monotonic()
 
@@ -55,6 +56,8 @@ async def test_it_tells_of_fleet_requests_and_plan() -> None:
         told = {name: round(values[-1] * SPAN_S * WINDOW) for name, values in columns.items() if values[-1] is not None}
         assert (told["served"], told["refused"], told["failed"], told["items"]) == (1, 1, 0, 2)
         assert (told["E-P-D"], told["P-D"]) == (1, 1)
+        assert [(r["path"], r["status"]) for r in found["requests"]] == [("P-D", 400), ("E-P-D", 200)]
+        assert {leg["stage"] for leg in found["requests"][1]["legs"]} == {"encode", "prefill", "decode"}
         assert columns["ttft_p50"][-1] > 0 and columns["ttft_p50"][0] is None
         assert {len(values) for values in columns.values()} == {SPANS - WINDOW}
 
@@ -65,16 +68,19 @@ async def test_a_stage_without_instances_is_told() -> None:
         assert (await Watch(d).look())["ready"] is False
 
 
-async def test_who_has_the_earlier_points_gets_the_later_ones() -> None:
+async def test_who_has_the_earlier_points_and_requests_gets_the_later_ones() -> None:
     async with deployment("1b") as d:
         watch = Watch(d)
+        for long_ago in (3600.0, 0.0):
+            d.proxy.receipts.ended(Record(id=str(long_ago), began=watch.now - long_ago, ended=watch.now - long_ago))
         whole = await watch.look()
+        assert [one["id"] for one in whole["requests"]] == ["0.0", "3600.0"]
         last = whole["curves"]["last"]
         watch.now += 2 * SPAN_S
         recent = await watch.look(last)
         assert recent["curves"]["last"] == last + 2
         assert 2 <= len(recent["curves"]["columns"]["served"]) < 30 < len(whole["curves"]["columns"]["served"])
-        assert recent.keys() == whole.keys()
+        assert recent.keys() == whole.keys() and [one["id"] for one in recent["requests"]] == ["0.0"]
         assert (await watch.look(last - SPANS)).keys() == whole.keys()
         for other in (last - SPANS, last + 3):  # too old; of another boot
             assert len((await watch.look(other))["curves"]["columns"]["served"]) == SPANS - WINDOW

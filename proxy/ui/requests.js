@@ -1,0 +1,188 @@
+// The latest requests, each with its waterfall: a lane for every stage, from the request's arrival to its last byte.
+
+import { each, el, say, set } from "./dom.js";
+import { ago, count, plural, rate, span, time } from "./format.js";
+import { LETTERS, NAMES } from "./stages.js";
+
+const KEPT = 300;
+const SHOWN = 24;
+const LANES = { encode: 0, prefill: 1, decode: 2 };
+const TICKS = [0, 0.25, 0.5, 0.75, 1];
+
+export function makeRequests(section) {
+  const failures = el("button", { type: "button", class: "quiet", "aria-pressed": "false" }, "Failures only");
+  const pause = el("button", { type: "button", class: "quiet", "aria-pressed": "false" }, "Pause");
+  section.firstElementChild.after(el("div", { class: "buttons" }, failures, pause));
+  const scale = el("div", { class: "scale", "aria-hidden": "true" }, ...TICKS.map(() => el("span")));
+  const head = el("div", { class: "head", "aria-hidden": "true" }, ...["", "Path", "What", "First", "Total"].map((name) => el("span", {}, name)), scale);
+  const list = el("ol");
+  const nothing = el("p", { class: "empty" }, "No request has ended yet.");
+  section.append(head, list, nothing);
+
+  const kept = new Map(); // by key, the latest last
+  let shown = [];
+  const pressed = (button) => button.getAttribute("aria-pressed") === "true";
+  const open = () => list.querySelector("[aria-expanded=true]") !== null;
+  const draw = (fresh) => {
+    if (!shown.length || fresh || !(pressed(pause) || open())) {
+      const wanted = [...kept.values()].filter((one) => !pressed(failures) || failed(one));
+      shown = wanted.sort((a, b) => ended(b) - ended(a)).slice(0, SHOWN);
+    }
+    const full = reach(shown);
+    TICKS.forEach((part, place) => say(scale.children[place], part ? span(full * part) : "0"));
+    set(head, "hidden", !shown.length);
+    set(nothing, "hidden", shown.length > 0);
+    say(nothing, pressed(failures) && kept.size ? "No failure among the latest." : "No request has ended yet.");
+    each(list, shown, name, makeRow, (row, one) => changeRow(row, one, full));
+  };
+  for (const button of [failures, pause]) {
+    button.addEventListener("click", () => {
+      set(button, "aria-pressed", String(!pressed(button)));
+      draw(button === failures);
+    });
+  }
+  return (latest) => {
+    for (const one of latest) kept.set(name(one), one);
+    const order = [...kept.values()].sort((a, b) => ended(b) - ended(a));
+    for (const old of order.slice(KEPT)) kept.delete(name(old));
+    draw(false);
+  };
+}
+
+const name = (one) => `${one.id} ${one.at}`;
+const ended = (one) => one.at + one.seconds;
+const failed = (one) => one.status >= 400;
+
+// The seconds that a waterfall has room for: the few that take much longer than the others are cut.
+function reach(shown) {
+  const times = shown.map((one) => one.seconds).sort((a, b) => a - b);
+  const most = times[Math.floor((times.length - 1) * 0.92)] ?? 1;
+  const power = 10 ** Math.floor(Math.log10(Math.max(most, 0.001)));
+  return power * [1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10].find((step) => step * power >= most * 0.999);
+}
+
+function makeRow(one) {
+  const id = `receipt-${Math.random().toString(36).slice(2)}`;
+  const button = el(
+    "button",
+    { type: "button", class: "row", "aria-expanded": "false", "aria-controls": id, onclick: () => toggle(row, one) },
+    el("time", { datetime: new Date(ended(one) * 1000).toISOString(), title: new Date(ended(one) * 1000).toLocaleString() }),
+    el("span", { class: "path" }, one.path === "none" ? "–" : one.path),
+    el("span", { class: failed(one) ? "what bad" : "what" }, what(one)),
+    el("span", { class: "number" }, ...unit(one.ttft)),
+    el("span", { class: "number" }, ...unit(one.seconds)),
+    fall(one),
+  );
+  const row = el("li", {}, button, el("div", { class: "receipt", id, hidden: true }));
+  return row;
+}
+
+function unit(seconds) {
+  const [number, name] = time(seconds);
+  return [number, el("small", {}, ` ${name}`)];
+}
+
+function what(one) {
+  if (one.status === 499) return "client left";
+  if (failed(one)) return [one.status, one.code === String(one.status) ? null : one.code].filter(Boolean).join(" ");
+  const items = one.items ? `${plural(one.items, "item")}, ` : "";
+  return `${items}${plural(one.prompt_tokens, "token")} in, ${count(one.output_tokens)} out`;
+}
+
+function changeRow(row, one, full) {
+  const when = row.querySelector("time");
+  say(when, ago(Date.now() / 1000 - ended(one)));
+  if (row.full === full) return;
+  row.full = full;
+  const part = (seconds) => `${Math.min(100, (100 * seconds) / full).toFixed(2)}%`;
+  const picture = row.querySelector(".fall");
+  set(picture, "data-cut", one.seconds > full * 1.001);
+  for (const bar of picture.children) {
+    bar.style.insetInlineStart = part(bar.begin);
+    bar.style.inlineSize = bar.end === undefined ? "" : `${Math.max(0, Math.min(100, (100 * bar.end) / full) - (100 * bar.begin) / full).toFixed(2)}%`;
+  }
+}
+
+// Bars know their seconds; `changeRow` puts them where the common scale has them.
+function fall(one) {
+  const bar = (look, begin, end) => Object.assign(el("span", { class: look }), { begin, end });
+  const bars = [bar("wait", 0, one.legs.length ? Math.min(...one.legs.map((leg) => leg.began)) : one.seconds)];
+  for (const leg of one.legs) {
+    const end = leg.ended ?? one.seconds;
+    const bad = leg.outcome && leg.outcome !== "ok" && leg.outcome !== "cancelled" ? " failed" : "";
+    const begun = leg.stage === "decode" ? (leg.first ?? end) : leg.began;
+    const look = `lane-${LANES[leg.stage]} stage-${leg.stage}${bad}`;
+    if (begun > leg.began) bars.push(bar(`${look} early`, leg.began, begun));
+    if (end > begun) bars.push(bar(look, begun, end));
+  }
+  if (one.ttft !== null) bars.push(bar("first", one.ttft));
+  const told = one.legs.map((leg) => `${leg.stage} ${span(leg.began)} to ${span(leg.ended ?? one.seconds)}`).join(", ");
+  return el("span", { class: "fall", role: "img", "aria-label": told || "no engine was asked" }, ...bars);
+}
+
+// ---- the receipt
+
+async function toggle(row, one) {
+  const [button, place] = row.children;
+  const open = button.getAttribute("aria-expanded") !== "true";
+  set(button, "aria-expanded", String(open));
+  set(place, "hidden", !open);
+  if (!open || place.firstChild) return;
+  place.append(el("p", { class: "empty" }, "…"));
+  place.replaceChildren(...(await receipt(one)));
+}
+
+async function receipt(one) {
+  try {
+    const answer = await fetch(`requests/${encodeURIComponent(one.id)}`);
+    const found = await answer.json();
+    return answer.ok ? told(found) : [el("p", { class: "empty" }, found.error.message)];
+  } catch {
+    return [el("p", { class: "empty" }, "The proxy does not answer.")];
+  }
+}
+
+function told(found) {
+  const facts = [
+    ["Request", el("code", {}, found.id)],
+    ["Model", found.model || "–"],
+    ["Route", found.reason ? `${found.path}: ${found.reason}` : found.path],
+    found.error && ["Error", el("span", { class: "bad" }, found.error)],
+    found.key && ["Key", found.key],
+    ["Attempts", count(found.attempts)],
+    ["Tokens", `${count(found.prompt_tokens)} in, ${count(found.output_tokens)} out${pace(found)}`],
+  ].filter(Boolean);
+  const list = el("dl", {}, ...facts.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, text))));
+  return [list, legs(found), ...events(found)];
+}
+
+function pace(found) {
+  const seconds = found.ttft === null ? 0 : found.seconds - found.ttft;
+  return found.stream && seconds > 0 && found.output_tokens > 1 ? ` at ${rate((found.output_tokens - 1) / seconds)}/s` : "";
+}
+
+function legs(found) {
+  const heads = ["Stage", "Engine", "Items", "Began", "First", "Took", "Outcome"];
+  const rows = found.legs.map((leg) =>
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row", class: `stage-${leg.stage}` }, el("b", {}, LETTERS[leg.stage]), ` ${NAMES[leg.stage]}`),
+      el("td", {}, el("code", {}, leg.instance)),
+      el("td", {}, leg.items ? count(leg.items) : ""),
+      el("td", {}, span(leg.began)),
+      el("td", {}, leg.first === null ? "" : span(leg.first)),
+      el("td", {}, leg.ended === null ? "runs" : span(leg.ended - leg.began)),
+      el("td", { class: leg.outcome === "ok" ? null : "bad" }, `${leg.outcome ?? ""}${leg.attempt > 1 ? `, attempt ${leg.attempt}` : ""}`),
+    ),
+  );
+  if (!rows.length) return el("p", { class: "empty" }, "No engine was asked.");
+  const head = el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)));
+  return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
+}
+
+function events(found) {
+  if (!found.events.length) return [];
+  const said = found.events.map((event) => el("li", {}, el("span", {}, span(event.at)), el("b", {}, event.name), ` ${event.detail}`));
+  return [el("ul", { class: "events" }, ...said)];
+}
