@@ -28,6 +28,8 @@ from proxy.record import Record
 from proxy.relay import ClientSink
 from proxy.routing import router
 from proxy.sizing import Sizing
+from proxy.trace import Trace
+from proxy.tracing import Tracing
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class OpenAI:
         reading: Reading,
         metrics: Metrics,
         watchers: Sequence[Callable[[Record], None]],
+        tracing: Tracing | None,
     ) -> None:
         """`watchers` get the record of each request that is over. They must not wait."""
         self._fleet = fleet
@@ -63,6 +66,7 @@ class OpenAI:
         self._metrics = metrics
         self._reading = reading
         self._watchers = watchers
+        self._tracing = tracing
         self._active: set[str] = set()  # engine-facing ids in flight
 
     def routes(self) -> list[Route]:
@@ -83,13 +87,14 @@ class OpenAI:
         engine_id = wanted if wanted not in self._active else f"{wanted}-{secrets.token_hex(4)}"
         self._active.add(engine_id)
         self._metrics.in_flight.inc()
+        trace = None if self._tracing is None else self._tracing.begin(request.headers)
         try:
-            job = await self._job(request, engine_id)
+            job = await self._job(request, engine_id, trace)
             job.record.id = wanted
             return await self._serve(job, ClientSink(request, wanted))
         except ProxyError as error:  # before there was a job
             now = time.monotonic()
-            self._told(Record(wanted, api=request.path, began=now, ended=now), error)
+            self._told(Record(wanted, api=request.path, began=now, ended=now, trace=trace), error)
             return _failed(error, {})
         finally:
             self._metrics.in_flight.dec()
@@ -113,9 +118,12 @@ class OpenAI:
             raise
         return None
 
-    async def _job(self, request: Request, engine_id: str) -> Job:
+    async def _job(self, request: Request, engine_id: str, trace: Trace | None) -> Job:
         raw, headers = await request.read(), _end_to_end(request.headers)
+        if trace is not None:
+            trace.supersede(headers)
         job = await self._reading.job(raw, _APIS[request.path], engine_id, request.headers, headers)
+        job.record.trace = trace
         for item in job.items:
             self._metrics.items.labels(item.modality).inc()
         return job

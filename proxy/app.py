@@ -54,6 +54,7 @@ from proxy.siblings import Kind
 from proxy.sizing import Sizing
 from proxy.snapshot import Owners, Snapshots
 from proxy.tasks import together
+from proxy.tracing import Tracing
 from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
 
@@ -103,8 +104,12 @@ class Proxy:
         self.history = seat.history() if seat else history.alone()
         self.receipts = Receipts(settings.receipts, seat.siblings if seat else None)
         watchers = [self.metrics.ended, self.access.ended, self.history.ended, self.receipts.ended]
+        self.tracing = _tracing(settings, self.metrics)
+        if self.tracing is not None:
+            watchers.append(self.tracing.ended)
         self.openai = api.OpenAI(
-            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading, self.metrics, watchers)
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading),
+            *(self.metrics, watchers, self.tracing),
         )
         self.port = seat.port if seat else settings.port
 
@@ -164,11 +169,13 @@ class Proxy:
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
         measuring = nullcontext() if self.measuring is None else self.measuring.running()
+        tracing = nullcontext() if self.tracing is None else self.tracing.running()
         async with (
             self.upstream,
             self.metaserver.running(),
             self._siblings(),
             measuring,
+            tracing,
             self._encoding(),
             together() as group,
         ):
@@ -238,6 +245,12 @@ class Proxy:
             return Identity(trust_client=settings.trust_client_identity)
         tenant = headers.get(settings.tenant_header.lower(), "")
         return Identity(f"{settings.tenant_salt}\0{tenant}".encode(), settings.trust_client_identity)
+
+
+def _tracing(settings: ProxySettings, metrics: Metrics) -> Tracing | None:
+    if settings.otlp_endpoint is None:
+        return None
+    return Tracing(settings.otlp_endpoint, settings.trace_sample, metrics)
 
 
 def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:

@@ -30,6 +30,12 @@ class Trace:
         """The `traceparent` of a call that this request makes, with a span id of its own."""
         return f"00-{self.id:032x}-{_new(self.dice, 64):016x}-{self.sampled:02x}"
 
+    def supersede(self, headers: dict[str, str]) -> None:
+        """Take from `headers`, which engines are to get, what this stands in the place of."""
+        headers.pop("traceparent", None)
+        if not self.parent:
+            headers.pop("tracestate", None)  # it belongs to a traceparent that is understood
+
 
 def begin(parent: str, share: float, dice: Dice) -> Trace:
     """The context of a request that came with the header `parent`, and by its decision whether to sample it.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -43,34 +45,31 @@ class Tracing:
         self._share = share
         self._dice = dice
         self._exported, self._dropped = (metrics.spans.labels(result) for result in ("exported", "dropped"))
-        self._ended: deque[tuple[Record, float]] = deque()
+        self._queue: deque[tuple[Record, float]] = deque()
         self._wake = threading.Event()
         self._over = False
 
-    def begin(self, headers: dict[str, str]) -> Trace:
-        """The context of a request that came with `headers`, of which what its engines must not get is removed."""
-        begun = trace.begin(headers.pop("traceparent", ""), self._share, self._dice)
-        if not begun.parent:
-            headers.pop("tracestate", None)  # it goes with a traceparent that is understood
-        return begun
+    def begin(self, headers: Mapping[str, str]) -> Trace:
+        """The context of a request that came with `headers`."""
+        return trace.begin(headers.get("traceparent", ""), self._share, self._dice)
 
-    def end(self, record: Record) -> None:
-        """The request of `record` has ended: nothing of it changes any more."""
+    def ended(self, record: Record) -> None:
+        """The request of `record` is over: nothing of it changes any more."""
         if record.trace is None or not record.trace.sampled:
             return
-        if len(self._ended) >= _QUEUE:
+        if len(self._queue) >= _QUEUE:
             self._dropped.inc(_size(record))
             return
-        self._ended.append((record, time.time() - time.monotonic()))  # noqa: TID251 - spans are told the time of day
-        if len(self._ended) == _BATCH:
+        self._queue.append((record, time.time() - time.monotonic()))  # noqa: TID251 - spans are told the time of day
+        if len(self._queue) == _BATCH:
             self._wake.set()
 
     @asynccontextmanager
-    async def running(self, instance: str) -> AsyncIterator[None]:
-        """`instance`: what tells this proxy from others. Leaving sends what is left, for two seconds at most."""
+    async def running(self) -> AsyncIterator[None]:
+        """Leaving sends what is left, for two seconds at most."""
         from proxy.spans import Exporter  # here: whoever traces nothing shall not load it
 
-        exporter = Exporter(self._url, instance, _TIMEOUT_S)
+        exporter = Exporter(self._url, f"{socket.gethostname()}:{os.getpid()}", _TIMEOUT_S)
         arguments = exporter, asyncio.get_running_loop()
         thread = threading.Thread(target=self._send, args=arguments, name="traces", daemon=True)
         thread.start()
@@ -86,7 +85,7 @@ class Tracing:
 
     def _send(self, exporter: Exporter, loop: asyncio.AbstractEventLoop) -> None:
         taken = True
-        while not self._over or self._ended:
+        while not self._over or self._queue:
             self._wake.wait(_EVERY_S)
             self._wake.clear()
             while batch := self._batch():
@@ -98,7 +97,7 @@ class Tracing:
                     self._tell(taken)
 
     def _batch(self) -> list[tuple[Record, float]]:
-        return [self._ended.popleft() for _ in range(min(_BATCH, len(self._ended)))]
+        return [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
 
     def _tell(self, taken: bool) -> None:
         if taken:

@@ -73,3 +73,12 @@ def test_no_id_is_ever_zero() -> None:
     rolled = iter([0, 0, 5, 0, 6, 0, 7])
     request = begin("", 1.0, lambda bits: next(rolled))
     assert (request.id, request.span, trace.parsed(request.child())) == (5, 6, (5, 7, True))
+
+
+def test_what_engines_get_of_the_callers_headers_gives_way_to_ours() -> None:
+    known = {"traceparent": PARENT, "tracestate": "v=1", "baggage": "b"}
+    begin(PARENT, 0.0, dice).supersede(known)
+    assert known == {"tracestate": "v=1", "baggage": "b"}
+    unknown = {"traceparent": "00-what", "tracestate": "v=1", "baggage": "b"}
+    begin("00-what", 0.0, dice).supersede(unknown)
+    assert unknown == {"baggage": "b"}, "what is not understood is not passed on"
