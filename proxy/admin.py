@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
@@ -13,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.core import Instance, Role, State
-from proxy.errors import BadRequest, Conflict, NotFound, Unauthorized
+from proxy.errors import BadRequest, Conflict, NotFound
+from proxy.guard import Guard
 from proxy.health import Health
 from proxy.http.message import Response, json_response
 from proxy.http.router import Audience, Route, delete, get, post
@@ -50,23 +50,15 @@ class Named(BaseModel):
     url: str
 
 
-@dataclass(frozen=True, slots=True)
-class Locks:
-    """The keys that changes ask for; without any they are open to all."""
-
-    admin: str | None = None
-    register: str | None = None  # of engines: to register with heartbeats, and to drain who is registered
-
-
 class Admin:
     def __init__(
-        self, fleet: Fleet, membership: Membership, balancer: Balancer, health: Health, locks: Locks, dialect: str
+        self, fleet: Fleet, membership: Membership, balancer: Balancer, health: Health, guard: Guard, dialect: str
     ) -> None:
         self._fleet = fleet
         self._membership = membership
         self._balancer = balancer
         self._health = health
-        self._locks = locks
+        self._guard = guard
         self._dialect = dialect
 
     def routes(self) -> list[Route]:
@@ -80,7 +72,7 @@ class Admin:
     @property
     def locked(self) -> bool:
         """Whether changes need a key."""
-        return self._locks != Locks()
+        return self._guard.locked
 
     async def list(self, request: Request) -> Response:
         held = {url: sorted(sources) for url, sources in self._fleet.held.items()}
@@ -89,8 +81,10 @@ class Admin:
     async def register(self, request: Request) -> Response:
         """Add an instance: it takes requests once a probe has found it healthy. Registering again ends a drain, and is
         a heartbeat where there is a `ttl`."""
+        self._guard.admin(request, engines=True)
         asked = await _body(request, Registration)
-        self._authorize(request, by_engines=asked.ttl is not None)
+        if asked.ttl is None:
+            self._guard.admin(request)
         try:
             role, endpoint = Role.named(asked.role), self._endpoint(asked)
             until = None if asked.ttl is None else time.monotonic() + asked.ttl
@@ -107,16 +101,18 @@ class Admin:
 
     async def remove(self, request: Request) -> Response:
         """Forget an instance now. What runs on it goes on."""
-        self._authorize(request)
+        self._guard.admin(request)
         if not (url := request.query.get("url")):
             raise BadRequest("name the instance: DELETE /instances?url=http://host:port", param="url")
         return json_response({"removed": self._membership.remove(url.rstrip("/")) is not None})
 
     async def drain(self, request: Request) -> Response:
         """Give an instance nothing new; it leaves the fleet when its last request has ended."""
+        self._guard.admin(request, engines=True)
         asked = await _body(request, Named)
         instance = self._fleet.get(asked.url.rstrip("/"))
-        self._authorize(request, by_engines=instance is not None and REGISTERED in instance.sources)
+        if instance is None or REGISTERED not in instance.sources:
+            self._guard.admin(request)
         if instance is None:
             raise NotFound(f"no instance {asked.url}", param="url")
         self._membership.drain(instance, "drained by an admin")
@@ -131,12 +127,12 @@ class Admin:
         return replace(endpoint, facts=_labelled(endpoint.facts, asked.labels), weight=weight, secret=secret)
 
     def authorized(self, request: Request) -> dict[str, str]:
-        """The headers that engines get of an admin's call: credentials, if they are not the admin key. Raises
-        Unauthorized."""
-        self._authorize(request)
+        """The headers that engines get of an admin's call: credentials, if they are for them. Raises Unauthorized,
+        TriedTooOften."""
+        self._guard.admin(request)
         given = request.headers.get("authorization")
-        ours = self._locks.admin is not None and "x-api-key" not in request.headers
-        return {} if given is None or ours else {"authorization": given}
+        forwarded = self._guard.forwarded(request.headers, self._guard.locked)
+        return {} if given is None or not forwarded else {"authorization": given}
 
     def shown(self, instance: Instance) -> dict[str, Any]:
         """What is so of it by all workers; rates and items, by this one: each learns from its own requests."""
@@ -162,16 +158,6 @@ class Admin:
             "load": load,
             **shown,
         }
-
-    def _authorize(self, request: Request, *, by_engines: bool = False) -> None:
-        """Raises Unauthorized."""
-        locks = self._locks
-        keys = [locks.admin, locks.register] if by_engines or locks.admin is None else [locks.admin]
-        accepted = [key.encode() for key in keys if key is not None]
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        given = request.headers.get("x-api-key", bearer).encode()
-        if accepted and not any(hmac.compare_digest(given, key) for key in accepted):
-            raise Unauthorized("this needs the admin key, in X-API-Key or as a bearer token")
 
 
 def _labelled(facts: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
 from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
+from proxy.guard import Caller, Guard
 from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
@@ -39,7 +40,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="-")
 _LINES = re.compile(r"[\r\n]+")
 _APIS = {str(api): api for api in Api}
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_FORWARDED = frozenset({"authorization", "traceparent", "tracestate", "baggage"})
+_FORWARDED = frozenset({"traceparent", "tracestate", "baggage"})
 _NOT_FORWARDED = frozenset({"x-request-id", "x-api-key"})
 _MODELS_TIMEOUT_S = 5.0
 _RETRY_AFTER_S = 1  # probes bring an engine back within seconds
@@ -53,17 +54,19 @@ class OpenAI:
         sizing: Sizing,
         dispatcher: Dispatcher,
         upstream: Upstream,
+        guard: Guard,
         reading: Reading,
         metrics: Metrics,
         watchers: Sequence[Callable[[Record], None]],
         tracing: Tracing | None,
     ) -> None:
-        """`watchers` get the record of each request that is over. They must not wait."""
+        """`watchers` get the record of each request that has ended."""
         self._fleet = fleet
         self._sizing = sizing
         self.dispatcher = dispatcher
         self._upstream = upstream
         self._metrics = metrics
+        self._guard = guard
         self._reading = reading
         self._watchers = watchers
         self._tracing = tracing
@@ -89,9 +92,10 @@ class OpenAI:
         self._metrics.in_flight.inc()
         trace = None if self._tracing is None else self._tracing.begin(request.headers)
         try:
-            job = await self._job(request, engine_id, trace)
-            job.record.id = wanted
-            return await self._serve(job, ClientSink(request, wanted))
+            with self._guard.admitted(request) as caller:
+                job = await self._job(request, engine_id, trace, caller)
+                job.record.id, job.record.caller = wanted, caller.name
+                return await self._serve(job, ClientSink(request, wanted), caller)
         except ProxyError as error:  # before there was a job
             now = time.monotonic()
             self._told(Record(wanted, api=request.path, began=now, ended=now, trace=trace), error)
@@ -100,8 +104,9 @@ class OpenAI:
             self._metrics.in_flight.dec()
             self._active.discard(engine_id)
 
-    async def _serve(self, job: Job, sink: ClientSink) -> Response | None:
+    async def _serve(self, job: Job, sink: ClientSink, caller: Caller) -> Response | None:
         run = self.dispatcher.begin(job, sink)
+        caller.takes(job.prompt_tokens)
         try:
             await self.dispatcher.run(run)
             self._ended(run, 200)
@@ -116,14 +121,18 @@ class OpenAI:
         except asyncio.CancelledError:
             self._ended(run, _CLIENT_GONE)
             raise
+        finally:
+            caller.takes(_tokens(job))
         return None
 
-    async def _job(self, request: Request, engine_id: str, trace: Trace | None) -> Job:
-        raw, headers = await request.read(), _end_to_end(request.headers)
+    async def _job(self, request: Request, engine_id: str, trace: Trace | None, caller: Caller) -> Job:
+        raw, guard, given = await request.read(), self._guard, request.headers
+        headers = _end_to_end(given, guard.forwarded(given, bool(caller.name)))
         if trace is not None:
             trace.supersede(headers)
-        job = await self._reading.job(raw, _APIS[request.path], engine_id, request.headers, headers)
+        job = await self._reading.job(raw, _APIS[request.path], engine_id, guard.identity(given, caller), headers)
         job.record.trace = trace
+        caller.names(job.model)
         for item in job.items:
             self._metrics.items.labels(item.modality).inc()
         return job
@@ -141,7 +150,8 @@ class OpenAI:
     # ---- the proxy's own
 
     async def models(self, request: Request) -> Response:
-        """The models of every engine that can answer a client, each once."""
+        """The models of every engine that can answer a client, each once, as far as its key is for them."""
+        caller = self._guard.known(request)
         asked = [i for role in (Role.DECODE, Role.PREFILL | Role.DECODE) for i in self._fleet.ready(role)]
         if not asked:
             raise NoInstance("no decode engine is ready")
@@ -149,7 +159,8 @@ class OpenAI:
         found = {model["id"]: model for models in reversed(lists) for model in models}
         if not found:
             raise EngineFailed("no engine told its models")
-        return json_response({"object": "list", "data": list(found.values())})
+        shown = [model for name, model in found.items() if caller.may_see(name)]
+        return json_response({"object": "list", "data": shown})
 
     async def _models_of(self, instance: Instance) -> list[dict[str, Any]]:
         try:
@@ -224,13 +235,25 @@ def _failed(error: ProxyError, headers: Mapping[str, str]) -> Response:
     if error.retry_after is not None or error.status == 503:
         after = _RETRY_AFTER_S if error.retry_after is None else math.ceil(error.retry_after)
         named["retry-after"] = str(after)
+    if error.status == 401:
+        named["www-authenticate"] = "Bearer"
     return Response(error.status, error.json(), named)
 
 
-def _end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
-    """What engines get to see of a client's headers: credentials, tracing and extensions."""
+def _tokens(job: Job) -> int:
+    """What a request that has ended took of engines. Where nobody could tell how long its answer was: as predicted."""
+    record = job.record
+    if not record.legs:
+        return 0
+    return record.prompt_tokens + (record.output_tokens or (job.output_tokens if record.first else 0))
+
+
+def _end_to_end(headers: Mapping[str, str], credentials: bool) -> dict[str, str]:
+    """What engines get to see of a client's headers: tracing, extensions, and `credentials` if they are for them."""
     return {
         name: value
         for name, value in headers.items()
-        if name in _FORWARDED or (name.startswith("x-") and name not in _NOT_FORWARDED)
+        if name in _FORWARDED
+        or (name.startswith("x-") and name not in _NOT_FORWARDED)
+        or (credentials and name == "authorization")
     }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from proxy import api, callbacks, derived, flow, heartbeats, history
+from proxy import api, callbacks, derived, flow, heartbeats, history, quota
 from proxy.access import AccessLog
-from proxy.admin import Admin, Locks
+from proxy.admin import Admin
 from proxy.admission import Admission
 from proxy.advising import Advising
 from proxy.balancer.balance import PRIORS, Balancer
@@ -30,8 +31,10 @@ from proxy.encoding import Encoding
 from proxy.enrolment import Enrolment
 from proxy.families import Families
 from proxy.gate import Gate
+from proxy.guard import Guard
 from proxy.health import Health
 from proxy.hedge import Hedge
+from proxy.http.client import system_trust
 from proxy.http.router import Router, post
 from proxy.http.server import Server
 from proxy.introduction import Introduction
@@ -40,7 +43,6 @@ from proxy.lessons import Lessons
 from proxy.measuring import Measuring
 from proxy.membership import Membership
 from proxy.metrics import Metrics, Standing
-from proxy.openai import Identity
 from proxy.outlooks import Outlooks, idle
 from proxy.page import Page
 from proxy.pictures import Pictures
@@ -81,7 +83,10 @@ class Proxy:
         self.advising = Advising(self.sizing)
         self.metrics.also(Standing(self.fleet, self.balancer.ledger))
         self.metrics.also(self.advising)
-        self.upstream = Upstream(derived.timeouts(settings))
+        used = seat.quota() if seat else quota.alone()
+        self.guard = Guard(derived.rights(settings), used, time.monotonic)
+        self.listener, self.connector = derived.listener(settings), derived.connector(settings)
+        self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self._trust)
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
         self.breakers = Breakers(derived.thresholds(settings))
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
@@ -93,7 +98,7 @@ class Proxy:
         self.access = AccessLog(sys.stderr, settings.access_form())
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
         self.measuring = _measuring(settings, self.costs)
-        self.reading = Reading(self._identity, self.costs, self.measuring)
+        self.reading = Reading(self.costs, self.measuring)
         self.planner = self._planner(self.balancer)
         admission = Admission(derived.limits(settings))
         foresee = self._outlooks().of
@@ -108,16 +113,22 @@ class Proxy:
         if self.tracing is not None:
             watchers.append(self.tracing.ended)
         self.openai = api.OpenAI(
-            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.reading),
+            *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.guard, self.reading),
             *(self.metrics, watchers, self.tracing),
         )
         self.port = seat.port if seat else settings.port
 
     def go_by(self, settings: ProxySettings) -> None:
         """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began."""
+        rights = derived.rights(settings)
         self.settings = settings
+        self.guard.go_by(rights)
+        if self.listener is not None:
+            self.listener.reread()
+        if self.connector is not None:
+            self.connector.reread()
         self.balancer.choose_by(derived.policies(settings, self.balancer.rates))
-        self.upstream.go_by(derived.timeouts(settings))
+        self.upstream.go_by(derived.timeouts(settings), settings.engine_key)
         self.breakers.thresholds = derived.thresholds(settings)
         self.health.probing = derived.probing(settings)
         self.introduction.patience = derived.patience(settings)
@@ -155,8 +166,7 @@ class Proxy:
 
     def server(self) -> Server:
         settings = self.settings
-        locks = Locks(settings.admin_key, settings.register_key)
-        admin = Admin(self.fleet, self.membership, self.balancer, self.health, locks, settings.dialect)
+        admin = Admin(self.fleet, self.membership, self.balancer, self.health, self.guard, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
         watched = (self.metrics, self.advising, self.history, self.receipts)
         owners = Owners(self.fleet, admin, *watched, settings.workers)
@@ -239,12 +249,9 @@ class Proxy:
         if before is State.DOWN or instance.state is State.GONE:
             self.breakers.forget(instance.url)  # another process, most likely
 
-    def _identity(self, headers: Mapping[str, str]) -> Identity:
-        settings = self.settings
-        if not settings.tenant_salt:
-            return Identity(trust_client=settings.trust_client_identity)
-        tenant = headers.get(settings.tenant_header.lower(), "")
-        return Identity(f"{settings.tenant_salt}\0{tenant}".encode(), settings.trust_client_identity)
+    def _trust(self) -> ssl.SSLContext:
+        """For calls of https engines."""
+        return system_trust() if self.connector is None else self.connector.context
 
 
 def _tracing(settings: ProxySettings, metrics: Metrics) -> Tracing | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from math import inf
+from pathlib import Path
 
 from proxy.admission import Limits
 from proxy.balancer import POLICIES
@@ -15,12 +16,15 @@ from proxy.core import Role
 from proxy.dialects.base import Media
 from proxy.dispatch import Rules
 from proxy.gate import Targets
+from proxy.guard import Rights
 from proxy.health import Probing
 from proxy.http.server import Limits as HttpLimits
 from proxy.introduction import Patience
+from proxy.keys import Keys
 from proxy.links import Links
 from proxy.prospects import Sight
 from proxy.settings import ProxySettings
+from proxy.tls import Connector, Files, Listener
 from proxy.upstream import Timeouts
 
 
@@ -74,6 +78,44 @@ def limits(settings: ProxySettings) -> Limits:
 
 def http_limits(settings: ProxySettings) -> HttpLimits:
     return HttpLimits(body_bytes=settings.max_body_bytes)
+
+
+def rights(settings: ProxySettings) -> Rights:
+    """With the keys that files hold now. Raises ValueError naming the file."""
+    return Rights(
+        keys=None if settings.api_keys is None else _keys(settings.api_keys),
+        admin=settings.admin_secret(),
+        register=settings.register_key,
+        proxies=settings.proxies(),
+        forward=settings.forward_authorization,
+        trust_client=settings.trust_client_identity,
+        salt=settings.tenant_salt,
+        tenant_header=settings.tenant_header,
+    )
+
+
+def _keys(file: Path) -> Keys:
+    try:
+        return Keys.parse(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--api-keys: {file}: {error}") from None
+
+
+def listener(settings: ProxySettings) -> Listener | None:
+    """What clients see; None where the port speaks plainly. Raises ValueError."""
+    files = Files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return None if files.cert is None else Listener(files)
+
+
+def admin_listener(settings: ProxySettings) -> Listener | None:
+    """The same for the admin port, which asks for the admin key and so for no certificate. Raises ValueError."""
+    return None if settings.tls_cert is None else Listener(Files(settings.tls_cert, settings.tls_key))
+
+
+def connector(settings: ProxySettings) -> Connector | None:
+    """What https engines see and must show; None where the system's trust will do. Raises ValueError."""
+    files = Files(settings.engine_cert, settings.engine_cert_key, settings.engine_ca)
+    return None if files == Files() else Connector(files)
 
 
 def sight(settings: ProxySettings) -> Sight:

@@ -7,10 +7,14 @@ ProxyError                    500  the tree's root; a class carries status, type
 │  └─ TooLarge                413
 ├─ NotFound                   404
 ├─ Conflict                   409
-├─ Unauthorized               401
+├─ Unauthorized               401  the admin key is missing or wrong
+│  └─ InvalidKey              401  an API key is
+├─ Forbidden                  403  a right API key, but not for this
 ├─ NoInstance                 503  nobody can take this stage now
 ├─ Overloaded                 429  more waits already than may
-│  └─ TooLate                 429  its target cannot be met any more
+│  ├─ TooLate                 429  its target cannot be met any more
+│  ├─ RateLimited             429  its API key has used up what it may
+│  └─ TriedTooOften           429  too many wrong keys came from its address
 ├─ QueueTimeout               503  no place became free in time
 ├─ DeadlineExceeded           504  the request's own time is over
 ├─ EngineFailed               502  an engine was called and did not do its part
@@ -127,6 +131,16 @@ class Unauthorized(ProxyError):
     code = "invalid_admin_key"
 
 
+class InvalidKey(Unauthorized):
+    code = "invalid_api_key"
+
+
+class Forbidden(ProxyError):
+    status = 403
+    type = "permission_error"
+    code = "model_not_allowed"
+
+
 class NoInstance(ProxyError):
     status = 503
     type = "service_unavailable"
@@ -146,6 +160,14 @@ class Overloaded(ProxyError):
 
 class TooLate(Overloaded):
     code = "target_missed"
+
+
+class RateLimited(Overloaded):
+    code = "rate_limit_exceeded"
+
+
+class TriedTooOften(Overloaded):
+    code = "too_many_wrong_keys"
 
 
 class QueueTimeout(ProxyError):

@@ -14,7 +14,7 @@ A key is 32 random bytes, so a fast hash hides it as well as a slow one would. R
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Any
@@ -72,6 +72,10 @@ class Keys:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return (key.name for key in self._keys)
 
     def find(self, credential: str) -> Key | None:
         """Whose `credential` this is. How long it takes tells nothing of any key: what is looked up is a hash, which

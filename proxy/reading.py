@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from proxy import openai
 from proxy.core import Api, Job
@@ -15,18 +15,15 @@ _LARGE = 1 << 18  # bytes; parsing and hashing more than this takes a millisecon
 
 
 class Reading:
-    def __init__(
-        self, identity: Callable[[Mapping[str, str]], Identity], costs: Costs, measuring: Measuring | None = None
-    ) -> None:
-        """`identity`: of a request's headers. `measuring`: None asks nobody for the size of media behind URLs."""
-        self._identity = identity
+    def __init__(self, costs: Costs, measuring: Measuring | None = None) -> None:
+        """`measuring`: None asks nobody for the size of media behind URLs."""
         self._costs = costs
         self._measuring = measuring
 
     async def job(
-        self, raw: bytes | bytearray, api: Api, name: str, headers: Mapping[str, str], passed: Mapping[str, str]
+        self, raw: bytes | bytearray, api: Api, name: str, identity: Identity, passed: Mapping[str, str]
     ) -> Job:
         """`name`: what engines know it by; `passed`: the headers that they get. Raises BadRequest, ForbiddenField."""
-        arguments = (raw, api, name, self._identity(headers), passed, self._costs)
+        arguments = (raw, api, name, identity, passed, self._costs)
         job = await asyncio.to_thread(openai.parse, *arguments) if len(raw) > _LARGE else openai.parse(*arguments)
         return job if self._measuring is None or not job.items else await self._measuring.measured(job)

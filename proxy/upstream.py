@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
 from proxy.core import Instance, Stage
 from proxy.errors import Broken, EngineFailed, Refused, StageTimeout, Unreachable
-from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Late
+from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Late, system_trust
 from proxy.http.message import JSON, Buffer
 
 _ERROR_LIMIT = 1 << 20
@@ -85,16 +87,24 @@ class Post(Answer):
 class Upstream:
     """All connections to engines. `async with` opens and closes them."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(
+        self,
+        timeouts: Timeouts,
+        key: str | None = None,
+        tls: Callable[[], ssl.SSLContext] = system_trust,
+    ) -> None:
+        """`key`: the bearer token for engines without a secret of their own. `tls`: as Client has it."""
         self.timeouts = timeouts
-        self._client = Client(timeouts.connect)
+        self._key = key
+        self._client = Client(timeouts.connect, tls=tls)
 
     def __repr__(self) -> str:
         return f"<Upstream {self._client!r}>"
 
-    def go_by(self, timeouts: Timeouts) -> None:
-        """Other patience, for calls that begin from now on."""
+    def go_by(self, timeouts: Timeouts, key: str | None) -> None:
+        """Other patience and another key, for calls that begin from now on."""
         self.timeouts = timeouts
+        self._key = key
         self._client.connect_timeout = timeouts.connect
 
     async def __aenter__(self) -> Upstream:
@@ -118,13 +128,24 @@ class Upstream:
         `async with` sends it and begins once the engine has answered with status 200; leaving before the answer's end
         closes the connection. Raises Unreachable, Broken, StageTimeout, Refused.
         """
+        secret = instance.secret or self._key
+        if secret is not None:
+            fields = _with_secret(fields, secret)
         answer = Post(self._client, "POST", path, _CONTENT + fields, body, stage, instance)
         answer.patience(seconds)
         return answer
 
     async def get(self, instance: Instance, path: str, seconds: float) -> tuple[int, bytes]:
         """(status, body) of a small answer. Raises Unreachable, Broken, StageTimeout."""
-        answer = Answer(self._client, "GET", path, "", b"", Stage.PROXY, instance)
+        secret = instance.secret or self._key
+        fields = "" if secret is None else _with_secret("", secret)
+        answer = Answer(self._client, "GET", path, fields, b"", Stage.PROXY, instance)
         answer.patience(seconds)
         async with answer:
             return answer.status, await answer.read(_ERROR_LIMIT)
+
+
+def _with_secret(fields: str, secret: str) -> str:
+    """The head's lines with `secret` as their only credential."""
+    others = "".join(line for line in fields.splitlines(keepends=True) if not line.startswith("authorization:"))
+    return f"authorization: Bearer {secret}\r\n{others}"

@@ -72,6 +72,8 @@ class SecuritySettings(BaseModel):
         for name, other in needed:
             if getattr(self, name) and getattr(self, other) is None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --{other.replace('_', '-')}")
+        if self.engine_key is not None and self.admin_key is None and self.admin_key_file is None:
+            raise ValueError("--engine-key needs --admin-key: else anybody could register an engine, and be sent it")
         if self.admin_key is not None and self.admin_key_file is not None:
             raise ValueError("--admin-key and --admin-key-file: one of them says it")
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,8 @@ from aiohttp import web
 from blake3 import blake3
 
 from tests.fakes.faults import Fault, Kind
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 PIECES = ("Hel", "lo, ", "wörld", " 🙂")
 
@@ -50,13 +53,15 @@ class Engine:
         self.healthy = True
         self.streamed = b""  # all bytes of the last stream
         self.gate: asyncio.Event | None = None  # when set to an event: calls wait for it before they answer
+        self.key: str | None = None  # when set: everything but /health asks for it
+        self.tls: ssl.SSLContext | None = None  # when set before the start: what it listens with
         self.port = 0
         self._runner: web.AppRunner | None = None
         self.changed = asyncio.Condition()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def netloc(self) -> str:
@@ -71,11 +76,11 @@ class Engine:
 
     async def start(self) -> None:
         """Listen; after a `stop`, on the same port again."""
-        app = web.Application(client_max_size=1 << 28)
+        app = web.Application(client_max_size=1 << 28, middlewares=[self._keyed])
         app.add_routes(self.routes())
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls).start()
         self.port = self._runner.addresses[0][1]
 
     def routes(self) -> list[web.RouteDef]:
@@ -103,6 +108,13 @@ class Engine:
             await self.changed.wait_for(condition)
 
     # ---- routes
+
+    @web.middleware
+    async def _keyed(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.getall("authorization", [])
+        if self.key is not None and request.path != "/health" and given != [f"Bearer {self.key}"]:
+            return web.json_response({"error": {"message": "who are you?"}}, status=401)
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.json_response({}, status=200 if self.healthy else 503)

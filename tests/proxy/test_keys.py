@@ -14,7 +14,7 @@ OLD = f"sha256:{sha256(b'old').hexdigest()}"
 
 def test_a_key_is_found_by_either_hash_and_nothing_else_is() -> None:
     keys = Keys.parse(f"- {{name: acme, hash: '{HASH}'}}\n- {{name: old, hash: '{OLD}', tenant: t, concurrent: 2}}\n")
-    assert len(keys) == 2 and repr(keys) == "<Keys acme, old>"
+    assert len(keys) == 2 and list(keys) == ["acme", "old"] and repr(keys) == "<Keys acme, old>"
     acme, old = keys.find(KEY), keys.find("old")
     assert acme is not None and acme.name == "acme" and not acme.limited
     assert old is not None and (old.tenant, old.concurrent, old.limited) == ("t", 2, True)

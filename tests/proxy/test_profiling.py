@@ -10,7 +10,7 @@ from tests.fakes.vllm import World
 
 @pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
 async def test_every_engine_is_told_and_one_without_a_profiler_is_no_failure(path: str) -> None:
-    async with deployment("1e1p1d", "auto", World().engines()) as d:
+    async with deployment("1e1p1d", "auto", World().engines(), forward_authorization=True) as d:
         d.prefills[0].profiles = False
         answer = await d.post(b"", path, authorization="Bearer engines")
         assert answer.status == 200, answer.body
@@ -34,7 +34,7 @@ async def test_one_that_fails_is_told() -> None:
 
 
 async def test_the_admin_key_is_asked_for_and_kept_from_engines() -> None:
-    async with deployment("1b", "auto", World().engines(), admin_key="k") as d:
+    async with deployment("1b", "auto", World().engines(), admin_key="k", forward_authorization=True) as d:
         assert (await d.post(b"", "/start_profile")).status == 401
         assert (await d.post(b"", "/start_profile", authorization="Bearer k")).status == 200
         assert (await d.post(b"", "/start_profile", x_api_key="k", authorization="Bearer engines")).status == 200

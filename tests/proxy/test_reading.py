@@ -18,8 +18,7 @@ from tests.proxy.test_measuring import hosted, parts
 
 
 async def read(body: Any, costs: Costs, measuring: Measuring | None = None) -> Job:
-    reading = Reading(lambda headers: Identity(headers["tenant"].encode()), costs, measuring)
-    return await reading.job(orjson.dumps(body), Api.CHAT, "id-1", {"tenant": "a"}, {"x-y": "z"})
+    return await Reading(costs, measuring).job(orjson.dumps(body), Api.CHAT, "id-1", Identity(b"a"), {"x-y": "z"})
 
 
 @pytest.mark.parametrize("size", [10, 1000])

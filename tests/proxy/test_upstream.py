@@ -114,6 +114,31 @@ async def test_get_is_small_and_bounded(engine: Language) -> None:
         assert await up.get(instance(engine), "/health", 5.0) == (200, b"{}")
 
 
+async def test_each_engine_gets_its_own_credential_and_no_other(engine: Language) -> None:
+    fields = FIELDS + "authorization: Bearer client\r\nx-other: authorization: kept\r\n"
+    alone, named = instance(engine), instance(engine)
+    named.secret = "its own"
+    async with Upstream(Timeouts(5.0, 1.0, 1.0, 1.0, 1.0, 1.0), "ours") as up:
+        for which, key in ((alone, "ours"), (named, "its own")):
+            async with up.post(which, Stage.DECODE, PATH, BODY, fields, 10.0) as answer:
+                await answer.read()
+            assert engine.calls[-1].headers["authorization"] == f"Bearer {key}"
+            assert engine.calls[-1].headers["x-other"] == "authorization: kept"
+        up.go_by(up.timeouts, None)
+        async with up.post(alone, Stage.DECODE, PATH, BODY, fields, 10.0) as answer:
+            await answer.read()
+        assert engine.calls[-1].headers["authorization"] == "Bearer client"
+
+
+async def test_probes_bring_the_credential_too(engine: Language) -> None:
+    engine.key = "s3cret"
+    async with Upstream(Timeouts(5.0, 1.0, 1.0, 1.0, 1.0, 1.0)) as up:
+        one = instance(engine)
+        assert (await up.get(one, "/info", 5.0))[0] == 401
+        one.secret = "s3cret"
+        assert (await up.get(one, "/info", 5.0))[0] == 200
+
+
 async def test_a_session_is_needed(engine: Language) -> None:
     with pytest.raises(RuntimeError, match="async with"):
         await post(engine, upstream(1.0))

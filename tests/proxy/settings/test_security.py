@@ -26,6 +26,7 @@ def test_nobody_is_trusted_and_tenants_are_told_apart_by_their_credentials() -> 
         (("--engine-cert-key", "k"), "--engine-cert-key needs --engine-cert"),
         (("--admin-host", "::1"), "--admin-host needs --admin-port"),
         (("--admin-key", "a", "--admin-key-file", "b"), "--admin-key and --admin-key-file: one of them"),
+        (("--engine-key", "e"), "--engine-key needs --admin-key"),
         (("--trusted-proxies", "10.0.0.1/8"), "--trusted-proxies: 10.0.0.1/8 has host bits set"),
     ],
 )
