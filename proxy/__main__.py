@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from time import time as wall_clock  # noqa: TID251 - a configuration tells when it was loaded
 
 import uvloop
 
+from proxy.reloading import Configuration
 from proxy.run import run, supervise
-from proxy.settings import load
+from proxy.settings import Sources, Wrong, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 after a clean stop, 1 if the address cannot be had; wrong flags exit with 2."""
-    settings = load(sys.argv[1:] if argv is None else argv)
+    try:
+        configuration = Configuration(Sources.of(sys.argv[1:] if argv is None else argv), wall_clock)
+    except Wrong as error:
+        refuse("triptych proxy", error)
+    settings = configuration.settings
     logging.basicConfig(
         level=settings.log_level.upper(),
         stream=sys.stderr,
@@ -23,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _lighten_logging()
     try:
         if settings.workers > 1:
-            return supervise(settings)
-        uvloop.run(run(settings))
+            return supervise(configuration)
+        uvloop.run(run(configuration))
     except OSError as error:
         print(f"triptych proxy: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
         return 1

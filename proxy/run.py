@@ -7,6 +7,8 @@ import gc
 import logging
 import signal
 import sys
+from contextlib import suppress
+from functools import partial
 
 import uvloop
 
@@ -14,52 +16,102 @@ from proxy import tally
 from proxy.app import Proxy, local_url
 from proxy.crew import Crew, Seat
 from proxy.membership import Membership
-from proxy.settings import ProxySettings
-from proxy.workers import Supervisor, reserve
+from proxy.reloading import Configuration
+from proxy.tasks import together
+from proxy.workers import Reload, Supervisor, reserve
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 1.0  # how often another configuration is looked for
 _GC_THRESHOLD = 20_000  # objects; Python's own 700 are a few requests
 
 
-async def run(settings: ProxySettings, seat: Seat | None = None) -> None:
+async def run(configuration: Configuration, seat: Seat | None = None) -> None:
     """Serve until SIGTERM or SIGINT, or a worker's supervisor is gone. Raises OSError if the address cannot be had."""
-    stop = asyncio.Event()
+    stop, hangup = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, hangup.set)
     if seat is None:
         tally.install_alone()
+        look, pause = partial(_look, configuration), _LOOK_S if configuration.watched else None
     else:
         seat.watch(stop.set)
-    proxy = Proxy(settings, seat)
-    async with proxy.serving():
+        look, pause = partial(_follow, configuration, seat), None
+        hangup.set()  # it may have begun in the middle of a reload
+    proxy = Proxy(configuration.settings, seat)
+    proxy.metrics.also(configuration.reloads)
+    async with proxy.serving(), together() as group:
+        reloading = group.create_task(_reload(proxy, configuration, look, hangup, pause))
         if seat is None:
             _say_ready(proxy.url)
         else:
             seat.ready()
         _spare_collections()
         await stop.wait()
-        log.info("stopping; requests in flight have %.0f s", settings.grace_timeout)
+        reloading.cancel()
 
 
-def supervise(settings: ProxySettings) -> int:
+async def _reload(
+    proxy: Proxy, configuration: Configuration, look: Reload, hangup: asyncio.Event, pause: float | None
+) -> None:
+    """For ever: have `proxy` go by what `look` finds, on `hangup` and every `pause` seconds. Reading takes
+    milliseconds, in which streams go on."""
+    while True:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await hangup.wait()
+        asked = hangup.is_set()
+        hangup.clear()
+        if await asyncio.to_thread(look, asked):
+            try:
+                proxy.go_by(configuration.settings)
+            except ValueError as error:
+                log.error("not all of the new configuration is in force: %s", error)
+
+
+def _look(configuration: Configuration, asked: bool) -> bool:
+    return configuration.reload() if asked else configuration.look()
+
+
+def _follow(configuration: Configuration, seat: Seat, asked: bool) -> bool:
+    """What the supervisor has taken."""
+    text = seat.published() if asked else None
+    if text is None:
+        return False
+    configuration.follow(text)
+    return True
+
+
+def supervise(configuration: Configuration) -> int:
     """Serve with several workers until SIGTERM or SIGINT; the exit status. Raises OSError as `run` does."""
+    settings = configuration.settings
     held = reserve(settings.host, settings.port)
     port = held[0].getsockname()[1]
     crew = Crew.create(settings.workers)
+    configuration.count(crew.reloads())
     Membership(crew.fleet(), crew.heartbeats()).configure(settings.fleet())
 
     def work(seat: Seat) -> None:
         tally.install(seat.folder, seat.worker)
-        uvloop.run(run(settings, seat))
+        uvloop.run(run(configuration, seat))
         seat.leave()
 
     def ready() -> None:
         _say_ready(local_url(settings.host, port))
 
+    def grace() -> float:
+        return configuration.settings.drain_delay + configuration.settings.grace_timeout
+
+    def reload(asked: bool) -> bool:
+        taken = _look(configuration, asked)
+        if taken:
+            crew.publish(configuration.text)
+        return taken
+
     try:
-        return Supervisor(crew, port, work, ready, settings.grace_timeout).run()
+        return Supervisor(crew, port, work, ready, grace, reload).run()
     finally:
         crew.remove()
         for sock in held:

@@ -4,6 +4,8 @@
                ◀─ready── one byte when a worker serves
                ──life──▶ a pipe that is never written: its end tells a worker that the supervisor is gone
 
+On SIGHUP and each second the supervisor looks for another configuration; where it takes one, SIGHUP tells the workers.
+
 A worker that dies is replaced at once; one that died young waits, for longer each time. What the dead one held of the
 engines' load is given back before its successor begins.
 """
@@ -29,10 +31,15 @@ _YOUNG_S = 5.0  # who dies before this age is restarted later each time
 _FIRST_DELAY_S = 0.2
 _LONGEST_DELAY_S = 10.0
 _LAST_WORD_S = 5.0  # beyond the grace time, until workers that hang are killed
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+_LOOK_S = 1.0  # how often another configuration is looked for
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGHUP)
 
 Work = Callable[[Seat], None]
 """A worker's whole life."""
+
+Reload = Callable[[bool], bool]
+"""Looks for another configuration and takes it; True if workers are to be told. Its argument: whether a signal asked
+for that."""
 
 
 @dataclass(slots=True)
@@ -47,13 +54,24 @@ class Worker:
 
 
 class Supervisor:
-    def __init__(self, crew: Crew, port: int, work: Work, serving: Callable[[], None], grace: float) -> None:
-        """`serving` is called once, when every worker serves for the first time."""
+    def __init__(
+        self,
+        crew: Crew,
+        port: int,
+        work: Work,
+        serving: Callable[[], None],
+        grace: Callable[[], float],
+        reload: Reload | None = None,
+    ) -> None:
+        """`serving` is called once, when every worker serves for the first time; `grace` when they are told to end,
+        which they do within so many seconds."""
         self._crew = crew
         self._port = port
         self._work = work
         self._serving = serving
         self._grace = grace
+        self._reload = reload
+        self._looked = 0.0  # when a configuration was looked for
         self._workers = [Worker() for _ in range(crew.workers)]
         self._ready_read, self._ready_write = os.pipe()
         self._life_read, self._life_write = os.pipe()
@@ -72,6 +90,7 @@ class Supervisor:
             while self._stopping is None or any(worker.pid for worker in self._workers):
                 self._start_those_due()
                 self._wait()
+                self._look()
                 self._reap()
             return self._status
         finally:
@@ -98,6 +117,8 @@ class Supervisor:
             numbers = self._signals_read.recv(4096)
             if signal.SIGTERM in numbers or signal.SIGINT in numbers:
                 self._stop()
+            if signal.SIGHUP in numbers:
+                self._look(asked=True)
         if self._stopping is not None and time.monotonic() > self._stopping:
             self._signal(signal.SIGKILL)
 
@@ -106,11 +127,22 @@ class Supervisor:
         now = time.monotonic()
         if self._stopping is not None:
             return max(0.1, self._stopping - now)
-        return min((max(0.0, worker.due - now) for worker in self._workers if not worker.pid), default=None)
+        due = [worker.due for worker in self._workers if not worker.pid]
+        if self._reload is not None:
+            due.append(self._looked + _LOOK_S)
+        return max(0.0, min(due) - now) if due else None
+
+    def _look(self, asked: bool = False) -> None:
+        """For another configuration, if it is time to."""
+        now = time.monotonic()
+        if self._reload is not None and self._stopping is None and (asked or now >= self._looked + _LOOK_S):
+            self._looked = now
+            if self._reload(asked):
+                self._signal(signal.SIGHUP)
 
     def _stop(self) -> None:
         if self._stopping is None:
-            self._stopping = time.monotonic() + self._grace + _LAST_WORD_S
+            self._stopping = time.monotonic() + self._grace() + _LAST_WORD_S
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -146,6 +178,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is ready to follow
             os.close(self._life_write)
             os.close(self._ready_read)
             self._work(Seat(self._crew, place, self._port, self._life_read, lambda: self._tell_ready(place)))

@@ -23,9 +23,7 @@ class Source:
         self.file = folder / "proxy.yaml"
         self.file.write_text(text)
         self.now = 100.0
-        self.configuration = Configuration(
-            Sources.of(["--config", str(self.file), *flags]), lambda: self.now
-        )
+        self.configuration = Configuration(Sources.of(["--config", str(self.file), *flags]), lambda: self.now)
 
     def write(self, text: str) -> None:
         self.file.write_text(text)
@@ -147,9 +145,7 @@ def test_a_change_that_a_signal_has_brought_is_not_taken_again(tmp_path: Path) -
 
 
 def test_without_a_file_there_is_nothing_to_look_at(tmp_path: Path) -> None:
-    configuration = Configuration(
-        Sources.of(["--decode-servers-urls", "http://d:1"]), lambda: 0.0
-    )
+    configuration = Configuration(Sources.of(["--decode-servers-urls", "http://d:1"]), lambda: 0.0)
     assert not configuration.watched and not configuration.look()
     assert configuration.reload(), "keys and certificates may be read again"
 

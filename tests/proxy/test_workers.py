@@ -297,7 +297,7 @@ def work(seat):
         os._exit(3)
     os.read(seat._life, 1)
 
-status = Supervisor(crew, 0, work, lambda: print("READY", flush=True), 0.5).run()
+status = Supervisor(crew, 0, work, lambda: print("READY", flush=True), lambda: 0.5).run()
 crew.remove()
 sys.exit(status)
 """
