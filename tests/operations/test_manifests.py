@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from proxy.core import ROLES
+from proxy.settings import ProxySettings
+from tests.support.kubernetes import Document, check, selects, started
+
 DEPLOY = Path(__file__).parents[2] / "deploy"
+OVERLAYS = sorted((DEPLOY / "kubernetes/overlays").iterdir())
+MONITORING = DEPLOY / "kubernetes/monitoring"
 COMPOSE = sorted(file for file in (DEPLOY / "compose").glob("*.yaml") if file.stem != "common")
 
 
@@ -26,3 +32,77 @@ def test_docker_compose_takes_it(part: Callable[[str], str], file: Path) -> None
     engines = [service for service in services.values() if service["image"].startswith("triptych-engines:")]
     assert engines
     assert all(service["environment"]["TRIPTYCH_MODEL"] == "/models/Qwen3-VL-4B-Instruct" for service in engines)
+
+
+@pytest.fixture(params=OVERLAYS, ids=lambda folder: folder.name)
+def overlay(request: pytest.FixtureRequest, part: Callable[[str], str]) -> list[Document]:
+    """All that it would apply."""
+    return list(yaml.safe_load_all(said(part("kubectl"), "kustomize", request.param)))
+
+
+def of(kind: str, documents: list[Document]) -> list[Document]:
+    return [document for document in documents if document["kind"] == kind]
+
+
+def test_kubernetes_takes_an_overlay(overlay: list[Document]) -> None:
+    check(overlay)
+    assert {document["metadata"].get("namespace", "triptych") for document in overlay} == {"triptych"}
+
+
+def test_whatever_is_named_in_an_overlay_is_there(overlay: list[Document]) -> None:
+    deployments = {deployment["metadata"]["name"]: deployment for deployment in of("Deployment", overlay)}
+    for scaler in of("HorizontalPodAutoscaler", overlay):
+        assert scaler["spec"]["scaleTargetRef"]["name"] in deployments
+    for budget in of("PodDisruptionBudget", overlay):
+        labels = budget["spec"]["selector"]["matchLabels"]
+        assert sum(selects(labels, deployment) for deployment in deployments.values()) == 1
+    for policy in of("NetworkPolicy", overlay):
+        labels = policy["spec"]["podSelector"]["matchLabels"]
+        assert any(selects(labels, deployment) for deployment in deployments.values())
+
+
+def test_the_proxies_of_an_overlay_find_its_engines(overlay: list[Document], tmp_path: Path) -> None:
+    (config,) = of("ConfigMap", overlay)
+    (tmp_path / "proxy.yaml").write_text(config["data"]["proxy.yaml"])
+    deployments = {deployment["metadata"]["name"]: deployment for deployment in of("Deployment", overlay)}
+    proxy = started(deployments.pop("triptych-proxy"), str(tmp_path / "proxy.yaml"))
+    assert isinstance(proxy, ProxySettings)
+    found = set()
+    for _, endpoint in proxy.fleet():
+        name, _, value = endpoint.asked["selector"].partition("=")
+        (service,) = [s for s in of("Service", overlay) if s["metadata"]["labels"].get(name) == value]
+        behind = [each for each in deployments if selects(service["spec"]["selector"], deployments[each])]
+        assert len(behind) == 1
+        found.update(behind)
+    assert found == deployments.keys()
+
+
+def test_the_autoscalers_of_an_overlay_ask_for_metrics_that_the_adapter_makes(overlay: list[Document]) -> None:
+    rules = yaml.safe_load((MONITORING / "adapter.yaml").read_text())["externalRules"]
+    made = {rule["name"]["as"] for rule in rules}
+    asked = [
+        metric["external"]["metric"]
+        for s in of("HorizontalPodAutoscaler", overlay)
+        for metric in s["spec"]["metrics"]
+        if "external" in metric
+    ]
+    assert len(asked) == len(of("Deployment", overlay)) - 1
+    roles = {role.label for role in ROLES}
+    assert all(metric["name"] in made and metric["selector"]["matchLabels"]["role"] in roles for metric in asked)
+
+
+def test_prometheus_takes_the_scrape_configuration_and_the_adapter_s_queries(
+    part: Callable[[str], str], tmp_path: Path
+) -> None:
+    said(part("promtool"), "check", "config", "--syntax-only", MONITORING / "scrape.yaml")
+    rules = yaml.safe_load((MONITORING / "adapter.yaml").read_text())["externalRules"]
+    queries = [_asked(rule) for rule in rules]
+    recorded = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "adapter", "rules": recorded}]}))
+    said(part("promtool"), "check", "rules", tmp_path / "rules.yml")
+
+
+def _asked(rule: Document) -> str:
+    """What the adapter asks Prometheus for one role."""
+    series = rule["seriesQuery"].partition("{")[0]
+    return str(rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.LabelMatchers>>", 'role="encode"'))
