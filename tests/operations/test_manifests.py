@@ -106,3 +106,16 @@ def _asked(rule: Document) -> str:
     """What the adapter asks Prometheus for one role."""
     series = rule["seriesQuery"].partition("{")[0]
     return str(rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.LabelMatchers>>", 'role="encode"'))
+
+
+EXPOSURE = {"triptych-proxy.service": 20, "triptych-encoder@.service": 40, "triptych-language@.service": 40}
+"""The most that systemd may think of a unit: 100 for a service with all rights."""
+
+
+@pytest.mark.parametrize("name", EXPOSURE)
+def test_systemd_takes_a_unit_and_finds_it_well_fenced(part: Callable[[str], str], tmp_path: Path, name: str) -> None:
+    unit = tmp_path / name
+    text = (DEPLOY / "systemd" / name).read_text()
+    unit.write_text(text.replace("/opt/triptych/bin/triptych", "/bin/true"))  # it looks for the program
+    said(part("systemd-analyze"), "verify", unit)
+    said(part("systemd-analyze"), "security", "--offline=true", f"--threshold={EXPOSURE[name]}", unit)
