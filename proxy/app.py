@@ -25,6 +25,8 @@ from proxy.costs import Costs
 from proxy.crew import Seat
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
+from proxy.discovery import finder
+from proxy.discovery.watching import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
@@ -237,10 +239,13 @@ class Proxy:
         return max(0.0, began + grace - time.monotonic())
 
     async def _probing(self) -> None:
-        if self._seat is None:
-            await self.health.run()
-        else:
-            await self._seat.probe(self.health)
+        discovery = Discovery(self.membership, lambda word: finder(word, self.settings), self.health.wake)
+        if self._seat is not None:
+            await self._seat.probe(self.health, discovery)
+            return
+        async with together() as group:
+            group.create_task(self.health.run())
+            group.create_task(discovery.run())
 
     def _told(self, instance: Instance, before: State) -> None:
         """Another worker has moved `instance`."""

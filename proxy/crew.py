@@ -27,6 +27,7 @@ from proxy.balancer import board, roster
 from proxy.balancer.board import Board
 from proxy.balancer.roster import Roster
 from proxy.core import Instance, State
+from proxy.discovery.watching import Discovery
 from proxy.flow import Flow
 from proxy.health import Health
 from proxy.heartbeats import Heartbeats
@@ -177,8 +178,8 @@ class Seat:
         if self._orphan:
             self._crew.remove()
 
-    async def probe(self, health: Health) -> None:
-        """Runs `health` in one worker at a time: N workers that probe would be N times the load on engines, and
+    async def probe(self, health: Health, discovery: Discovery) -> None:
+        """Runs both in one worker at a time: N workers that probe would be N times the load on engines, and
         disagree. Whoever has the lock probes, and what he finds is in the fleet that all see; when he dies the kernel
         passes the lock on to the first who asks."""
         segment = self._crew.segment
@@ -187,6 +188,7 @@ class Seat:
                 await asyncio.sleep(_LOOK_S)
             async with asyncio.TaskGroup() as group:
                 group.create_task(health.run())
+                group.create_task(discovery.run())
                 group.create_task(_follow(self._fleet, health))
         finally:
             segment.disclaim(_PROBES)

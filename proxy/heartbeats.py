@@ -64,6 +64,10 @@ class Heartbeats:
         """Whether anybody is to be alive no more."""
         return bool(((self._keys != 0) & (self._until <= int(now * _NANO))).any())
 
+    def excuse(self, seconds: float) -> None:
+        """Everybody has so much longer: nobody has listened meanwhile."""
+        self._until[self._keys != 0] += int(seconds * _NANO)
+
     def forget(self, url: str) -> None:
         """Nothing is expected of it any more. Unknown ones are ignored."""
         with self._lock():

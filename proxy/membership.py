@@ -173,6 +173,10 @@ class Membership:
                 self._heartbeats.forget(url)
         return bool(late)
 
+    def excuse(self, seconds: float) -> None:
+        """For so long, nobody has listened to heartbeats."""
+        self._heartbeats.excuse(seconds)
+
     def drain(self, instance: Instance, reason: str) -> None:
         """Nothing new goes there, whoever lists it."""
         with self._fleet.changing():
