@@ -208,8 +208,10 @@ ROWS = (
                 ],
                 "ops",
             ),
-            Panel("Items by modality", [("{{modality}}", by("modality", rate("triptych_items_total")))], "ops"),
-            Panel("Bytes", [("{{direction}}", by("direction", rate("triptych_bytes_total")))], "Bps"),
+            Panel(
+                "Items by modality", [("{{modality}}", by("modality", rate("triptych_items_total")))], "ops", width=12
+            ),
+            Panel("Bytes", [("{{direction}}", by("direction", rate("triptych_bytes_total")))], "Bps", width=12),
         ],
     ),
     Row(
