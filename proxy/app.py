@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from proxy import api, callbacks, derived, flow, heartbeats, history, quota
@@ -36,8 +35,7 @@ from proxy.gate import Gate
 from proxy.guard import Guard
 from proxy.health import Health
 from proxy.hedge import Hedge
-from proxy.http.client import system_trust
-from proxy.http.router import Router, post
+from proxy.http.router import Audience, Route, Router, post
 from proxy.http.server import Server
 from proxy.introduction import Introduction
 from proxy.legs import Legs, Suspicion
@@ -58,6 +56,7 @@ from proxy.siblings import Kind
 from proxy.sizing import Sizing
 from proxy.snapshot import Owners, Snapshots
 from proxy.tasks import together
+from proxy.tls import Listener
 from proxy.tracing import Tracing
 from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
@@ -83,13 +82,14 @@ class Proxy:
         self.metrics = Metrics(seat.folder if seat else None)
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
         self.advising = Advising(self.sizing)
-        self.metrics.also(Standing(self.fleet, self.balancer.ledger))
-        self.metrics.also(self.advising)
         used = seat.quota() if seat else quota.alone()
         self.guard = Guard(derived.rights(settings), used, time.monotonic)
-        self.listener, self.connector = derived.listener(settings), derived.connector(settings)
-        self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self._trust)
-        self.metaserver = Metaserver(settings.host, settings.metaserver_url, seat.siblings if seat else None)
+        self.metrics.also(Standing(self.fleet, self.balancer.ledger))
+        self.metrics.also(self.advising)
+        self.certificates = derived.certificates(settings)
+        self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self.certificates.trust)
+        siblings = seat.siblings if seat else None
+        self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, self.certificates.scheme)
         self.breakers = Breakers(derived.thresholds(settings))
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
@@ -109,7 +109,7 @@ class Proxy:
         self.virtual_port = 0  # known once it listens
         self.dispatcher = self._dispatcher(settings)
         self.history = seat.history() if seat else history.alone()
-        self.receipts = Receipts(settings.receipts, seat.siblings if seat else None)
+        self.receipts = Receipts(settings.receipts, siblings)
         watchers = [self.metrics.ended, self.access.ended, self.history.ended, self.receipts.ended]
         self.tracing = _tracing(settings, self.metrics)
         if self.tracing is not None:
@@ -119,16 +119,14 @@ class Proxy:
             *(self.metrics, watchers, self.tracing),
         )
         self.port = seat.port if seat else settings.port
+        self.admin_port = seat.admin_port if seat else settings.admin_port
 
     def go_by(self, settings: ProxySettings) -> None:
         """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began."""
         rights = derived.rights(settings)
         self.settings = settings
         self.guard.go_by(rights)
-        if self.listener is not None:
-            self.listener.reread()
-        if self.connector is not None:
-            self.connector.reread()
+        self.certificates.reread()
         self.balancer.choose_by(derived.policies(settings, self.balancer.rates))
         self.upstream.go_by(derived.timeouts(settings), settings.engine_key)
         self.breakers.thresholds = derived.thresholds(settings)
@@ -164,9 +162,16 @@ class Proxy:
     @property
     def url(self) -> str:
         """Where a client on this machine reaches it."""
-        return local_url(self.settings.host, self.port)
+        return local_url(self.settings.host, self.port, self.certificates.scheme)
 
-    def server(self) -> Server:
+    @property
+    def admin_url(self) -> str:
+        """Where an admin on this machine does."""
+        if self.admin_port is None:
+            return self.url
+        return local_url(self.settings.admin_host or self.settings.host, self.admin_port, self.certificates.scheme)
+
+    def _routes(self) -> list[Route]:
         settings = self.settings
         admin = Admin(self.fleet, self.membership, self.balancer, self.health, self.guard, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
@@ -174,14 +179,17 @@ class Proxy:
         owners = Owners(self.fleet, admin, *watched, settings.workers)
         page = Page(Snapshots(owners, time.monotonic), admin)
         told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *self.receipts.routes(), *page.routes()]
-        routes = [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle)]
-        return Server(api.edge(Router(routes)), api.refused, derived.http_limits(settings))
+        return [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle, Audience.ALL)]
+
+    def _server(self, routes: Iterable[Route], audience: Audience = Audience.ALL) -> Server:
+        return Server(api.edge(Router(routes, audience)), api.refused, derived.http_limits(self.settings))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
         measuring = nullcontext() if self.measuring is None else self.measuring.running()
         tracing = nullcontext() if self.tracing is None else self.tracing.running()
+        routes = self._routes()
         async with (
             self.upstream,
             self.metaserver.running(),
@@ -189,12 +197,12 @@ class Proxy:
             measuring,
             tracing,
             self._encoding(),
+            self._administering(routes),
             together() as group,
         ):
-            server = self.server()
+            server = self._server(routes, Audience.ALL if self.admin_port is None else Audience.CLIENTS)
             try:
-                shared = self._seat is not None
-                self.port = await server.start(self.settings.host or None, self.port, reuse_port=shared)
+                self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
                 self.metaserver.port = self.port
                 probes = group.create_task(self._probing())  # a crash of it ends the proxy, loudly
                 yield self
@@ -203,6 +211,24 @@ class Proxy:
                 self.gate.close()
                 await server.stop(await self._last_callbacks(self.settings.grace_timeout))
                 self.access.flush()
+
+    async def _listen(self, server: Server, host: str, port: int, tls: Listener | None) -> int:
+        context = None if tls is None else tls.context
+        return await server.start(host or None, port, reuse_port=self._seat is not None, tls=context)
+
+    @asynccontextmanager
+    async def _administering(self, routes: Iterable[Route]) -> AsyncIterator[None]:
+        """Within, admins have a port of their own, if they are to: for longer than clients have theirs."""
+        if self.admin_port is None:
+            yield
+            return
+        server, host = self._server(routes, Audience.ADMINS), self.settings.admin_host or self.settings.host
+        self.admin_port = await self._listen(server, host, self.admin_port, self.certificates.admins)
+        log.info("admins are served at %s", self.admin_url)
+        try:
+            yield
+        finally:
+            await server.stop(0.0)
 
     def _siblings(self) -> AbstractAsyncContextManager[None]:
         """Within, the other workers get this one's answers."""
@@ -216,8 +242,7 @@ class Proxy:
         if self.virtual is None:
             yield
             return
-        limits = derived.http_limits(settings)
-        server = Server(api.edge(Router(self.virtual.routes())), api.refused, limits)
+        server = self._server(self.virtual.routes())
         self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
         lists = settings.lists()
         try:
@@ -254,10 +279,6 @@ class Proxy:
         if before is State.DOWN or instance.state is State.GONE:
             self.breakers.forget(instance.url)  # another process, most likely
 
-    def _trust(self) -> ssl.SSLContext:
-        """For calls of https engines."""
-        return system_trust() if self.connector is None else self.connector.context
-
 
 def _tracing(settings: ProxySettings, metrics: Metrics) -> Tracing | None:
     if settings.otlp_endpoint is None:
@@ -271,7 +292,7 @@ def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:
     return Measuring(costs, settings.measure_timeout, private=settings.measure_urls == "all")
 
 
-def local_url(host: str, port: int) -> str:
+def local_url(host: str, port: int, scheme: str) -> str:
     """Where a client on this machine reaches who listens on `host`, which may be a wildcard."""
     host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -88,7 +88,12 @@ class Waiting:
 class Metaserver:
     """The waiting requests by id, and the address under which engines find this proxy."""
 
-    def __init__(self, host: str, url: str | None = None, siblings: Siblings | None = None) -> None:
+    def __init__(
+        self, host: str, url: str | None = None, siblings: Siblings | None = None, scheme: str = "http"
+    ) -> None:
+        """`host`: what is listened on, by `scheme`. `url`: where that is reached; None: at the address that leads to
+        each engine."""
+        self._scheme = scheme
         self._host = host
         self._url = url
         self._siblings = siblings
@@ -152,10 +157,13 @@ class Metaserver:
 
     async def _found_url(self, instance: Instance) -> str:
         if self._host not in _WILDCARDS:
-            return _url(self._host, self.port)
+            return self._at(self._host)
         if instance.url not in self._reached_at:
-            self._reached_at[instance.url] = _url(await local_address(instance.url), self.port)
+            self._reached_at[instance.url] = self._at(await local_address(instance.url))
         return self._reached_at[instance.url]
+
+    def _at(self, host: str) -> str:
+        return f"{self._scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{ROUTE}"
 
     async def handle(self, request: Request) -> Response:
         """POST /v1/metaserver: answers once the prefill engine is done. Raises ProxyError."""
@@ -205,10 +213,6 @@ def _descriptor(body: bytes) -> Mapping[str, Any]:
     if not isinstance(descriptor, dict):
         raise BadRequest("the body must be a JSON object")
     return descriptor
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{ROUTE}"
 
 
 async def local_address(url: str) -> str:

@@ -127,6 +127,7 @@ class Seat:
         """`life`: a descriptor that ends when the supervisor does. `ready`: to be called once the worker serves."""
         self.worker = worker
         self.port = port
+        self.admin_port: int | None = None  # to be set before it serves; None: admins are served with clients
         self.ready = ready
         self.folder = crew.folder
         self.siblings = Siblings(crew.folder, crew.workers, worker)

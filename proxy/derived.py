@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from proxy.keys import Keys
 from proxy.links import Links
 from proxy.prospects import Sight
 from proxy.settings import ProxySettings
-from proxy.tls import Connector, Files, Listener
+from proxy.tls import Certificates, Connector, Files, Listener
 from proxy.upstream import Timeouts
 
 
@@ -101,21 +102,15 @@ def _keys(file: Path) -> Keys:
         raise ValueError(f"--api-keys: {file}: {error}") from None
 
 
-def listener(settings: ProxySettings) -> Listener | None:
-    """What clients see; None where the port speaks plainly. Raises ValueError."""
-    files = Files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    return None if files.cert is None else Listener(files)
-
-
-def admin_listener(settings: ProxySettings) -> Listener | None:
-    """The same for the admin port, which asks for the admin key and so for no certificate. Raises ValueError."""
-    return None if settings.tls_cert is None else Listener(Files(settings.tls_cert, settings.tls_key))
-
-
-def connector(settings: ProxySettings) -> Connector | None:
-    """What https engines see and must show; None where the system's trust will do. Raises ValueError."""
-    files = Files(settings.engine_cert, settings.engine_cert_key, settings.engine_ca)
-    return None if files == Files() else Connector(files)
+def certificates(settings: ProxySettings) -> Certificates:
+    """Raises ValueError naming the file at fault."""
+    clients = Files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    engines = Files(settings.engine_cert, settings.engine_cert_key, settings.engine_ca)
+    return Certificates(
+        clients=None if clients.cert is None else Listener(clients),
+        admins=None if clients.cert is None else Listener(replace(clients, ca=None)),
+        engines=None if engines == Files() else Connector(engines),
+    )
 
 
 def sight(settings: ProxySettings) -> Sight:

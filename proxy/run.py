@@ -89,17 +89,22 @@ def supervise(configuration: Configuration) -> int:
     settings = configuration.settings
     held = reserve(settings.host, settings.port)
     port = held[0].getsockname()[1]
+    admin_port = None
+    if settings.admin_port is not None:
+        administered = reserve(settings.admin_host or settings.host, settings.admin_port)
+        held, admin_port = [*held, *administered], administered[0].getsockname()[1]
     crew = Crew.create(settings.workers)
     configuration.count(crew.reloads())
     Membership(crew.fleet(), crew.heartbeats()).configure(settings.fleet())
 
     def work(seat: Seat) -> None:
+        seat.admin_port = admin_port
         tally.install(seat.folder, seat.worker)
         uvloop.run(run(configuration, seat))
         seat.leave()
 
     def ready() -> None:
-        _say_ready(local_url(settings.host, port))
+        _say_ready(local_url(settings.host, port, "http" if settings.tls_cert is None else "https"))
 
     def grace() -> float:
         return configuration.settings.drain_delay + configuration.settings.grace_timeout

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from proxy.http.client import system_trust
+
 
 @dataclass(frozen=True, slots=True)
 class Files:
@@ -59,6 +61,30 @@ class Connector:
     def reread(self) -> None:
         """Raises ValueError naming the file at fault: what was read before stays."""
         self.context = _calling(self._files)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """All that a proxy shows. None: it speaks plainly there, or trusts whom the system trusts."""
+
+    clients: Listener | None = None
+    admins: Listener | None = None  # who have a key, and so need no certificate
+    engines: Connector | None = None
+
+    @property
+    def scheme(self) -> str:
+        """Of the URLs that lead here."""
+        return "http" if self.clients is None else "https"
+
+    def reread(self) -> None:
+        """Raises ValueError naming the file at fault."""
+        for one in (self.clients, self.admins, self.engines):
+            if one is not None:
+                one.reread()
+
+    def trust(self) -> ssl.SSLContext:
+        """For the next call of an https engine."""
+        return system_trust() if self.engines is None else self.engines.context
 
 
 def _listening(files: Files) -> ssl.SSLContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -10,12 +11,15 @@ import pytest
 from aiohttp import web
 
 from proxy.app import Proxy
+from proxy.keys import made
 from proxy.settings import ProxySettings
+from proxy.tls import Listener
 from proxy.vision import FAMILIES
 from tests.fakes.deployment import FAST, Deployment, deployment
 from tests.fakes.media import chat
 from tests.fakes.native import ENGINES, Decode, Encoder, Language, Prefill
 from tests.proxy.test_measuring import hosted, parts
+from tests.support.tls import Authority
 from tests.support.waiting import until
 
 
@@ -130,3 +134,86 @@ async def test_another_policy_chooses_with_the_loads_that_are_there() -> None:
         await until(lambda: [engine.running for engine in d.combined] == [2, 2])
         gate.set()
         assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4
+
+
+async def test_admins_may_have_a_port_of_their_own() -> None:
+    async with deployment("1b", admin_port=0) as d:
+        admin = d.proxy.admin_url
+        assert admin != d.url
+        for path, where in (
+            ("/metrics", admin),
+            ("/instances", admin),
+            ("/plan", admin),
+            ("/requests", admin),
+            ("/ui", admin),
+            ("/v1/models", d.url),
+        ):
+            for url in (admin, d.url):
+                async with d.http.get(url + path) as response:
+                    assert response.status == (200 if url == where else 404), (url, path)
+        for url in (admin, d.url):
+            for path in ("/health", "/ready"):
+                async with d.http.get(url + path) as response:
+                    assert response.status == 200
+            async with d.http.post(url + "/v1/metaserver", json={"request_id": "cmpl-x-0"}) as response:
+                assert response.status == 404 and "waits for a prefill" in await response.text()
+
+
+async def test_everything_may_be_secured_at_once(tmp_path: Path) -> None:
+    """Clients with certificates and keys, admins with a key on a port of their own, engines with both."""
+    ca, engine = Authority(tmp_path), Language()
+    files, mine = ca.files("proxy", ca=ca.path), ca.files("me", "me")
+    engine.tls, engine.key = Listener(ca.files("engine", ca=ca.path)).context, "engines'"
+    key, digest = made(bytes(32))
+    (tmp_path / "keys.yaml").write_text(f"- {{name: acme, hash: '{digest}'}}")
+    async with engine:
+        settings = ProxySettings(
+            decode_servers_urls=engine.url,
+            **FAST,
+            tls_cert=files.cert,
+            tls_key=files.key,
+            tls_client_ca=files.ca,
+            engine_ca=ca.path,
+            engine_cert=mine.cert,
+            engine_cert_key=mine.key,
+            engine_key="engines'",
+            admin_key="s3cret",
+            admin_port=0,
+            api_keys=tmp_path / "keys.yaml",
+        )
+        proxy = Proxy(settings)
+        async with proxy.serving(), aiohttp.ClientSession() as http:
+            await proxy.health.tick()
+            called_back_at = await proxy.metaserver.url_for(next(iter(proxy.fleet)))
+            assert proxy.url.startswith("https:") and called_back_at.startswith("https:")
+                "https:"
+            )
+            ask = {"url": f"{proxy.url}/v1/chat/completions", "json": chat()}
+            async with http.post(**ask, ssl=ca.trusting(mine), headers={"authorization": f"Bearer {key}"}) as response:
+                assert response.status == 200, await response.text()
+            async with http.post(**ask, ssl=ca.trusting(mine)) as response:
+                assert response.status == 401
+            with pytest.raises(aiohttp.ClientError):
+                await http.post(**ask, ssl=ca.trusting(), headers={"authorization": f"Bearer {key}"})
+            async with http.get(f"{proxy.admin_url}/metrics", ssl=ca.trusting()) as response:
+                assert response.status == 200
+            async with http.delete(f"{proxy.admin_url}/instances?url=x", ssl=ca.trusting()) as response:
+                assert response.status == 401
+        assert engine.calls and all(call.headers["authorization"] == "Bearer engines'" for call in engine.calls)
+
+
+async def test_certificates_are_read_again_with_other_settings(tmp_path: Path) -> None:
+    old, new, engine = Authority(tmp_path, "old"), Authority(tmp_path, "new"), Language()
+    files = old.files("proxy")
+    async with engine:
+        settings = ProxySettings(decode_servers_urls=engine.url, tls_cert=files.cert, tls_key=files.key, **FAST)
+        proxy = Proxy(settings)
+        async with proxy.serving(), aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+            async with http.get(f"{proxy.url}/health", ssl=old.trusting()) as response:
+                assert response.status == 200
+            new.files("proxy")
+            proxy.go_by(settings)
+            with pytest.raises(aiohttp.ClientConnectorCertificateError):
+                await http.get(f"{proxy.url}/health", ssl=old.trusting())
+            async with http.get(f"{proxy.url}/health", ssl=new.trusting()) as response:
+                assert response.status == 200
