@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
 
-.PHONY: help install demo smoke test conformance-vllm conformance-sglang lint format clean
+.PHONY: help install demo smoke test operations conformance-vllm conformance-sglang lint format clean
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -20,6 +20,10 @@ smoke: install ## the same without staying up; fails unless the answer equals th
 
 test: install ## run the tests (TESTS=path for some of them)
 	@$(BIN)/python -m pytest $(TESTS)
+
+operations: install ## the tests against real parts: nginx, Envoy, Prometheus, Chromium; installs those from Debian
+	@tests/operations/install.sh
+	@TRIPTYCH_PARTS=required $(BIN)/python -m pytest tests/operations
 
 conformance-vllm: install ## drive real vLLM engines, in an environment of their own, and print what passed
 	@tests/conformance/vllm/install.sh .conformance/vllm
