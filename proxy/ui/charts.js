@@ -1,7 +1,7 @@
 // Curves over the last minutes. One crosshair goes through all of them; the legends tell the values under it.
 
 import { each, el, say, set, svg } from "./dom.js";
-import { ago, rate, span } from "./format.js";
+import { ago, rate, round, span } from "./format.js";
 
 const CHARTS = [
   {
@@ -9,8 +9,9 @@ const CHARTS = [
     tell: (value) => `${rate(value)}/s`,
     curves: [
       { column: "served", name: "served", look: "ink", area: true },
-      { column: "failed", name: "failed", look: "bad" },
-      { column: "refused", name: "refused", look: "faint" },
+      { column: "failed", name: "failed", look: "bad", rare: true },
+      { column: "refused", name: "refused", look: "faint", rare: true },
+      { column: "left", name: "left", look: "mid", rare: true },
     ],
   },
   {
@@ -38,6 +39,7 @@ const CHARTS = [
   },
 ];
 const LEAST = 60; // seconds shown
+const STEPS = [15, 30, 60, 120, 180]; // seconds between two marks of time
 const HEIGHT = 132;
 const MARGIN = { top: 8, right: 2, bottom: 20, left: 46 };
 
@@ -67,12 +69,13 @@ export function makeCharts(parent) {
 
 function makeChart(spec) {
   const grid = svg("g", { class: "grid" });
+  const times = svg("g");
   const lines = svg("g");
-  const cross = svg("line", { class: "cross" });
-  const picture = svg("svg", { height: HEIGHT, role: "img", tabindex: "0", "aria-roledescription": "chart" }, grid, lines, cross);
+  const cross = svg("g", {}, svg("line"), svg("text", { "text-anchor": "middle" }));
+  const picture = svg("svg", { height: HEIGHT, role: "img", tabindex: "0", "aria-roledescription": "chart" }, grid, times, lines, cross);
   const legend = el("p", { class: "legend" });
   const node = el("figure", { class: "chart" }, el("figcaption", {}, el("h3", {}, spec.title), legend), picture);
-  return { spec, node, picture, grid, lines, cross, legend };
+  return { spec, node, picture, grid, times, lines, cross, legend };
 }
 
 // How many of the latest points there is something to see in.
@@ -85,44 +88,57 @@ function visible(curves) {
 }
 
 function drawChart(chart, curves, shown, pointed) {
-  const { spec, picture, grid, lines, cross, legend } = chart;
+  const { spec, picture, grid, times, lines, cross, legend } = chart;
   const width = picture.clientWidth;
   if (!width) return;
   const step = curves.span;
-  const seconds = (shown - 1) * step;
-  const columns = spec.curves.map((curve) => curves.columns[curve.column].slice(-shown));
+  const all = spec.curves.map((curve) => [curve, curves.columns[curve.column].slice(-shown)]);
+  const told = all.filter(([curve, column]) => !curve.rare || column.some((value) => value > 0));
+  const columns = told.map(([, column]) => column);
   const top = ceiling(Math.max(0, ...columns.flat().map((value) => value ?? 0)));
   const x = (place) => MARGIN.left + ((width - MARGIN.left - MARGIN.right) * place) / (shown - 1);
   const y = (value) => HEIGHT - MARGIN.bottom - ((HEIGHT - MARGIN.top - MARGIN.bottom) * value) / top;
   set(picture, "viewBox", `0 0 ${width} ${HEIGHT}`);
-  drawGrid(grid, spec, top, seconds, width, y);
-  each(lines, spec.curves, (curve) => curve.column, makeCurve, (node, curve) => {
-    const column = columns[spec.curves.indexOf(curve)];
+  drawGrid(grid, spec, top, width, y);
+  drawTimes(times, (shown - 1) * step, (mark) => x(shown - 1 - mark / step));
+  each(lines, told, ([curve]) => curve.column, ([curve]) => makeCurve(curve), (node, [curve, column]) => {
     set(node.firstChild, "d", curve.area ? path(column, x, y, HEIGHT - MARGIN.bottom) : null);
     set(node.lastChild, "d", path(column, x, y));
   });
   const place = pointed === null ? shown - 1 : Math.max(0, shown - 1 - Math.round(pointed / step));
-  set(cross, "class", pointed === null ? "cross off" : "cross");
-  for (const [name, value] of [["x1", x(place)], ["x2", x(place)], ["y1", MARGIN.top], ["y2", HEIGHT - MARGIN.bottom]]) set(cross, name, value.toFixed(1));
-  tell(legend, spec, columns, place, pointed);
-  const values = spec.curves.map((curve, n) => `${curve.name} ${spec.tell(columns[n][place])}`.trim());
-  set(picture, "aria-label", `${spec.title}, ${pointed === null ? "now" : `${ago(pointed)} ago`}: ${values.join(", ")}`);
+  drawCross(cross, x(place), pointed);
+  set(times, "class", pointed === null ? null : "off");
+  const values = told.map(([curve, column]) => [curve, spec.tell(column[place])]);
+  tell(legend, values);
+  const said = values.map(([curve, value]) => `${curve.name} ${value}`.trim());
+  set(picture, "aria-label", `${spec.title}, ${pointed === null ? "now" : `${ago(pointed)} ago`}: ${said.join(", ")}`);
 }
 
-function drawGrid(grid, spec, top, seconds, width, y) {
+function drawGrid(grid, spec, top, width, y) {
   each(grid, [0, 0.5, 1], (part) => part, () => svg("g", {}, svg("line"), svg("text", { "text-anchor": "end" })), (node, part) => {
     const [line, label] = node.children;
-    const at = y(top * part).toFixed(1);
-    for (const [name, value] of [["x1", MARGIN.left], ["x2", width - MARGIN.right], ["y1", at], ["y2", at]]) set(line, name, value);
-    set(label, "x", MARGIN.left - 8);
-    set(label, "y", Number(at) + 4);
-    say(label, part ? spec.tell(top * part).replace("/s", "") : "0");
+    const at = y(top * part);
+    put(line, { x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at });
+    put(label, { x: MARGIN.left - 8, y: at + 4 });
+    say(label, part ? round(spec.tell(top * part)).replace("/s", "") : "0");
   });
-  each(grid.parentNode.querySelector(".times") ?? grid.parentNode.insertBefore(svg("g", { class: "times" }), grid), [1, 0.5, 0], (part) => part, () => svg("text"), (label, part) => {
-    set(label, "x", part === 1 ? MARGIN.left : part ? (MARGIN.left + width) / 2 : width - MARGIN.right);
-    set(label, "y", HEIGHT - 4);
-    set(label, "text-anchor", part === 1 ? "start" : part ? "middle" : "end");
-    say(label, part ? `${ago(seconds * part)} ago` : "now");
+}
+
+function drawCross(cross, x, pointed) {
+  const [line, label] = cross.children;
+  set(cross, "class", pointed === null ? "cross off" : "cross");
+  put(line, { x1: x, x2: x, y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom });
+  put(label, { x, y: HEIGHT - 4 });
+  say(label, pointed ? `${ago(pointed)} ago` : "now");
+}
+
+function drawTimes(times, seconds, x) {
+  const step = STEPS.find((step) => seconds / step <= 4) ?? seconds / 4;
+  const marks = Array.from({ length: Math.floor(seconds / step) + 1 }, (_, number) => number * step);
+  each(times, marks, (mark) => mark, () => svg("text"), (label, mark) => {
+    put(label, { x: x(mark), y: HEIGHT - 4 });
+    set(label, "text-anchor", mark === 0 ? "end" : x(mark) < MARGIN.left + 30 ? "start" : "middle");
+    say(label, mark ? `${ago(mark)} ago` : "now");
   });
 }
 
@@ -144,20 +160,22 @@ function path(column, x, y, floor) {
   return found;
 }
 
-// The next of 1, 2, 4, 6, 8, 10, … at or above.
+function put(node, places) {
+  for (const [name, value] of Object.entries(places)) set(node, name, value.toFixed(1));
+}
+
+// The next round number, of which half is one too.
 function ceiling(value) {
   if (value <= 0) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 2, 4, 6, 8, 10].find((step) => step * power >= value * 0.9999);
+  return power * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= value * 0.9999);
 }
 
-function tell(legend, spec, columns, place, pointed) {
-  const made = (curve) => el("span", { class: `look-${curve.look}` }, el("i"), el("span"), " ", el("b"));
-  const shown = spec.curves.filter((curve, n) => curve.look !== "bad" || columns[n].some((value) => value > 0));
-  each(legend, [{ column: "when" }, ...shown], (curve) => curve.column, (curve) => (curve.look ? made(curve) : el("span", { class: "when" })), (node, curve) => {
-    if (!curve.look) return say(node, pointed === null ? "" : `${ago(pointed)} ago`);
+function tell(legend, values) {
+  const make = ([curve]) => el("span", { class: `look-${curve.look}` }, el("i"), el("span"), " ", el("b"));
+  each(legend, values, ([curve]) => curve.column, make, (node, [curve, value]) => {
     say(node.children[1], curve.name);
-    say(node.lastChild, spec.tell(columns[spec.curves.indexOf(curve)][place]));
+    say(node.lastChild, value);
   });
 }
 

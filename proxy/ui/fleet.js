@@ -42,14 +42,19 @@ function makeColumn(role) {
 
 function changeColumn(column, instances, planned, full, actions) {
   const [title, list] = column.children;
-  const well = instances.filter((instance) => instance.state === "READY").length;
-  const ready = well === instances.length ? plural(well, "engine") : `${well} of ${plural(instances.length, "engine")} ready`;
+  const serving = instances.filter((instance) => instance.state === "READY").length;
+  const all = plural(instances.length, "engine");
+  const ready = serving === instances.length ? all : `${serving} of ${all} ready`;
   say(title.lastChild, planned && planned.utilisation !== null ? `${ready}, ${share(planned.utilisation)} busy` : ready);
-  set(column, "data-many", instances.length > MANY);
-  const troubled = (instance) => (trouble(instance) ? 0 : 1);
-  const sorted = instances.length > MANY ? instances.toSorted((a, b) => troubled(a) - troubled(b)) : instances;
+  const many = instances.length > MANY;
+  set(column, "data-many", many);
+  const well = (instance) => (trouble(instance) ? 0 : 1);
+  const sorted = many ? instances.toSorted((a, b) => well(a) - well(b)) : instances;
   const make = (instance) => makeInstance(instance, actions);
-  each(list, sorted, (instance) => instance.url, make, (row, instance) => changeInstance(row, instance, full, actions));
+  each(list, sorted, (instance) => instance.url, make, (row, instance) => {
+    changeInstance(row, instance, full, actions);
+    say(row.children[2], !instance.leases ? "" : many ? count(instance.leases) : `${count(instance.leases)} running`);
+  });
 }
 
 function makeInstance(instance, actions) {
@@ -67,12 +72,11 @@ function makeInstance(instance, actions) {
 }
 
 function changeInstance(row, instance, full, actions) {
-  const [dot, , running, meter, said, button] = row.children;
+  const [dot, , , meter, said, button] = row.children;
   row.instance = instance;
   set(row, "data-state", instance.state);
   set(row, "data-circuit", instance.circuit === "CLOSED" ? null : instance.circuit);
   set(dot, "title", instance.state);
-  say(running, instance.leases ? `${count(instance.leases)} running` : "");
   meter.firstChild.style.inlineSize = `${Math.min(100, (100 * (instance.load ?? 0)) / full).toFixed(1)}%`;
   say(said, trouble(instance) || work(instance));
   set(button, "hidden", !actions.unlocked());
@@ -89,8 +93,8 @@ function trouble(instance) {
 function work(instance) {
   const held = instance.items ? `, ${plural(instance.items, "item")} cached` : "";
   if (!instance.load) return `idle${held}`;
-  const queue = instance.pending_seconds === undefined ? "" : `${span(instance.pending_seconds)} of work, `;
-  return `${queue}${plural(instance.load, "token")}${held}`;
+  const queue = instance.pending_seconds === undefined ? plural(instance.load, "token") : `${span(instance.pending_seconds)} of work`;
+  return `${queue}${held}`;
 }
 
 // Draining asks twice: it takes an engine away from everybody.

@@ -7,13 +7,16 @@ import { LETTERS, PATHS } from "./stages.js";
 const CLIENTS = "clients";
 const ANSWERS = "answers";
 const RADIUS = 17;
-const ARC = 46; // how high a stage is passed over
-const NARROW = 640;
+const ARC = 40; // how high one stage is passed over
+const HIGHER = 24; // for each more
+const UNDER = 32; // for what is written under the line
+const NARROW = 230; // pixels for a stage; below that, labels are short
 
 export function makeFlow(figure) {
   const edges = svg("g");
+  const labels = svg("g");
   const nodes = svg("g");
-  const picture = svg("svg", { role: "img" }, edges, nodes);
+  const picture = svg("svg", { role: "img" }, edges, labels, nodes);
   const caption = el("figcaption", { class: "hidden" });
   figure.append(picture, caption);
   let last = null;
@@ -21,10 +24,13 @@ export function makeFlow(figure) {
     last = [roles, now];
     const width = figure.clientWidth;
     if (!width) return;
-    const shape = layout(roles, width);
     const flows = flowing(roles, now);
-    picture.setAttribute("viewBox", `0 0 ${width} ${shape.height}`);
-    each(edges, flows, (flow) => `${flow.from}>${flow.to}`, makeEdge, (node, flow) => changeEdge(node, flow, shape));
+    const shape = layout(roles, flows, width);
+    set(picture, "viewBox", `0 0 ${width} ${shape.base + UNDER}`);
+    set(picture, "height", shape.base + UNDER);
+    const key = (flow) => `${flow.from}>${flow.to}`;
+    each(edges, flows, key, makeEdge, (node, flow) => changeEdge(node, flow, shape));
+    each(labels, flows, key, () => svg("text"), (node, flow) => changeLabel(node, flow, shape));
     each(nodes, roles, (role) => role, makeNode, (node, role) => placeNode(node, shape.at[role], shape.base));
     const told = flows.filter((flow) => flow.rate).map((flow) => `${flow.from} to ${flow.to}: ${flow.what(false)}`);
     say(caption, told.join("; ") || "Nothing flows.");
@@ -34,11 +40,13 @@ export function makeFlow(figure) {
   return draw;
 }
 
-function layout(roles, width) {
+function layout(roles, flows, width) {
   const at = { [CLIENTS]: 0, [ANSWERS]: width };
   roles.forEach((role, place) => (at[role] = (width * (place + 0.5)) / roles.length));
   const order = [CLIENTS, ...roles, ANSWERS];
-  return { at, order, base: 74, height: 100, narrow: width < NARROW };
+  const passed = (flow) => order.indexOf(flow.to) - order.indexOf(flow.from) - 1;
+  const rise = (flow) => (passed(flow) ? ARC + HIGHER * (passed(flow) - 1) : 0);
+  return { at, passed, rise, base: Math.max(RADIUS, ...flows.map((flow) => rise(flow) + 20)) + 4, narrow: width / roles.length < NARROW };
 }
 
 // What goes from where to where, at least along the line of all stages.
@@ -61,13 +69,13 @@ function flowing(roles, now) {
   return all;
 }
 
+// Tokens and items are known in all; each edge has its part of the requests that bring them.
 function described(flow, all, now, short) {
   if (!flow.rate) return "";
-  const part = flow.rate / all.filter((other) => (flow.to === ANSWERS ? other.to : other.from) === (flow.to === ANSWERS ? ANSWERS : flow.from)).reduce((sum, other) => sum + other.rate, 0);
-  if (flow.to === ANSWERS) return `${rate((now.tokens ?? 0) * part)} ${short ? "tok/s" : "tokens/s"}`;
-  if (flow.from === CLIENTS) return short ? `${rate(flow.rate)}/s` : `${rate(flow.rate)} requests/s`;
-  if (flow.from === "encode") return short ? `${rate((now.items ?? 0) * part)}/s` : `${rate((now.items ?? 0) * part)} items/s`;
-  return short ? `${rate(flow.rate)}/s` : `${rate(flow.rate)} KV/s`;
+  const part = (end) => flow.rate / all.reduce((sum, other) => sum + (other[end] === flow[end] ? other.rate : 0), 0);
+  if (flow.to === ANSWERS) return `${rate(now.tokens * part("to"))} ${short ? "tok/s" : "tokens/s"}`;
+  if (flow.from === "encode") return `${rate(now.items * part("from"))}${short ? "" : " items"}/s`;
+  return `${rate(flow.rate)}${short ? "" : flow.from === CLIENTS ? " requests" : " KV handoffs"}/s`;
 }
 
 function makeEdge(flow) {
@@ -77,35 +85,40 @@ function makeEdge(flow) {
     { class: `edge stage-${stage}` },
     svg("path", { class: "band" }),
     svg("path", { class: "dots" }),
-    svg("text", { "text-anchor": "middle" }),
   );
 }
 
 function changeEdge(node, flow, shape) {
-  const [band, dots, label] = node.children;
-  const { at, order, base, narrow } = shape;
-  const passed = order.indexOf(flow.to) - order.indexOf(flow.from) - 1;
-  const begin = at[flow.from] + (flow.from === CLIENTS ? 0 : RADIUS + 3);
-  const end = at[flow.to] - (flow.to === ANSWERS ? 0 : RADIUS + 3);
-  const middle = (begin + end) / 2;
-  let line, y;
-  if (passed) {
-    // Leaves and arrives level, and has its top over what it passes.
-    const top = base - ARC - 8 * (passed - 1);
-    const bend = Math.min(0.5 * (end - begin), 110);
-    line = `M${begin} ${base - 6}C${begin + bend} ${base - 6} ${middle - bend} ${top} ${middle} ${top}S${end - bend} ${base - 6} ${end} ${base - 6}`;
-    y = top - 9;
-  } else {
-    line = `M${begin} ${base}H${end}`;
-    y = base - 10;
-  }
+  const [band, dots] = node.children;
+  const { base } = shape;
+  const [begin, end] = ends(flow, shape);
+  const line = shape.passed(flow) ? arc(begin, end, base - 6, base - shape.rise(flow)) : `M${begin} ${base}H${end}`;
   set(band, "d", line);
   set(dots, "d", line);
   set(band, "stroke-width", flow.rate ? Math.min(11, 2 + 1.4 * Math.log2(1 + flow.rate)).toFixed(1) : 1);
   set(node, "data-speed", flow.rate ? (flow.rate < 2 ? "slow" : flow.rate < 20 ? "brisk" : "fast") : "none");
-  set(label, "x", middle.toFixed(1));
-  set(label, "y", y.toFixed(1));
+}
+
+function changeLabel(label, flow, shape) {
+  const { at, base, narrow } = shape;
+  const [begin, end] = ends(flow, shape);
+  const passed = shape.passed(flow);
+  const aside = narrow && !passed && (flow.to === ANSWERS ? "end" : flow.from === CLIENTS ? "start" : null);
+  set(label, "text-anchor", aside || "middle");
+  set(label, "x", aside ? at[aside === "end" ? ANSWERS : CLIENTS] : ((begin + end) / 2).toFixed(1));
+  set(label, "y", passed ? base - shape.rise(flow) - 9 : base + 22);
   say(label, flow.what(narrow));
+}
+
+function ends({ from, to }, { at }) {
+  return [at[from] + (from === CLIENTS ? 0 : RADIUS + 3), at[to] - (to === ANSWERS ? 0 : RADIUS + 3)];
+}
+
+// Leaves and arrives level, and has its top over what it passes.
+function arc(begin, end, base, top) {
+  const middle = (begin + end) / 2;
+  const bend = Math.min((end - begin) / 3, 130);
+  return `M${begin} ${base}C${begin + bend} ${base} ${middle - bend} ${top} ${middle} ${top}S${end - bend} ${base} ${end} ${base}`;
 }
 
 function makeNode(role) {

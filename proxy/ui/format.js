@@ -27,6 +27,9 @@ export function time(value) {
 
 export const span = (value) => time(value).filter(Boolean).join(" ");
 
+// The same without the zeros that a round number ends with, for axes.
+export const round = (text) => text.replace(/(\.\d*?)0+(?!\d)/, "$1").replace(/\.(?!\d)/, "");
+
 export const share = (value) => (known(value) ? `${(value * 100).toFixed(value > 0 && value < 0.0995 ? 1 : 0)} %` : NONE);
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
@@ -34,7 +37,7 @@ export const plural = (number, one, many = `${one}s`) => `${count(number)} ${num
 export const netloc = (url) => url.slice(url.indexOf("://") + 3);
 
 export function ago(seconds) {
-  if (seconds < 60) return `${Math.max(0, Math.round(seconds))} s`;
-  if (seconds < 3600) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 59.5) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 5970) return `${round((seconds / 60).toFixed(seconds < 570 ? 1 : 0))} min`;
   return `${Math.round(seconds / 3600)} h`;
 }

@@ -36,10 +36,9 @@ function advice(plan) {
 }
 
 function advised(plan, would) {
-  const changed = plan.roles.filter((role) => role.advised !== role.engines);
-  if (!changed.length) return "As many engines as advised.";
-  const wanted = changed.map((role) => `${count(role.advised)} ${NAMES[role.role].toLowerCase()}`).join(", ");
-  return `Advised: ${wanted}; then it carries ${rate(would)}.`;
+  if (plan.roles.every((role) => role.advised === role.engines)) return "It has as many engines as advised.";
+  const wanted = plan.roles.map((role) => `${count(role.advised)} ${NAMES[role.role].toLowerCase()}`);
+  return `Advised are ${wanted.slice(0, -1).join(", ")} and ${wanted.at(-1)}, which carry ${rate(would)}.`;
 }
 
 function line(role, first) {

@@ -5,7 +5,7 @@ import { ago, count, plural, rate, span, time } from "./format.js";
 import { LETTERS, NAMES } from "./stages.js";
 
 const KEPT = 300;
-const SHOWN = 24;
+const SHOWN = matchMedia("(max-width: 720px)").matches ? 10 : 24;
 const LANES = { encode: 0, prefill: 1, decode: 2 };
 const TICKS = [0, 0.25, 0.5, 0.75, 1];
 
