@@ -186,8 +186,6 @@ async def test_everything_may_be_secured_at_once(tmp_path: Path) -> None:
             await proxy.health.tick()
             called_back_at = await proxy.metaserver.url_for(next(iter(proxy.fleet)))
             assert proxy.url.startswith("https:") and called_back_at.startswith("https:")
-                "https:"
-            )
             ask = {"url": f"{proxy.url}/v1/chat/completions", "json": chat()}
             async with http.post(**ask, ssl=ca.trusting(mine), headers={"authorization": f"Bearer {key}"}) as response:
                 assert response.status == 200, await response.text()
