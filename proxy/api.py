@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import orjson
+from prometheus_client.exposition import choose_encoder
 
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
@@ -183,8 +184,10 @@ class OpenAI:
         return json_response({"ready": ready, "instances": states}, status=200 if ready else 503)
 
     async def exposition(self, request: Request) -> Response:
-        text = self._metrics.render()
-        return Response(200, text, {"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+        """In OpenMetrics or Prometheus' own text, as asked."""
+        form, content_type = choose_encoder(request.headers.get("accept", ""))
+        await self._metrics.gather()
+        return Response(200, self._metrics.render(form), {"content-type": content_type})
 
 
 def edge(router: Router) -> Handler:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
-from proxy import api, callbacks, derived, flow, heartbeats, history, quota
+from proxy import api, callbacks, derived, flow, heartbeats, history, lag, quota
 from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission
@@ -42,7 +42,7 @@ from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
 from proxy.measuring import Measuring
 from proxy.membership import Membership
-from proxy.metrics import Metrics, Standing
+from proxy.metrics import Metrics
 from proxy.outlooks import Outlooks, idle
 from proxy.page import Page
 from proxy.pictures import Pictures
@@ -55,6 +55,7 @@ from proxy.settings import ProxySettings
 from proxy.siblings import Kind
 from proxy.sizing import Sizing
 from proxy.snapshot import Owners, Snapshots
+from proxy.standing import Standing
 from proxy.tasks import together
 from proxy.tls import Listener
 from proxy.tracing import Tracing
@@ -84,13 +85,14 @@ class Proxy:
         self.advising = Advising(self.sizing)
         used = seat.quota() if seat else quota.alone()
         self.guard = Guard(derived.rights(settings), used, time.monotonic)
-        self.metrics.also(Standing(self.fleet, self.balancer.ledger))
-        self.metrics.also(self.advising)
         self.certificates = derived.certificates(settings)
         self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self.certificates.trust)
         siblings = seat.siblings if seat else None
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, self.certificates.scheme)
         self.breakers = Breakers(derived.thresholds(settings))
+        self.standing = Standing(self.fleet, self.balancer, self.breakers, time.monotonic, siblings)
+        self.metrics.also(self.standing, self.standing.gather)
+        self.metrics.also(self.advising)
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
         self.introduction = Introduction(self.upstream, self.speakers, self.families, derived.patience(settings))
@@ -110,6 +112,7 @@ class Proxy:
         self.dispatcher = self._dispatcher(settings)
         self.history = seat.history() if seat else history.alone()
         self.receipts = Receipts(settings.receipts, siblings)
+        self.balancer.explains = settings.receipts > 0
         watchers = [self.metrics.ended, self.access.ended, self.history.ended, self.receipts.ended]
         self.tracing = _tracing(settings, self.metrics)
         if self.tracing is not None:
@@ -204,9 +207,11 @@ class Proxy:
             try:
                 self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
                 self.metaserver.port = self.port
-                probes = group.create_task(self._probing())  # a crash of it ends the proxy, loudly
+                beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
+                tasks = [group.create_task(work) for work in beside]
                 yield self
-                probes.cancel()
+                for task in tasks:
+                    task.cancel()
             finally:
                 self.gate.close()
                 await server.stop(await self._last_callbacks(self.settings.grace_timeout))
@@ -232,7 +237,11 @@ class Proxy:
 
     def _siblings(self) -> AbstractAsyncContextManager[None]:
         """Within, the other workers get this one's answers."""
-        answers = {Kind.CALLBACK: self.metaserver.answer, Kind.RECEIPTS: self.receipts.answer}
+        answers = {
+            Kind.CALLBACK: self.metaserver.answer,
+            Kind.RECEIPTS: self.receipts.answer,
+            Kind.CIRCUITS: self.standing.answer,
+        }
         return nullcontext() if self._seat is None else self._seat.siblings.listening(answers)
 
     @asynccontextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, Flag, StrEnum, auto
 from typing import Any, Protocol
 
-from proxy.record import Record
+from proxy.record import Choice, Record
 
 Body = Mapping[str, Any]
 """A parsed OpenAI request or answer: derived from, never mutated."""
@@ -213,6 +213,7 @@ class Leg:
     instance: Instance
     items: tuple[Item, ...] = ()
     hold: Hold | None = field(default=None, compare=False, repr=False)
+    choices: tuple[Choice, ...] = field(default=(), compare=False, repr=False)  # that were made for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +224,7 @@ class Plan:
     reason: str
     legs: tuple[Leg, ...]
     foreseen: float = 0.0  # predicted seconds to the first token, from when it was drawn; 0: nobody needed to know
+    lacks: str = ""  # what is listed and not ready, that a better path would need: encoder, pair
 
     def leg(self, role: Role) -> Leg:
         """The one leg with this role. Raises LookupError if the path has none."""

@@ -180,6 +180,8 @@ class Dispatcher:
         record = run.record
         plan = run.plan = self._planner.draw(run.job, record.admitted, holds)
         record.drawn = self._clock()
+        if plan.lacks:
+            self._metrics.fallbacks.labels(f"no_{plan.lacks}").inc()
         run.tape = self._tape(run.job, plan)
         run.handles = None if plan.encodes else {}
         while True:
@@ -257,6 +259,8 @@ class Dispatcher:
             if cause(error) is Cause.BUSY and error.retry_after is None:
                 error.retry_after = _RETRY_AFTER_S
             raise error
+        if drawn.path is not plan.path:
+            self._metrics.fallbacks.labels(cause(error)).inc()
         if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
             run.handoff = None
         self._metrics.retries.labels(STAGES[role]).inc()
@@ -312,6 +316,7 @@ class Dispatcher:
             if inline is None:
                 raise found.failure
             plan = run.plan = inline
+            self._metrics.fallbacks.labels(cause(found.failure)).inc()
             run.record.note(self._clock(), "fallback", f"encode: {cause(found.failure)}, encoded inline")
         return plan, found.handles
 

@@ -192,7 +192,7 @@ class Encoding:
     async def _attempt(
         self, share: Share, leg: Leg, beside: str, job: Job, announce: Callable[[Handles], None] | None = None
     ) -> Handles:
-        began, before = self._legs.clock(), ahead(leg)
+        before = ahead(leg)
         try:
             with self._legs.judged(leg, job.record) as part:
                 part.attempt = share.number
@@ -203,7 +203,11 @@ class Encoding:
         finally:
             if leg.hold is not None:
                 leg.hold.close()
-        seconds = self._legs.clock() - began
+        for handle in found.values():
+            cached = handle.entry.get("cached")
+            part.hits += cached is True
+            part.misses += cached is False
+        seconds = part.ended - part.began
         self._hedge.observe(seconds)
         self._lessons.encoded(leg, found, before, seconds)
         return found

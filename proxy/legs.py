@@ -157,8 +157,8 @@ class Judged:
         self._record = record
 
     def __enter__(self) -> LegRecord:
-        leg = self._leg
-        part = self._part = self._record.leg(STAGES[leg.role], leg.instance.url, len(leg.items), self._legs.clock())
+        leg, now = self._leg, self._legs.clock()
+        part = self._part = self._record.leg(STAGES[leg.role], leg.instance.url, len(leg.items), now, leg.choices)
         return part
 
     def __exit__(

@@ -132,7 +132,7 @@ class Planner:
             role, url = generation[0].role, generation[0].instance.url
             work = self._prospects.demand(path, role, job).work
             foreseen = self._prospects.expected(job, role, url, work, ready)
-        return Plan(path, route.reason, (*encodes, *generation), foreseen)
+        return Plan(path, route.reason, (*encodes, *generation), foreseen, route.lacks)
 
     def foresee(self, job: Job, now: float) -> float:
         """Predicted seconds to the first token of `job` if it began now. Nothing is charged. Raises BadRequest or
@@ -239,7 +239,7 @@ class Planner:
         legs = [*encodes, self._leg(role, [draft.reader], holds, cargo=_nbytes(item for item, _ in draft.encodes))]
         if draft.decoder is not None:
             legs.append(self._leg(Role.DECODE, [draft.decoder], holds))
-        return Plan(draft.path, draft.reason or route.reason, tuple(legs), draft.seconds)
+        return Plan(draft.path, draft.reason or route.reason, tuple(legs), draft.seconds, route.lacks)
 
     def _encodes(self, items: Sequence[Item], now: float, family: str, holds: Holds) -> list[Leg]:
         """Each of `items` chooses for itself, in this order. Raises NoInstance."""
@@ -289,7 +289,8 @@ class Planner:
         held = holds.add(Held(leases, self.breakers.permit(instance.url)))
         if cargo and self._freight.most is not None:
             held.cargo = self._freight.send(instance.url, cargo)
-        return Leg(role, instance, items, held)
+        choices = tuple([lease.choice for lease in leases if lease.choice is not None])
+        return Leg(role, instance, items, held, choices)
 
 
 def reader(plan: Plan) -> Instance:

@@ -7,8 +7,11 @@ Holds no prompt, no media, no key and no reference to what does, so that it may 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # core's Job has its Record
     from proxy.core import Stage
@@ -26,6 +29,15 @@ class Event(NamedTuple):
     detail: str
 
 
+class Choice(NamedTuple):
+    """Among whom one instance was chosen for a leg, or for an item of it."""
+
+    urls: Sequence[str]
+    scores: Sequence[float] | NDArray[Any]  # of each, the least is the best: what the policy went by, if by numbers
+    unit: str  # of the scores: seconds until it would be done, tokens in work
+    joined: bool = False  # the same item was being encoded there: nothing was chosen
+
+
 @dataclass(slots=True, eq=False)
 class LegRecord:
     """One stage of a request on one instance, once. Legs run beside each other: the list is in order of `began`."""
@@ -35,9 +47,14 @@ class LegRecord:
     attempt: int  # of the request's; of an encode leg: of its items'
     items: int
     began: float
+    choices: Sequence[Choice] = ()  # empty: there was nobody else
     first: float = 0.0  # what the next stage, or the client, needed of it was there; 0: as it ended
     ended: float = 0.0
     outcome: str = ""  # OK, a retry.Cause, or CANCELLED; empty while it runs
+    hits: int = 0  # items whose embedding the encoder had, as it tells
+    misses: int = 0
+    embeddings: float = 0.0  # seconds for which the engine waited for them, as it tells; 0: it does not
+    kv: float = 0.0  # the same of KV from another engine
     context: str = ""  # the `traceparent` that its engine gets; empty: the client's, if it sent one
 
     @property
@@ -76,9 +93,9 @@ class Record:
     legs: list[LegRecord] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
-    def leg(self, stage: Stage, url: str, items: int, now: float) -> LegRecord:
+    def leg(self, stage: Stage, url: str, items: int, now: float, choices: Sequence[Choice] = ()) -> LegRecord:
         """One that begins."""
-        leg = LegRecord(stage, url, self.attempts, items, now)
+        leg = LegRecord(stage, url, self.attempts, items, now, choices)
         if self.trace is not None:
             leg.context = self.trace.child()
         self.legs.append(leg)

@@ -30,6 +30,7 @@ class Kind(IntEnum):
 
     CALLBACK = 0  # `callbacks`: a decode engine's call for a prefill
     RECEIPTS = 1  # `receipts`: what became of requests
+    CIRCUITS = 2  # `standing`: which are not closed
 
 
 class Siblings:

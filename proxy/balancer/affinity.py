@@ -29,7 +29,7 @@ class Affinity(Policy):
         urls = pool.urls
         if len(urls) == 1:
             return urls[0]
-        found = times(pool, demand, ledger, self._rates)
+        found = self.times = times(pool, demand, ledger, self._rates)
         first = int(found.argmin())
         own = demand.at(urls[first]) * rates_of(pool, self._rates).item(first)
         tied = (found <= found.item(first) + TIE * own).nonzero()[0]

@@ -13,10 +13,13 @@ from proxy.balancer.policy import Demand, Policy
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, Instance, Role
+from proxy.record import Choice
 
 PRIORS = {Role.ENCODE: 15e-6, Role.PREFILL: 25e-6, Role.DECODE: TOKEN, BOTH: 25e-6}
 """Seconds per token of work: a vision token of Qwen3-VL at 720p on an H100; of a 7B model, a token of prefill, and
 one of KV that is read."""
+
+_JOINED = Choice((), (), "", joined=True)
 
 
 class Balancer:
@@ -29,6 +32,7 @@ class Balancer:
         self.rates = rates or {role: Rates(prior) for role, prior in PRIORS.items()}
         self.ledger = Ledger(_listeners(policies), board)
         self.holders = Holders()  # of items, among the encoders
+        self.explains = True  # whether leases tell how they were chosen: half a microsecond each
 
     def choose_by(self, policies: Mapping[Role, Policy]) -> None:
         """Have other policies choose from now on. Leases stay, and so does what was learnt."""
@@ -39,8 +43,12 @@ class Balancer:
         """Choose one of `pool` (not empty) and charge it. The caller owns the lease."""
         if demand.key and role is Role.ENCODE:
             return self._take_item(pool, demand)
-        url = self._policies[role].choose(pool, demand, self.ledger)
-        return self.ledger.lease(pool.by_url[url], role, demand.at(url))
+        policy = self._policies[role]
+        url = policy.choose(pool, demand, self.ledger)
+        choice = self._choice(policy, pool)
+        lease = self.ledger.lease(pool.by_url[url], role, demand.at(url))
+        lease.choice = choice
+        return lease
 
     def _take_item(self, pool: Pool, demand: Demand) -> Lease:
         """An item is encoded once, however many requests have it at the same time; a held one costs what it does,
@@ -49,12 +57,24 @@ class Balancer:
         url = holders.flying(key, pool) if policy.joins else None
         if url is None:
             url = policy.choose(pool, self._informed(demand), self.ledger)
+            choice = self._choice(policy, pool)
+        else:
+            choice = _JOINED
         instance, left = pool.by_url[url], demand.at(url)
         if holders.placed(url, key, demand.room or demand.work, instance.facts.get("cache_tokens", CAPACITY)):
             left = min(left, hit(demand.work))
         lease = self.ledger.lease(instance, Role.ENCODE, left)
         lease.also = holders.began(url, key)
+        lease.choice = choice
         return lease
+
+    def _choice(self, policy: Policy, pool: Pool) -> Choice | None:
+        """What `policy` has chosen by a moment ago, before anything is charged; None where there was no choice."""
+        if len(pool) == 1 or not self.explains:
+            return None
+        if policy.times is not None:
+            return Choice(pool.urls, policy.times, "seconds")
+        return Choice(pool.urls, self.ledger.loads(pool), "tokens")
 
     def _informed(self, demand: Demand) -> Demand:
         """With those who hold the item: they answer at once, whatever they encode meanwhile."""

@@ -11,6 +11,7 @@ from types import TracebackType
 from proxy.balancer.board import Board, Counts, Rows, Standing, alone
 from proxy.balancer.pool import Pool
 from proxy.core import ROLES, Instance, Role
+from proxy.record import Choice
 
 _TOTALS = {role: role.value for role in ROLES}  # the board's row of each role's own totals
 
@@ -20,7 +21,7 @@ Listener = Callable[[str, Standing], None]
 class Lease:
     """One leg's load on one instance, held by `with`. Closing twice is harmless: it is returned once."""
 
-    __slots__ = ("_ledger", "also", "instance", "role", "row", "tokens")
+    __slots__ = ("_ledger", "also", "choice", "instance", "role", "row", "tokens")
 
     def __init__(self, ledger: Ledger, instance: Instance, role: Role, tokens: int, row: int) -> None:
         self._ledger = ledger
@@ -29,6 +30,7 @@ class Lease:
         self.tokens = tokens
         self.row = row  # of the board; it stays the instance's while this lease is open
         self.also: Callable[[], None] | None = None  # what else is over when it is returned
+        self.choice: Choice | None = None  # how its instance was chosen; None: there was nobody else
 
     @property
     def others(self) -> int:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from proxy.balancer.board import Standing
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.pool import Pool
@@ -49,6 +52,7 @@ class Policy(Protocol):
 
     listens: bool = False  # whether `changed` is to be called
     joins: bool = True  # whether equal work that is being done right now draws a demand to where that is
+    times: NDArray[np.float64] | None = None  # seconds that the last choice among several went by, in the pool's order
 
     def choose(self, pool: Pool, demand: Demand, ledger: Ledger) -> str:
         """One of `pool` (not empty, and another one at any time). The caller charges it."""

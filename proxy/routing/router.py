@@ -22,6 +22,7 @@ class Route:
     path: Path
     reason: str
     others: tuple[Path, ...] = ()  # that could serve as well, the more wanted first
+    lacks: str = ""  # see Plan
 
 
 def route(items: int, census: Census, param: str | None = None, inline: tuple[Path, ...] = ()) -> Route:
@@ -39,7 +40,7 @@ def route(items: int, census: Census, param: str | None = None, inline: tuple[Pa
     served = [path for path in options if all(census.get(role, {}).get(State.READY) for role in path.roles)]
     if not served:
         raise _unavailable(options, census)
-    return Route(served[0], _reason(served[0], items, census), tuple(served[1:]))
+    return Route(served[0], _reason(served[0], items, census), tuple(served[1:]), _lacks(served[0], census))
 
 
 def what(items: int) -> str:
@@ -56,6 +57,12 @@ def _reason(path: Path, items: int, census: Census) -> str:
     if census.get(Role.PREFILL):
         return f"{asked}, combined because no prefill and decode pair is ready"
     return f"{asked}, combined engines only"
+
+
+def _lacks(path: Path, census: Census) -> str:
+    if path in paths.INLINE:
+        return "encoder" if census.get(Role.ENCODE) else ""
+    return "pair" if path.combined and census.get(Role.PREFILL) else ""
 
 
 def _possible(path: Path, census: Census) -> bool:

@@ -244,12 +244,14 @@ class Engine:
 
 class Encoder(Engine):
     """Reports one entry per distinct item, with a grid of its own: before it has computed it, where that is asked for
-    and `computing` is an event, for which it then waits. `breaks`: how what it has announced fails.
+    and `computing` is an event, for which it then waits. `breaks`: how what it has announced fails. `cached`: what it
+    says of each; None: nothing.
     """
 
     role = "encode"
     computing: asyncio.Event | None = None
     breaks: Fault | None = None
+    cached: bool | None = None
 
     async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
         if self.computing is None or not call.body.get("announce"):
@@ -275,7 +277,8 @@ class Encoder(Engine):
                     "metadata": {"image_grid_thw": [1, 2 * int(mm_hash[0], 16) + 2, 8]},
                     "num_tokens": 12,
                     "where": {"at": self.netloc},
-                },
+                }
+                | ({} if self.cached is None else {"cached": self.cached}),
             )
             entry["item_indices"].append(index)
         choices = [{"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}]

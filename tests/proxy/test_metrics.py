@@ -2,8 +2,14 @@
 
 import asyncio
 
+import pytest
+from prometheus_client import Histogram
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from proxy.balancer.fleet import Event
+from proxy.core import Role
+from proxy.metrics import _SECONDS, _fast
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
@@ -40,6 +46,78 @@ async def test_every_stage_has_a_histogram_and_leases_return_to_zero() -> None:
         assert found["triptych_load_tokens", d.decodes[0].netloc, "decode"] == 0
         assert found["triptych_requests_in_flight",] == 0
         assert all(found["triptych_bytes_total", way] > 0 for way in ("from_clients", "to_engines", "to_clients"))
+
+
+async def test_a_request_is_counted_once_when_it_is_over() -> None:
+    async with deployment("1e1p1d") as d:
+        d.encoders[0].cached = False
+        await d.post(chat(part(image()), part(image(9, 9)), stream=True))
+        d.encoders[0].cached = True
+        await d.post(chat(part(image())))
+        found = await samples(d)
+    for name in ("queue_seconds", "decision_seconds", "token_seconds", "request_items", "attempts", "e2e_seconds"):
+        assert found[f"triptych_{name}_count",] == 2, name
+    assert found["triptych_request_items_sum",] == 3 and found["triptych_request_items_bucket", "1.0"] == 1
+    assert found["triptych_attempts_bucket", "1.0"] == 2
+    assert found["triptych_tokens_total", "prompt"] > 0 and found["triptych_tokens_total", "output"] > 0
+    assert found["triptych_transfer_seconds_count", "prefill_decode"] == 1, "of a stream"
+    assert found["triptych_cache_items_total", "hit"] == 1 and found["triptych_cache_items_total", "miss"] == 2
+
+
+async def test_a_refused_request_has_no_part_in_how_long_requests_take() -> None:
+    async with deployment("1b") as d:
+        await d.post(b"{")
+        found = await samples(d)
+    assert found["triptych_requests_total", "none", "400"] == 1
+    assert found["triptych_e2e_seconds_count",] == found["triptych_attempts_count",] == 0
+
+
+async def test_every_way_from_the_best_path_is_a_fallback_with_its_reason() -> None:
+    async with deployment("1e2b", inline_encoding=True) as d:
+        d.encoders[0].always = Fault(Kind.STATUS, status=500)
+        assert (await d.post(chat(part(image())))).status == 200
+        (encoder,) = d.proxy.fleet.ready(Role.ENCODE)
+        d.proxy.fleet.apply(encoder, Event.FAILED, "gone")
+        assert (await d.post(chat(part(image())))).status == 200
+        found = await samples(d)
+    assert found["triptych_fallbacks_total", "server_error"] == found["triptych_fallbacks_total", "no_encoder"] == 1
+
+
+async def test_an_item_in_flight_is_joined() -> None:
+    async with deployment("2e1b") as d:
+        gate = asyncio.Event()
+        for encoder in d.encoders:
+            encoder.gate = gate
+        async with asyncio.TaskGroup() as group:
+            group.create_task(d.post(chat(part(image()))))
+            await until(lambda: sum(encoder.running for encoder in d.encoders) == 1)
+            group.create_task(d.post(chat(part(image()))))
+            await until(lambda: sum(encoder.running for encoder in d.encoders) == 2)
+            gate.set()
+        assert (await samples(d))["triptych_single_flight_joins_total",] == 1
+
+
+async def test_openmetrics_is_written_where_it_is_asked_for() -> None:
+    async with deployment("1b") as d:
+        await d.post(chat())
+        async with d.http.get(
+            f"{d.url}/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"}
+        ) as r:
+            assert r.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+            families = {family.name for family in openmetrics(await r.text())}
+        assert {"triptych_requests", "triptych_build_info", "triptych_leases", "triptych_queue_seconds"} <= families
+        answer = await d.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.0005, 0.001, 0.0010001, 0.7, 300.0, 301.0])
+def test_observing_fast_is_observing(value: float) -> None:
+    slow, fast = (Histogram("x", "y", buckets=_SECONDS, registry=None) for _ in range(2))
+    slow.observe(value)
+    _fast(fast)(value)
+    assert [sample.value for sample in fast.collect()[0].samples[:-1]] == [
+        sample.value for sample in slow.collect()[0].samples[:-1]
+    ]
 
 
 async def test_requests_of_this_moment_are_told() -> None:
