@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-_TIMEOUT_S = 10.0
+from deploy.asking import NoAnswer, told
+
 _HEAD = ("role", "engines", "busy", "limit", "carries", "headroom", "one more", "advised")
-
-
-class NoPlan(Exception):
-    """There is no table to show; the message says why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 with a table, 1 without."""
     arguments = _parser().parse_args(argv)
     try:
-        plan = fetched(arguments.url, arguments.engines)
+        wanted = "" if arguments.engines is None else f"?engines={arguments.engines}"
+        plan = told(arguments.url, f"/plan{wanted}", has="offered")
         print(json.dumps(plan, indent=2) if arguments.json else table(arguments.url, plan))
-    except NoPlan as error:
+    except NoAnswer as error:
         print(f"triptych plan: {error}", file=sys.stderr)
         return 1
     return 0
@@ -42,34 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fetched(url: str, engines: int | None) -> dict[str, Any]:
-    """The answer of the proxy at `url`. Raises NoPlan."""
-    asked = url.rstrip("/") + "/plan" + ("" if engines is None else f"?engines={engines}")
-    try:
-        with urllib.request.urlopen(asked, timeout=_TIMEOUT_S) as response:
-            plan = json.load(response)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise NoPlan(f"{asked} answered {error.code}: {_said(error)}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NoPlan(f"{asked}: {getattr(error, 'reason', error)}") from None
-    if not isinstance(plan, dict) or "offered" not in plan:
-        raise NoPlan(f"{asked} is not a proxy of Triptych")
-    return plan
-
-
-def _said(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return error.reason
-
-
 def table(url: str, plan: dict[str, Any]) -> str:
-    """For people. Raises NoPlan."""
+    """For people. Raises NoAnswer."""
     if "roles" not in plan:
         idle = "no request has ended there in the last minutes" if not plan["offered"]["requests"] else plan["reason"]
-        raise NoPlan(f"{url}: {idle}")
+        raise NoAnswer(f"{url}: {idle}")
     rows = [_HEAD, *(_row(role) for role in plan["roles"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

@@ -9,7 +9,7 @@ const ANSWERS = "answers";
 const RADIUS = 17;
 const ARC = 40; // how high one stage is passed over
 const HIGHER = 24; // for each more
-const UNDER = 32; // for what is written under the line
+const UNDER = 34; // for what is written under the line
 const NARROW = 230; // pixels for a stage; below that, labels are short
 
 export function makeFlow(figure) {
@@ -106,7 +106,7 @@ function changeLabel(label, flow, shape) {
   const aside = narrow && !passed && (flow.to === ANSWERS ? "end" : flow.from === CLIENTS ? "start" : null);
   set(label, "text-anchor", aside || "middle");
   set(label, "x", aside ? at[aside === "end" ? ANSWERS : CLIENTS] : ((begin + end) / 2).toFixed(1));
-  set(label, "y", passed ? base - shape.rise(flow) - 9 : base + 22);
+  set(label, "y", passed ? base - shape.rise(flow) - 9 : base + 25);
   say(label, flow.what(narrow));
 }
 
