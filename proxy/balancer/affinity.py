@@ -2,6 +2,8 @@
 
 Of those that are about as soon, each key has its own order, the same in every worker and replica: so a thing comes to
 one instance's cache instead of to all, and who joins or leaves moves only its own share.
+
+How fast each instance is has been learnt: a weight says that it is to have more, or less, than its speed earns.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Affinity(Policy):
         urls = pool.urls
         if len(urls) == 1:
             return urls[0]
-        found = self.times = times(pool, demand, ledger, self._rates)
+        found = self.times = times(pool, demand, ledger, self._rates, weighed=True)
         first = int(found.argmin())
         own = demand.at(urls[first]) * rates_of(pool, self._rates).item(first)
         tied = (found <= found.item(first) + TIE * own).nonzero()[0]

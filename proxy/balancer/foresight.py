@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,10 +17,15 @@ DOUBT = 1 / 16
 _STEP = 16  # rates of a pool that are read again at each look, while any have changed
 
 
-def times(pool: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> NDArray[np.float64]:
-    """Seconds from now until `demand` would be done, in the pool's order: max(ready, pending) + work + transfer."""
+def times(pool: Pool, demand: Demand, ledger: Ledger, rates: Rates, *, weighed: bool = False) -> NDArray[np.float64]:
+    """Seconds from now until `demand` would be done, in the pool's order: max(ready, pending) + work + transfer.
+
+    `weighed`: no prediction, but what a choice goes by: where the weight is 2, half of what is pending counts.
+    """
     each = rates_of(pool, rates)
-    loads = ledger.loads(pool)
+    loads: NDArray[Any] = ledger.loads(pool)
+    if weighed and pool.weights is not None:
+        loads = loads / pool.weights
     if demand.ready > 0:
         found = np.maximum(loads * each, demand.ready) + demand.work * each
     else:

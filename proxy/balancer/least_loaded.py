@@ -1,18 +1,21 @@
-"""The instance with the fewest active tokens, from a priority queue. Charges nothing itself: the ledger does."""
+"""The instance with the fewest active tokens for its weight, from a priority queue. The ledger charges them, not it."""
 
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import ref
+
+from numpy.typing import NDArray
 
 from proxy.balancer.board import Standing
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.policy import Demand, Means, Policy
 from proxy.balancer.pool import Pool
 
-Entry: TypeAlias = tuple[int, int, str]
-"""Load, turn of the last use, URL: least load first, then least recently chosen, then the name for a first choice."""
+Entry: TypeAlias = tuple[float, int, str]
+"""Load over weight, turn of the last use, URL: least load first, then least recently chosen, then the name for a first
+choice."""
 
 
 class LeastLoaded(Policy):
@@ -54,10 +57,11 @@ class Queue:
     recognised by comparing with `_current`, and the heap is rebuilt only when most of it is stale.
     """
 
-    __slots__ = ("__weakref__", "_current", "_heap")
+    __slots__ = ("__weakref__", "_current", "_heap", "_weights")
 
     def __init__(self, pool: Pool, ledger: Ledger) -> None:
-        loads, used = ledger.loads(pool).tolist(), ledger.used(pool).tolist()
+        loads, used = _shares(pool, ledger).tolist(), ledger.used(pool).tolist()
+        self._weights = None if pool.weights is None else dict(zip(pool.urls, pool.weights.tolist(), strict=True))
         self._heap: list[Entry] = [*zip(loads, used, pool.urls, strict=True)]
         self._current = dict(zip(pool.urls, self._heap, strict=True))
         heapify(self._heap)
@@ -75,9 +79,13 @@ class Queue:
     def change(self, url: str, standing: Standing) -> None:
         """The entry of `url`, if it is one of these; often nothing has changed."""
         current = self._current.get(url)
-        if current is None or current[:2] == standing:
+        if current is None:
             return
-        entry = self._current[url] = (*standing, url)
+        load, used = standing
+        share = load if self._weights is None else load / self._weights[url]
+        if current[0] == share and current[1] == used:
+            return
+        entry = self._current[url] = share, used, url
         heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._current) + 8:
             self._heap = [*self._current.values()]
@@ -86,6 +94,11 @@ class Queue:
 
 def least_loaded(pool: Pool, ledger: Ledger) -> str:
     """The same choice without a queue."""
-    loads = ledger.loads(pool)
+    loads = _shares(pool, ledger)
     least = (loads == loads.min()).nonzero()[0]
     return pool.urls[int(least[0] if len(least) == 1 else least[ledger.used(pool)[least].argmin()])]
+
+
+def _shares(pool: Pool, ledger: Ledger) -> NDArray[Any]:
+    loads = ledger.loads(pool)
+    return loads if pool.weights is None else loads / pool.weights

@@ -37,6 +37,8 @@ class Pace(Policy):
         kept, typical = ledger.loads(pool), self._rates.typical
         found = kept * TOKEN
         found += ledger.running(pool) * SEQUENCE
+        if pool.weights is not None:
+            found /= pool.weights
         found += STEP + SEQUENCE + TOKEN * demand.work
         found *= _steadied(rates_of(pool, self._rates), typical)
         for url, seconds in demand.transfer.items():

@@ -8,7 +8,10 @@ from proxy.balancer.pool import Pool
 
 
 class RoundRobin(Policy):
-    """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go."""
+    """The candidate that was chosen longest ago, by whichever worker: turns stay fair while instances come and go.
+
+    With weights, each worker for itself lets one of weight 3 have its turn three times as often as one of weight 1.
+    """
 
     joins = False
 
@@ -16,4 +19,13 @@ class RoundRobin(Policy):
         """Nothing of `means` is needed."""
 
     def choose(self, pool: Pool, demand: Demand, ledger: Ledger) -> str:
-        return pool.urls[0] if len(pool) == 1 else pool.urls[int(ledger.used(pool).argmin())]
+        if len(pool) == 1:
+            return pool.urls[0]
+        if pool.weights is None:
+            return pool.urls[int(ledger.used(pool).argmin())]
+        due = pool.kept.get(self)
+        if due is None:
+            due = pool.kept[self] = 1 / pool.weights
+        first = int(due.argmin())
+        due[first] += 1 / pool.weights[first]
+        return pool.urls[first]

@@ -24,9 +24,9 @@ def balancer(policy: str = "least_loaded", board: Board | None = None, seed: int
     return Balancer(policies, board, rates)
 
 
-def pool(urls: Iterable[object], role: Role = BOTH) -> Pool:
+def pool(urls: Iterable[object], role: Role = BOTH, **weights: float) -> Pool:
     """READY or not, they are candidates."""
-    return Pool(Instance(str(url), role, "native") for url in urls)
+    return Pool(Instance(str(url), role, "native", weight=weights.get(str(url), 1.0)) for url in urls)
 
 
 def demands(urls: str) -> st.SearchStrategy[Demand]:

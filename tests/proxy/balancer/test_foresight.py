@@ -53,3 +53,12 @@ def test_a_large_pools_rates_are_read_again_a_few_at_a_time_until_all_are_new() 
     for _ in range(7):
         rates_of(candidates, rates)
     assert rates_of(candidates, rates).tolist() == [rates.seconds(url) for url in urls]
+
+
+def test_a_weight_counts_for_choices_and_for_no_prediction() -> None:
+    candidates, ledger, rates = pool("ab", a=2.0), Ledger({}), Rates(1.0)
+    for url in "ab":
+        ledger.lease(candidates.by_url[url], Role.ENCODE, 8)
+    assert times(candidates, Demand(3), ledger, rates).tolist() == [11.0, 11.0]
+    assert times(candidates, Demand(3), ledger, rates, weighed=True).tolist() == [7.0, 11.0]
+    assert soonest(candidates, Demand(3), ledger, rates) == 11.0

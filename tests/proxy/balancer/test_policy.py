@@ -74,3 +74,27 @@ def test_equals_take_turns(policy: str, role: Role) -> None:
         with deciding.take(role, three, Demand(5)) as lease:
             order.append(lease.instance.url)
     assert order == [*"abcabcabc"]
+
+
+@pytest.mark.parametrize("role", [Role.DECODE, BOTH], ids=lambda role: role.label)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_gets_work_in_proportion_to_its_weight(policy: str, role: Role) -> None:
+    deciding, weights = balancer(policy), {"a": 1.0, "b": 4.0, "c": 0.5, "d": 2.5}
+    several = pool("abcd", role, **weights)
+    leases = [deciding.take(role, several, Demand(100, f"k{number}")) for number in range(1600)]
+    found = [lease.instance.url for lease in leases]
+    for url, weight in weights.items():
+        wanted = 1600 * weight / 8
+        assert 0.6 * wanted <= found.count(url) <= 1.4 * wanted, (url, found.count(url))
+    for lease in leases:
+        lease.close()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equal_weights_are_none(policy: str) -> None:
+    demands = [Demand(work, key) for work, key in zip(range(1, 60), "xyz" * 20, strict=False)]
+    found = []
+    for weight in (1.0, 7.0):
+        deciding, several = balancer(policy), pool("abc", **dict.fromkeys("abc", weight))
+        found.append([deciding.take(BOTH, several, demand).instance.url for demand in demands])
+    assert found[0] == found[1]

@@ -33,3 +33,9 @@ def test_what_is_derived_of_a_pool_goes_with_it() -> None:
     assert one != same and "deriver" not in same.kept
     del derived, one
     assert known() is None
+
+
+def test_weights_are_in_its_order_and_none_where_they_make_no_difference() -> None:
+    weights = pool("cab", b=3.0).weights
+    assert weights is not None and weights.tolist() == [1.0, 3.0, 1.0]
+    assert pool("cab").weights is None and pool("ab", a=2.0, b=2.0).weights is None

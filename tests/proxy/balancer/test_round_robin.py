@@ -34,3 +34,9 @@ def test_a_newcomer_is_next_and_a_leaver_is_skipped() -> None:
 def test_load_does_not_matter() -> None:
     turns = Turns()
     assert [turns.choose("ba") for _ in range(5)] == ["a", "b", "a", "b", "a"]
+
+
+def test_whoever_weighs_more_has_more_turns() -> None:
+    policy, ledger = RoundRobin(Means()), Ledger({})
+    two = pool("abc", a=2.0)
+    assert "".join(policy.choose(two, Demand(1), ledger) for _ in range(8)) == "aabcaabc"
