@@ -7,6 +7,8 @@ there() { command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ]; }
 
 missing=
 there nginx || missing="$missing nginx-light"
+there docker-compose || missing="$missing docker-compose"
+there systemd-analyze || missing="$missing systemd"
 there prometheus || missing="$missing prometheus"
 there chromium || missing="$missing chromium fonts-dejavu-core"
 [ -n "$missing" ] || exit 0
