@@ -173,6 +173,19 @@ ROWS = (
                 "How long the engine will take for what it has, at the speed it has shown",
             ),
             Panel(
+                "Busy",
+                [("{{role}}", by("role", now("triptych_stage_utilisation"), "max"))],
+                "percentunit",
+                "Part of their time in which engines work, over the last minutes",
+                width=12,
+            ),
+            Panel(
+                "Engines advised",
+                [("{{role}}", by("role", now("triptych_advised_instances"), "max"))],
+                what="The fewest that carry the load of the last minutes: see triptych plan",
+                width=12,
+            ),
+            Panel(
                 "Circuits",
                 [(_ENGINE, by("role, exported_instance", now("triptych_circuit_state"), "max"))],
                 what="An open one gets nothing but a trial now and then",
