@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.balancer.affinity import TIE, Affinity
+from proxy.balancer.foresight import DOUBT
 from proxy.balancer.hashing import hash64, rank
 from proxy.balancer.ledger import Ledger
 from proxy.balancer.policy import Demand, Means
@@ -22,8 +23,11 @@ KEYS = [f"key {number}" for number in range(1000)]
 
 def naive(candidates: Pool, demand: Demand, ledger: Ledger, rates: Rates) -> str:
     def time(url: str) -> float:
-        ahead = max(demand.ready, ledger.load(url) * rates.seconds(url))
-        return ahead + demand.at(url) * rates.seconds(url) + demand.transfer.get(url, 0.0)
+        rate = rates.seconds(url)
+        ahead = max(demand.ready, ledger.load(url) * rate)
+        if demand.at_once and url in demand.held:
+            ahead = DOUBT * (ahead + demand.work * rate)
+        return ahead + demand.at(url) * rate + demand.transfer.get(url, 0.0)
 
     first = min(candidates, key=lambda url: (time(url), url))
     latest = time(first) + TIE * demand.at(first) * rates.seconds(first)
