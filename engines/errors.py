@@ -1,6 +1,7 @@
 """The engines' error tree; no HTTP here: `engines.http` turns an error into a response at one edge.
 
     EngineError            500  internal_error          a bug, or a state nobody foresaw
+    ├── Unauthorized       401  authentication_error    --key is set, and this is not it
     ├── BadRequest         400  invalid_request_error   the request can never succeed as it is
     │   ├── Forbidden      403                          understood, and not allowed here
     │   ├── NotFound       404                          no such route or model
@@ -71,6 +72,12 @@ class EngineError(Exception):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.status} {self.code}: {self.message})"
+
+
+class Unauthorized(EngineError):
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
 
 
 class BadRequest(EngineError):

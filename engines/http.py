@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hmac
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 
-from engines.errors import BadRequest, EngineError, NotFound, ShuttingDown, TooLarge
+from engines.errors import BadRequest, EngineError, NotFound, ShuttingDown, TooLarge, Unauthorized
 from engines.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class Scaffold:
     def __init__(self, engine: Engine, settings: EngineSettings) -> None:
         self.engine = engine
         self.settings = settings
+        self._key = None if settings.key is None else f"Bearer {settings.key}".encode()
         self._draining = False
         self._in_flight = 0
         self._all_answered = asyncio.Event()
@@ -185,6 +187,8 @@ class Scaffold:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            if self._key is not None and request.path != "/health":
+                _check_key(request, self._key)
             if self._draining and request.method == "POST":
                 raise ShuttingDown("this engine is shutting down: send the request to another")
             return await handler(request)
@@ -215,6 +219,13 @@ class Scaffold:
         self._latency.labels(route, str(status)).observe(seconds)
         level = logging.DEBUG if request.path in _QUIET else logging.INFO
         log.log(level, "%s %s %d %.1f ms", request.method, request.path, status, seconds * 1000)
+
+
+def _check_key(request: web.Request, key: bytes) -> None:
+    """Raises Unauthorized."""
+    given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+    if not hmac.compare_digest(given, key):
+        raise Unauthorized("this engine needs its --key as a bearer token")
 
 
 def _accept_id(offered: str | None) -> str:

@@ -35,6 +35,7 @@ from typing import TypeVar
 import uvloop
 from aiohttp import web
 
+from engines import tls
 from engines.errors import SetupError
 from engines.http import Engine, Scaffold, request_id
 from engines.settings import WILDCARDS, EngineSettings, load
@@ -64,14 +65,15 @@ async def running(engine: Engine, settings: EngineSettings) -> AsyncIterator[str
 
 
 async def _listen(runner: web.AppRunner, settings: EngineSettings) -> str:
+    context = tls.listener(settings)
     try:
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        await web.TCPSite(runner, settings.host, settings.port, backlog=1024, ssl_context=context).start()
     except OSError as error:
         reason = f"cannot serve on {settings.host}:{settings.port}: {error.strerror or error}"
         raise SetupError(f"{reason}; choose another --host or --port") from None
     host = "127.0.0.1" if settings.host in WILDCARDS else settings.host
     port = runner.addresses[0][1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'http' if context is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _main(settings: SettingsT, build: Build[SettingsT]) -> None:

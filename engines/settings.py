@@ -87,6 +87,16 @@ class EngineSettings(BaseSettings):
     rdma: bool = Field(False, description="with --transfer mooncake: use RDMA, and refuse to start without it")
     storage_path: Path | None = Field(None, description="with --transfer storage: folder that all engines share")
 
+    key: str | None = Field(
+        None, min_length=1, description="bearer token that every request but /health needs; none: open to all"
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate with its chain: the engine speaks TLS alone")
+    tls_key: Path | None = Field(None, description="PEM key of it; default: it is in the same file")
+    tls_client_ca: Path | None = Field(None, description="PEM authorities: clients need a certificate of theirs")
+    proxy_ca: Path | None = Field(
+        None, description="PEM authorities of an https proxy that is called; default: those that the system trusts"
+    )
+
     max_body_bytes: Bytes = Field(
         ByteSize(256 << 20), description="largest request body, e.g. 256MiB; larger ones get a 413"
     )
@@ -101,6 +111,13 @@ class EngineSettings(BaseSettings):
             raise ValueError(f"--storage-path needs --transfer storage, not {self.transfer}")
         if self.rdma and self.transfer != "mooncake":
             raise ValueError(f"--rdma needs --transfer mooncake, not {self.transfer}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> EngineSettings:
+        for name in ("tls_key", "tls_client_ca"):
+            if getattr(self, name) is not None and self.tls_cert is None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --tls-cert")
         return self
 
     @property
@@ -230,4 +247,5 @@ def _explain(entry: Any) -> str:
     message = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "missing":
         return f"{flag} is required"
-    return f"{flag}: {message}, got {entry['input']!r}" if entry["loc"] else message
+    shown = "" if entry["loc"][:1] == ("key",) else f", got {entry['input']!r}"  # a secret is not repeated
+    return f"{flag}: {message}{shown}" if entry["loc"] else message

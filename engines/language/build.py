@@ -27,6 +27,7 @@ from engines.language.scheduler import Limits
 from engines.language.service import Rules, Service
 from engines.language.tokenizer import ChatTokenizer
 from engines.settings import LanguageSettings
+from engines.tls import calls
 from engines.transfer import create
 from engines.transfer.base import Arena, Transfer, TransferError
 from engines.weights import WeightsError
@@ -54,7 +55,7 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         stack.push_async_callback(engine.close)
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits = Waits(settings.handoff_timeout, settings.kv_lease)
-        metaserver = Metaserver(session, settings.metaserver_timeout)
+        metaserver = Metaserver(session, settings.metaserver_timeout, calls(settings))
         handoffs = Handoffs(engine, transfers[0], (kv_arena, layout), waits, metrics, metaserver)
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width

@@ -12,13 +12,16 @@ import orjson
 
 from engines.errors import DeadlineExceeded, PeerFailed
 from engines.language.failures import refused_prefill
+from engines.tls import Files
 
 
 class Metaserver:
-    """Whoever finds a prefill engine for us. `timeout` is --metaserver-timeout, and covers the prefill itself."""
+    """Whoever finds a prefill engine for us. `timeout` is --metaserver-timeout, and covers the prefill itself; `tls` is
+    for https URLs; None: the system is trusted."""
 
-    def __init__(self, session: aiohttp.ClientSession, timeout: float) -> None:
+    def __init__(self, session: aiohttp.ClientSession, timeout: float, tls: Files | None = None) -> None:
         self._session = session
+        self._tls = tls
         self._timeout = timeout
 
     async def call(self, url: str, descriptor: Mapping[str, Any]) -> None:
@@ -29,6 +32,7 @@ class Metaserver:
                 data=orjson.dumps(descriptor),
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=self._timeout),
+                ssl=True if self._tls is None else self._tls.context(),
             ) as response:
                 answer = await response.read()
                 if response.status != 200:

@@ -166,3 +166,21 @@ async def test_a_client_that_goes_away_cancels_its_handler() -> None:
         await toy.entered.wait()
         request.cancel()
         await toy.cancelled.wait()
+
+
+async def test_with_a_key_everything_but_health_needs_it() -> None:
+    async with running(Toy(), settings(key="s3cret")) as url, aiohttp.ClientSession() as session:
+        for path, wanted, headers in (
+            ("/health", 200, {}),
+            ("/info", 401, {}),
+            ("/metrics", 401, {"authorization": "Bearer wrong"}),
+            ("/nowhere", 401, {"authorization": "s3cret"}),
+            ("/info", 200, {"authorization": "Bearer s3cret"}),
+            ("/nowhere", 404, {"authorization": "Bearer s3cret"}),
+        ):
+            async with session.get(url + path, headers=headers) as response:
+                assert response.status == wanted, path
+                if wanted == 401:
+                    assert (await response.json())["error"]["code"] == "invalid_api_key"
+        async with session.post(f"{url}/echo", json={}, headers={"authorization": "Bearer s3cret\xff"}) as response:
+            assert response.status == 401

@@ -98,3 +98,12 @@ def test_settings_are_frozen_and_ignore_the_environment_when_made_in_code(monkey
     assert settings.port == 8100
     with pytest.raises(ValidationError):
         settings.port = 1
+
+
+def test_a_secret_is_not_repeated_and_certificates_come_whole() -> None:
+    with pytest.raises(SetupError, match="--key: ") as raised:
+        load(EncoderSettings, ["--model", "m", "--key", ""], prog="x")
+    assert "got" not in str(raised.value)
+    for name in ("tls-key", "tls-client-ca"):
+        with pytest.raises(SetupError, match=f"--{name} needs --tls-cert"):
+            load(EncoderSettings, ["--model", "m", f"--{name}", "file"], prog="x")
