@@ -11,6 +11,7 @@ COMMANDS = {
     "up": ("deploy.up", "a whole deployment on this machine: engines and proxy"),
     "proxy": ("proxy", "the OpenAI-compatible front door to encode, prefill and decode servers"),
     "plan": ("deploy.plan", "how busy a running proxy's engines are, and what one more would buy"),
+    "top": ("deploy.top", "a running proxy in the terminal: engines, load, latest requests; /ui shows the same"),
     "bench": ("bench.load", "ask any OpenAI-compatible URL and measure its answers"),
     "encoder": ("engines.encoder", "a vision encoder engine"),
     "language": ("engines.language", "a language engine: prefill, decode, or both"),
