@@ -35,6 +35,8 @@ import orjson
 
 from proxy.core import Stage
 
+_LONGEST = 500  # characters of what an engine said in no message, that are passed on
+
 
 class ProxyError(Exception):
     """`retryable` says that the same request may succeed if sent again; `stage` says where it failed."""
@@ -220,10 +222,14 @@ class GaveUp(EngineFailed):
 class Refused(EngineFailed):
     """An engine's own error answer: its status, message, type, param and code are kept."""
 
-    def __init__(self, status: int, answer: bytes, *, stage: Stage, retry_after: str | None = None) -> None:
+    def __init__(
+        self, status: int, answer: bytes | Mapping[str, Any], *, stage: Stage, retry_after: str | None = None
+    ) -> None:
+        """`answer`: as it came, or parsed."""
         said = _said(answer)
+        told = said.get("message")
         super().__init__(
-            str(said.get("message") or f"the {stage} engine answered {status} and said nothing"),
+            _text(told) or (_words(told) if told else f"the {stage} engine answered {status} and said nothing"),
             param=_text(said.get("param")),
             code=said.get("code") if isinstance(said.get("code"), str | int) else status,
             stage=_stage(said.get("stage"), stage),
@@ -234,18 +240,27 @@ class Refused(EngineFailed):
         self.type = _text(said.get("type")) or ("invalid_request_error" if status < 500 else "engine_error")
 
 
-def _said(answer: bytes) -> Mapping[str, Any]:
+def _said(answer: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
     """The error object in an engine's answer: OpenAI's form, an older flat form, FastAPI's `detail`, or plain text."""
-    try:
-        parsed = orjson.loads(answer)
-    except orjson.JSONDecodeError:
-        return {"message": answer[:500].decode("utf-8", "replace").strip()}
+    parsed: Any = answer
+    if isinstance(answer, bytes):
+        try:
+            parsed = orjson.loads(answer)
+        except orjson.JSONDecodeError:
+            return {"message": answer[:_LONGEST].decode("utf-8", "replace").strip()}
     if not isinstance(parsed, dict):
-        return {"message": str(parsed)[:500]}
+        return {"message": _words(parsed)}
     inner = parsed.get("error", parsed)
     if isinstance(inner, dict):
-        return inner if "message" in inner else {"message": str(inner.get("detail", inner))[:500]}
-    return {"message": str(inner)[:500]}
+        return inner if "message" in inner else {"message": _words(inner.get("detail", inner))}
+    return {"message": _words(inner)}
+
+
+def _words(value: Any) -> str:
+    try:
+        return str(value)[:_LONGEST]
+    except RecursionError:
+        return "an error that is nested too deeply to be told"
 
 
 def _seconds(value: str | None) -> float | None:
@@ -259,7 +274,7 @@ def _text(value: Any) -> str | None:
 
 
 def _stage(value: Any, default: Stage) -> Stage:
-    return Stage(value) if value in set(Stage) else default
+    return Stage(value) if isinstance(value, str) and value in set(Stage) else default
 
 
 def within_200(event: Mapping[str, Any], *, stage: Stage) -> Refused:
@@ -267,4 +282,4 @@ def within_200(event: Mapping[str, Any], *, stage: Stage) -> Refused:
     inner = event.get("error")
     code = inner.get("code") if isinstance(inner, dict) else None
     status = code if isinstance(code, int) and 400 <= code <= 599 else 502
-    return Refused(status, orjson.dumps(event), stage=stage)
+    return Refused(status, event, stage=stage)

@@ -5,9 +5,9 @@ Unknown fields and the order of keys survive. Media are hashed here and never de
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from blake3 import blake3
@@ -20,6 +20,8 @@ from proxy.limits import Limits
 from proxy.splice import Cut, Media, Pieces
 from proxy.text import BYTES_PER_TOKEN
 from proxy.vision import Vision
+
+T = TypeVar("T")
 
 # Part kinds with their modality; a part without `type` is known by the key it has, as vLLM does.
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -52,7 +54,8 @@ def parse(
 
     Takes a fraction of a millisecond per megabyte of media; large bodies belong in a thread.
     """
-    body, cuts = _load(raw)
+    read, cuts = _load(raw, splice.loads)
+    body = _object(read)
     limits.check_depth(body)
     reading = _Reading(identity, cuts, costs, limits)
     try:
@@ -62,7 +65,7 @@ def parse(
             raise
         items = None
     if items is None or not reading.complete:  # something stands where media do not: read it all as plain JSON
-        body = _object(orjson.loads(raw))
+        body = _object(_load(raw, orjson.loads))
         items = _Reading(identity, [], costs, limits).items(body, api)
     text_bytes, token_ids = _text(body)
     limits.check_text(text_bytes)
@@ -87,12 +90,12 @@ def encoded(body: Body, job: Job) -> bytes | bytearray | Pieces:
     return job.raw if body is job.body and job.raw else splice.dumps(body)
 
 
-def _load(raw: bytes | bytearray) -> tuple[dict[str, Any], list[memoryview]]:
+def _load(raw: bytes | bytearray, load: Callable[[bytes | bytearray], T]) -> T:
+    """What `load` makes of `raw`. Raises BadRequest."""
     try:
-        body, cuts = splice.loads(raw)
+        return load(raw)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
-    return _object(body), cuts
 
 
 def _object(body: Any) -> dict[str, Any]:
@@ -103,10 +106,14 @@ def _object(body: Any) -> dict[str, Any]:
     return body
 
 
-def _refuse_reserved(body: Body) -> None:
-    for name in body:
-        if name in _RESERVED or name.endswith("_embeds"):
+def _check_reserved(body: Body, trusted: bool) -> None:
+    for name, value in body.items():
+        if name not in _RESERVED and not name.endswith("_embeds"):
+            continue
+        if not trusted:
             raise ForbiddenField(f"`{name}` is set by the proxy and not accepted from clients", param=name)
+        if name in _RESERVED and not isinstance(value, dict | None):
+            raise BadRequest(f"`{name}` must be an object", param=name)
 
 
 def parts(body: Body) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -144,8 +151,7 @@ class _Reading:
 
     def items(self, body: dict[str, Any], api: Api) -> tuple[Item, ...]:
         """Raises BadRequest."""
-        if not self._identity.trust_client:
-            _refuse_reserved(body)
+        _check_reserved(body, self._identity.trust_client)
         self._salt = salt(body, self._identity)
         items = tuple(self._items(body)) if api is Api.CHAT else ()
         if api is Api.CHAT and not isinstance(body.get("messages"), list):
@@ -252,8 +258,8 @@ def salt(body: Body, identity: Identity) -> bytes:
 
 def _text(body: Body) -> tuple[int, int]:
     """(bytes of text in UTF-8, tokens that are told as ids, with what text stands beside them)."""
-    size = 0
-    for message in body.get("messages") or ():
+    size, messages = 0, body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, str):
             size += _size(content)

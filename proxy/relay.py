@@ -87,7 +87,8 @@ async def whole(answer: Answer, sink: Sink, head: Head, stage: Stage) -> Body:
     parsed = _object(body, stage)
     if "error" in parsed:
         raise within_200(parsed, stage=stage)
-    if not isinstance(parsed.get("choices"), list):
+    choices = parsed.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise Broken(f"the {stage} engine's answer has no choices", stage=stage)
     sink.begin("application/json", head(), len(body), body)
     sink.end()
@@ -289,7 +290,7 @@ class StreamCheck:
         parsed = _object(data, self._stage)
         if parsed.get("error"):
             raise within_200(parsed, stage=self._stage)
-        if self._held is not None and _proves(parsed):
+        if self._held is not None and _proves(parsed, self._stage):
             ready.extend(self._held)
             self._held = None
 
@@ -304,12 +305,16 @@ def _object(data: bytes, stage: Stage) -> dict[str, Any]:
     return parsed
 
 
-def _proves(event: Mapping[str, Any]) -> bool:
-    """Whether an event has content. A first delta with the role alone has not: an error may still follow it."""
-    for choice in event.get("choices") or ():
+def _proves(event: Mapping[str, Any], stage: Stage) -> bool:
+    """Whether an event has content. A first delta with the role alone has not: an error may still follow it. Raises
+    Broken for what is no piece of an answer."""
+    choices = event.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise Broken(f"the {stage} engine's stream has choices that are none", stage=stage)
+    for choice in choices:
         if choice.get("finish_reason") or choice.get("text"):
             return True
-        delta = choice.get("delta") or {}
-        if any(value for name, value in delta.items() if name != "role"):
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role"):
             return True
     return False

@@ -37,6 +37,16 @@ _INEXACT = (
 )
 _SHARED = ("id", "created", "model")
 
+# Types of what is looked at here of an answer, and of its choices; anything may be missing or null.
+_ANSWER: Mapping[str, type] = {"prompt_token_ids": list, "choices": list, "usage": dict}
+_CHOICE: Mapping[str, type] = {
+    "delta": dict,
+    "message": dict,
+    "text": str,
+    "token_ids": list,
+    "prompt_token_ids": list,
+}
+
 
 def continuable(job: Job) -> bool:
     """Whether the answer that `job` asks for is one text whose rest depends on its tokens so far."""
@@ -103,8 +113,8 @@ class Tape:
 
     def complete(self, job: Job) -> bool:
         """Whether nothing but the stream's end is missing."""
-        options = job.body.get("stream_options") or {}
-        return self.finished and (self._has_usage or not options.get("include_usage"))
+        options = job.body.get("stream_options")
+        return self.finished and (self._has_usage or not (isinstance(options, dict) and options.get("include_usage")))
 
     def asking(self, job: Job) -> Job:
         """`job` as the engine gets it: told to name its tokens, and from where to go on."""
@@ -151,6 +161,8 @@ class Tape:
             self.check()
             return data
         answer = orjson.loads(data)
+        if not _shaped(answer):
+            raise Broken("the decode engine's answer has fields of other types than an answer's", stage=Stage.DECODE)
         for choice in answer["choices"]:
             self._take(choice, choice.get("message"))
         self._note(answer)
@@ -169,7 +181,7 @@ class Tape:
             self._watch(data)
             return b"" if self._given_up else event.raw
         parsed = _object(data)
-        if parsed is None:
+        if parsed is None or not _shaped(parsed):
             self._exact = False
             return event.raw
         choices = parsed.get("choices") or []
@@ -184,7 +196,8 @@ class Tape:
     def _watch(self, data: bytes) -> None:
         """Look for a choice that was given up, in JSON that is nobody's business otherwise."""
         if self._mark is not None and self._mark in data:
-            choices = (_object(data) or {}).get("choices") or ()
+            found = _object(data)
+            choices = found["choices"] if found and _shaped(found) and found.get("choices") else ()
             self._given_up = any(choice.get("stop_reason") == self.dialect.given_up for choice in choices)
 
     def _take(self, choice: dict[str, Any], said: dict[str, Any] | None) -> bool:
@@ -234,6 +247,22 @@ def _object(data: bytes) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
+def _shaped(answer: Mapping[str, Any]) -> bool:
+    """Whether what is looked at here of an answer, or a piece of one, has the types that it should."""
+    if not _of_types(answer, _ANSWER):
+        return False
+    usage = answer.get("usage") or {}
+    counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+    choices = answer.get("choices") or ()
+    return all(isinstance(choice, dict) and _of_types(choice, _CHOICE) for choice in choices) and all(
+        type(count) is int for count in counts
+    )
+
+
+def _of_types(values: Mapping[str, Any], types: Mapping[str, type]) -> bool:
+    return all(isinstance(value, types.get(name, object)) for name, value in values.items() if value is not None)
+
+
 def _text(choice: Mapping[str, Any], said: Mapping[str, Any] | None) -> dict[str, str]:
     """The texts of one choice: of a chat those in its delta or message, by their field."""
     if said is None:
@@ -247,8 +276,8 @@ def _seeded(job: Job) -> bool:
 
 def _may_stop_within(job: Job, text: str) -> bool:
     """Whether `text` ends with the beginning of a stop string."""
-    asked = job.body.get("stop") or []
-    stops = [asked] if isinstance(asked, str) else asked
+    asked = job.body.get("stop")
+    stops = [stop for stop in (asked if isinstance(asked, list) else [asked]) if isinstance(stop, str)]
     return any(text.endswith(stop[:length]) for stop in stops for length in range(1, len(stop)))
 
 

@@ -67,7 +67,10 @@ def handles(items: Sequence[Item], entries: Mapping[str, Any]) -> dict[int, Hand
     for mm_hash, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
             raise BadReply(f"the encoder's entry for {mm_hash} has no metadata")
-        for position in entry.get("item_indices", ()):
+        positions = entry.get("item_indices", [])
+        if not isinstance(positions, list):
+            raise BadReply(f"the encoder's entry for {mm_hash} names no list of items")
+        for position in positions:
             if isinstance(position, int) and 0 <= position < len(items):
                 item = items[position]
                 if entry.get("modality", item.modality) == item.modality:  # not the sound of a video

@@ -167,6 +167,7 @@ class Connection(asyncio.BufferedProtocol):
         self._buffer = b""  # of the head, or of early requests
         self._request: Request | None = None
         self._task: asyncio.Task[None] | None = None
+        self._started = False  # the task has
         self._place: bytearray | None = None  # of a long body
         self._filled = 0
         self._wanted = False  # the handler asked for the body
@@ -206,7 +207,8 @@ class Connection(asyncio.BufferedProtocol):
         self.throttle = None
         if self._task is not None:
             self._task.cancel()
-        else:
+        if self._task is None or not self._started:  # cancelled before its first step, a task runs no `finally`
+            self._task = None
             self._server.closed(self)
 
     def wind_down(self) -> None:
@@ -295,6 +297,7 @@ class Connection(asyncio.BufferedProtocol):
         self._begin_body(self._request, data[end + 4 :])
         if self._transport is not None and self._phase in (Phase.BODY, Phase.ANSWER):
             # Kept here, cancelled when the client leaves; the server waits for its end.
+            self._started = False
             self._task = self._loop.create_task(self._run(self._request))
 
     def _wait_for_head(self, data: bytes) -> None:
@@ -401,6 +404,7 @@ class Connection(asyncio.BufferedProtocol):
     # ---- handling
 
     async def _run(self, request: Request) -> None:
+        self._started = True
         try:
             response = await self._server.handle(request)
             if response is not None:

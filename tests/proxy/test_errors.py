@@ -1,6 +1,7 @@
 """The error contract: what each failure looks like to a client, and what is kept of an engine's own words."""
 
 import json
+from typing import Any
 
 import orjson
 import pytest
@@ -53,6 +54,21 @@ def test_an_engine_may_name_an_earlier_stage_and_its_own_retryable() -> None:
     assert (error.stage, error.retryable, error.code) == ("prefill", False, "embedding_gone")
     assert Refused(429, b"", stage=Stage.DECODE).retryable
     assert Refused(302, b"", stage=Stage.DECODE).status == 502
+
+
+@pytest.mark.parametrize("stage", [[], {}, 3, "kitchen", None])
+def test_a_stage_that_is_none_is_not_believed(stage: Any) -> None:
+    answer = {"error": {"message": "m", "stage": stage}}
+    assert errors.within_200(answer, stage=Stage.DECODE).stage == "decode"
+
+
+def test_words_may_be_anything_and_nested_as_deeply_as_json_may_be() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    for answer in (deep, b'{"detail":' + deep + b"}", b'{"error":{"message":' + deep + b"}}"):
+        assert Refused(500, answer, stage=Stage.DECODE).message
+    nested = orjson.loads(b'{"error":{"x":' + b"[" * 500 + b"]" * 500 + b"}}")
+    assert errors.within_200(nested, stage=Stage.DECODE).json()
+    assert Refused(400, b'{"message":{"a":1}}', stage=Stage.DECODE).message == "{'a': 1}"
 
 
 def test_an_error_event_keeps_its_code_as_status() -> None:

@@ -238,6 +238,31 @@ def test_unknown_fields_survive_and_odd_bodies_never_crash(fields: dict[str, Any
     assert list(job.body.items()) == list(body.items())
 
 
+@pytest.mark.parametrize(
+    ("body", "api"),
+    [
+        ({"prompt": "x", "messages": -1}, Api.COMPLETIONS),
+        ({"messages": [{"role": "user", "content": [{"type": [], "image_url": "x"}]}]}, Api.CHAT),
+        ({"messages": [{"role": "user", "content": [{"type": {}, "text": 7}]}]}, Api.CHAT),
+    ],
+)
+def test_values_of_other_types_are_the_engines_business(body: dict[str, Any], api: Api) -> None:
+    assert parse(body, api=api).items == ()
+
+
+@pytest.mark.parametrize("value", [True, [], "x", 3])
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+def test_a_trusted_clients_parameters_are_objects(name: str, value: Any) -> None:
+    with pytest.raises(BadRequest, match="must be an object"):
+        openai.parse(orjson.dumps(chat(**{name: value})), Api.CHAT, "id", Identity(trust_client=True))
+
+
+def test_a_line_break_in_a_cut_is_no_json() -> None:
+    raw = orjson.dumps(chat({"image_url": "data:image/png;base64," + "A" * 80_000})).replace(b"AAA", b"A\nA", 1)
+    with pytest.raises(BadRequest, match="not JSON"):
+        openai.parse(raw, Api.CHAT, "id", PLAIN)
+
+
 @given(st.binary(max_size=64))
 def test_any_bytes_are_a_job_or_a_bad_request(raw: bytes) -> None:
     with pytest.raises(BadRequest):

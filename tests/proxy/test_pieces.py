@@ -75,7 +75,10 @@ def test_a_part_that_is_none_is_refused(change: dict[str, Any], says: str) -> No
         read(**change)
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[]"])
+UNREADABLE = b'{"mm_items":["data:image/png;base64,' + b"A" * 80_000 + b'\n"],"req_id":"r","num_parts":1,"part_idx":0}'
+
+
+@pytest.mark.parametrize("raw", [b"{", b"[]", UNREADABLE], ids=["begun", "a list", "a line break in a cut"])
 def test_what_is_no_object_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest):
         pieces.read(raw)

@@ -98,6 +98,33 @@ def test_an_engine_that_tells_no_ids_cannot_be_continued() -> None:
     assert not tape.usable(BREAK)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"choices": 3}, {"choices": [3]}, {"choices": [{"delta": "x"}]}, {"choices": [{"text": 7}]}),
+        *({"choices": [{"token_ids": 7}]}, {"prompt_token_ids": {}}, {"usage": []}, {"usage": {"prompt_tokens": None}}),
+    ],
+    ids=str,
+)
+def test_what_is_not_shaped_like_an_answer_passes_and_cannot_be_continued(odd: dict[str, Any]) -> None:
+    tape, event = native_tape(), b"data: " + orjson.dumps(odd) + b"\n\n"
+    assert tape.feed(said("Hel", 1) + event) == said("Hel") + event
+    assert not tape.usable(BREAK)
+    with pytest.raises(Broken):
+        native_tape().whole(orjson.dumps({"choices": []} | odd))
+    watching = ascend_tape(stream=True, n=2)
+    given_up = b"data: " + orjson.dumps({**odd, "x": "recomputed"}) + b"\n\n"
+    assert watching.feed(given_up) == given_up
+
+
+@pytest.mark.parametrize("options", [{"stop": 3}, {"stop": [3, None]}, {"stream_options": [1]}])
+def test_odd_options_are_the_engines_business(options: dict[str, Any]) -> None:
+    tape = ascend_tape(resumes=True, temperature=0, **options)
+    tape.feed(said("Hel", 1))
+    tape.usable(BREAK)
+    assert not tape.complete(job(**options))
+
+
 def test_only_the_end_may_be_missing() -> None:
     plain, counted = job(**GREEDY), job(**GREEDY, stream_options={"include_usage": True})
     tape = native_tape()

@@ -10,6 +10,7 @@ import pytest
 from proxy import openai
 from proxy.core import Api, Job
 from proxy.dialects import bodies
+from proxy.dialects.base import BadReply
 from proxy.errors import BadRequest
 from proxy.openai import Identity
 from tests.fakes.media import chat, image, part
@@ -80,3 +81,9 @@ def test_an_item_that_was_not_published_has_no_handle_and_is_no_mistake() -> Non
         "b": {"item_indices": [1], "metadata": {"image_grid_thw": [1]}},
     }
     assert set(bodies.handles(j.items, entries)) == {1}
+
+
+@pytest.mark.parametrize("positions", [None, 0, "0"])
+def test_positions_that_are_no_list_are_no_reply(positions: Any) -> None:
+    with pytest.raises(BadReply, match="no list of items"):
+        bodies.handles(job(chat(part(image()))).items, {"a": {"item_indices": positions, "metadata": {}}})

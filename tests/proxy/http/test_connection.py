@@ -338,3 +338,15 @@ async def test_early_requests_are_bounded() -> None:
         gate.set()
         for _ in range(6_000):
             assert (await client.answer())[2] == b"ok"
+
+
+async def test_a_request_that_is_cut_before_its_handler_began_leaves_nothing() -> None:
+    async with serving(echo) as s:
+        client = await s.connect()
+        await until(lambda: len(s.server._connections) == 1)
+        (connection,) = s.server._connections
+        connection._received(post(b"x"))
+        assert connection.busy
+        connection.abort()
+        assert await client.closed() == b""
+        await until(lambda: not s.server._connections)
