@@ -27,12 +27,16 @@ from proxy.settings.security import SecuritySettings
 
 log = logging.getLogger(__name__)
 
+_LISTENING = {
+    *("admin_host", "admin_port", "tls_cert", "tls_key", "tls_client_ca", "engine_ca", "engine_cert", "engine_cert_key")
+}
 LIVE = frozenset(
     {
         *AdmissionSettings.model_fields,
         *(ChoosingSettings.model_fields.keys() - {"vision"}),
         *PatienceSettings.model_fields,
-        *("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls"),
+        *("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls", "register_key"),
+        *(SecuritySettings.model_fields.keys() - _LISTENING),
         *("max_body_bytes", "grace_timeout", "drain_delay", "log_level"),
     }
 )
