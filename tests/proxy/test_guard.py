@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
@@ -15,6 +18,9 @@ from proxy import derived
 from proxy.keys import made
 from tests.fakes.deployment import Answer, Deployment, deployment
 from tests.fakes.media import chat, image, part
+from tests.fakes.native import Language
+from tests.support.crowd import crowd
+from tests.support.waiting import until
 
 KEYS = {name: made(name.encode() * 32) for name in ("acme", "tiny", "other")}
 MESSAGES = "/v1/chat/completions"
@@ -232,3 +238,34 @@ async def _get(d: Deployment, path: str, **headers: str) -> Answer:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     async with d.http.get(d.url + path, headers=named) as response:
         return Answer(response.status, response.headers, await response.read())
+
+
+async def test_limits_are_exact_over_workers_and_a_dead_ones_places_are_given_back(tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    keys = written(tmp_path, acme="  concurrent: 5\n", other="  requests_per_minute: 20\n")
+    async with Language() as engine:
+        flags = ("--decode-servers-urls", engine.url, "--api-keys", str(keys))
+        async with crowd(folder, 3, *flags) as proxy:
+
+            async def ask(name: str) -> int:
+                headers = {"authorization": bearer(name)}
+                try:
+                    async with proxy.http.post(proxy.url + MESSAGES, json=chat(), headers=headers) as response:
+                        return response.status
+                except aiohttp.ClientError:
+                    return 0
+
+            assert sorted(await asyncio.gather(*(ask("other") for _ in range(60)))) == [200] * 20 + [429] * 40
+            gate = engine.gate = asyncio.Event()
+            asking = [asyncio.create_task(ask("acme")) for _ in range(30)]
+            await engine.until(lambda: engine.running == 5)
+            await until(lambda: sum(task.done() for task in asking) == 25)
+            for pid in proxy.workers()[:2]:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: len(proxy.workers()) == 3 and engine.running == 5 - engine.aborted)
+            asking += [asyncio.create_task(ask("acme")) for _ in range(30)]
+            await engine.until(lambda: engine.running == 5)
+            await until(lambda: sum(not task.done() for task in asking) == 5)
+            gate.set()
+            statuses = await asyncio.gather(*asking)
+            assert statuses.count(200) == 5 and set(statuses) <= {200, 429, 0}, "0: its worker was killed"
