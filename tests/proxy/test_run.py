@@ -7,12 +7,14 @@ import contextlib
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import aiohttp
 
 from tests.fakes.media import chat
 from tests.fakes.native import Decode, Language, Prefill
 from tests.support.command import command, ready
+from tests.support.tls import Authority
 
 
 async def test_the_command_serves_push_on_a_free_port_and_stops_on_sigterm() -> None:
@@ -53,6 +55,30 @@ async def test_sigterm_lets_a_request_end() -> None:
             async with await asking as response:
                 assert response.status == 200 and await response.read()
             assert await process.wait() == 0
+
+
+async def test_workers_share_an_admin_port_and_certificates(tmp_path: Path) -> None:
+    ca = Authority(tmp_path)
+    files, context = ca.files("proxy"), ca.trusting()
+    connector = aiohttp.TCPConnector(force_close=True, ssl=context)
+    async with Language() as engine, aiohttp.ClientSession(connector=connector) as http:
+        argv = ("--decode-servers-urls", engine.url, "--host", "127.0.0.1", "--port", "0", "--workers", "2")
+        secured = ("--admin-port", "0", "--tls-cert", str(files.cert), "--tls-key", str(files.key))
+        async with command(*argv, *secured) as (process, line):
+            url = line.split()[1]
+            assert url.startswith("https://") and process.stderr is not None
+            while "admins are served at" not in (said := (await process.stderr.readline()).decode()):
+                pass
+            await ready(http, url)
+            admin = said.split()[-1]
+            for _ in range(8):  # each by either worker
+                async with http.get(f"{admin}/instances") as response:
+                    assert response.status == 200
+                async with http.get(f"{url}/instances") as response:
+                    assert response.status == 404
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                assert await process.wait() == 0
 
 
 async def test_an_address_in_use_is_told() -> None:
