@@ -27,6 +27,7 @@ SERVED = {  # the path of text, and that of media where there is one
     "native-e-pd": ("PD", "E-PD"),
     "native-p-d": ("P-D", None),
     "native-pd": ("PD", None),
+    "production": ("P-D", "E-P-D"),
     "sglang-e-pd": ("PD", "E-PD"),
     "sglang-p-d": ("P-D", "EP-D"),
     "vllm-e-p-d": ("P-D", "E-P-D"),
@@ -58,7 +59,7 @@ def test_there_is_one_for_each_path_and_dialect() -> None:
 def test_it_serves_what_its_name_says(file: Path) -> None:
     fleet = loaded(file).fleet()
     dialects = {endpoint.dialect for _, endpoint in fleet}
-    assert dialects == {file.stem.partition("-")[0]} or file.stem == "mixed"
+    assert dialects == {file.stem.partition("-")[0]} or file.stem in ("mixed", "production")
     census = {role: {State.READY: count} for role, count in Counter(role for role, _ in fleet).items()}
     inline = paths.INLINE if dialects <= INLINE and Role.ENCODE not in census else ()
 

@@ -132,5 +132,15 @@ def test_probes_speak_as_the_proxy_listens(overlay: list[Document]) -> None:
     schemes = {probe["httpGet"].get("scheme", "HTTP") for name, probe in one.items() if name.endswith("Probe")}
     assert schemes == {"HTTPS" if encrypted else "HTTP"}
     mounted = tuple(mount["mountPath"] + "/" for mount in one["volumeMounts"])
-    named = [entry["value"] for entry in one["env"] if entry["value"].startswith("/")]
+    named = [entry["value"] for entry in one["env"] if entry.get("value", "").startswith("/")]
     assert all(path.startswith(mounted) for path in named)
+
+
+def test_proxies_show_the_key_that_engines_ask_for(overlay: list[Document]) -> None:
+    told = {}
+    for deployment in of("Deployment", overlay):
+        for entry in container(deployment)["env"]:
+            if entry["name"] in ("TRIPTYCH_ENGINE_KEY", "TRIPTYCH_KEY"):
+                told[deployment["metadata"]["name"]] = entry["valueFrom"]["secretKeyRef"]
+    assert not told or told.keys() == {each["metadata"]["name"] for each in of("Deployment", overlay)}
+    assert len({str(reference) for reference in told.values()}) <= 1
