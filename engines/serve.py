@@ -14,10 +14,11 @@ what it needs and ends it:
     if __name__ == "__main__":
         serve(EncoderSettings, build, prog="triptych encoder")
 
-`serve` parses the flags, runs uvloop, prints `READY http://127.0.0.1:PORT` once requests are answered. On SIGTERM
-or SIGINT it answers new requests with 503, gives those in flight and `Engine.drain()` together `--grace` seconds,
-leaves the context manager and exits 0. A second signal, or one before READY, ends it at once, cleanly too. Status
-2: it could not start, with the reason (`SetupError`) and no traceback.
+`serve` parses the flags, runs uvloop, prints `READY http://127.0.0.1:PORT` once requests are answered, and registers at
+the proxies of --register. On SIGTERM or SIGINT it first has those send it nothing more, answers new requests with 503,
+gives those in flight and `Engine.drain()` together `--grace` seconds, leaves the context manager and exits 0. A second
+signal, or one before READY, ends it at once, cleanly too. Status 2: it could not start, with the reason (`SetupError`)
+and no traceback.
 
 Tests run an engine in their own loop: `async with running(engine, settings) as url`.
 """
@@ -38,6 +39,7 @@ from aiohttp import web
 from engines import tls
 from engines.errors import SetupError
 from engines.http import Engine, Scaffold, request_id
+from engines.register import registered
 from engines.settings import WILDCARDS, EngineSettings, load
 
 log = logging.getLogger(__name__)
@@ -94,7 +96,8 @@ async def _main(settings: SettingsT, build: Build[SettingsT]) -> None:
     async with build(settings) as engine, running(engine, settings) as url:
         ready = True
         print(f"READY {url}", flush=True)
-        await stop.wait()
+        async with registered(settings, engine.role, url):
+            await stop.wait()
 
 
 class _RequestIdFilter(logging.Filter):

@@ -44,6 +44,7 @@ def _split(value: object) -> object:
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Bytes = Annotated[ByteSize, AfterValidator(_positive)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 
 TransferName = Literal["shm", "mooncake", "zmq", "storage"]
@@ -57,6 +58,7 @@ class EngineSettings(BaseSettings):
         frozen=True,
         extra="forbid",
         env_prefix=PREFIX,
+        populate_by_name=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -97,6 +99,21 @@ class EngineSettings(BaseSettings):
         None, description="PEM authorities of an https proxy that is called; default: those that the system trusts"
     )
 
+    proxies: Names = Field(
+        (),
+        alias="register",
+        description="proxies to be known to while this engine serves, as URL,URL; they need no list that names it",
+    )
+    register_key: str | None = Field(None, min_length=1, description="what they ask for: their --register-key")
+    register_ttl: Seconds = Field(
+        15.0, description="seconds without a word until they drain it; it says a word three times as often"
+    )
+    advertise: str | None = Field(
+        None,
+        description="URL that they reach this engine at, perhaps with ?weight=2&host=h1&rack=r1; default: --host and "
+        "--port, for every interface the address that leads to them",
+    )
+
     max_body_bytes: Bytes = Field(
         ByteSize(256 << 20), description="largest request body, e.g. 256MiB; larger ones get a 413"
     )
@@ -118,6 +135,13 @@ class EngineSettings(BaseSettings):
         for name in ("tls_key", "tls_client_ca"):
             if getattr(self, name) is not None and self.tls_cert is None:
                 raise ValueError(f"--{name.replace('_', '-')} needs --tls-cert")
+        return self
+
+    @model_validator(mode="after")
+    def _check_register(self) -> EngineSettings:
+        wrong = [one for one in self.proxies if not one.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"--register: {wrong[0]}: a proxy's URL looks like http://host:port")
         return self
 
     @property
@@ -223,8 +247,13 @@ def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
 
 
 def _environment(cls: type[SettingsT]) -> dict[str, str]:
-    names = {f"{PREFIX}{name.upper()}": name for name in cls.model_fields}
+    names = {f"{PREFIX}{name.upper()}": name for name in _names(cls)}
     return {names[key]: value for key, value in os.environ.items() if key in names}  # noqa: TID251 - the one reader
+
+
+def _names(cls: type[SettingsT]) -> set[str]:
+    """As users write them; a field cannot be called `register`, which is a method of all classes of this kind."""
+    return {field.alias or name for name, field in cls.model_fields.items()}
 
 
 def _yaml(cls: type[SettingsT], path: Path | None) -> dict[str, Any]:
@@ -237,7 +266,7 @@ def _yaml(cls: type[SettingsT], path: Path | None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SetupError(f"--config {path}: expected a mapping of settings, got {type(content).__name__}")
     keys = {str(key).replace("-", "_"): value for key, value in content.items()}
-    if unknown := sorted(keys.keys() - cls.model_fields.keys()):
+    if unknown := sorted(keys.keys() - _names(cls)):
         raise SetupError(f"--config {path}: unknown setting {', '.join(unknown)}; --help lists them all")
     return keys
 

@@ -110,11 +110,14 @@ class Admin:
         """Give an instance nothing new; it leaves the fleet when its last request has ended."""
         self._guard.admin(request, engines=True)
         asked = await _body(request, Named)
-        instance = self._fleet.get(asked.url.rstrip("/"))
-        if instance is None or REGISTERED not in instance.sources:
-            self._guard.admin(request)
+        try:
+            instance = self._fleet.get(Endpoint.parse(asked.url, self._dialect).url)
+        except ValueError as error:
+            raise BadRequest(str(error), param="url") from None
         if instance is None:
             raise NotFound(f"no instance {asked.url}", param="url")
+        if REGISTERED not in instance.sources:
+            self._guard.admin(request)
         self._membership.drain(instance, "drained by an admin")
         self._health.wake()
         return json_response({"draining": instance.state is State.DRAINING, "instance": self.shown(instance)})

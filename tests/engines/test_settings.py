@@ -22,7 +22,7 @@ def test_every_setting_is_a_flag_with_a_help_line(
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     for name, field in cls.model_fields.items():
-        assert "--" + name.replace("_", "-") in text
+        assert "--" + (field.alias or name).replace("_", "-") in text
         assert field.description, f"{name} has no description"
 
 
@@ -107,3 +107,16 @@ def test_a_secret_is_not_repeated_and_certificates_come_whole() -> None:
     for name in ("tls-key", "tls-client-ca"):
         with pytest.raises(SetupError, match=f"--{name} needs --tls-cert"):
             load(EncoderSettings, ["--model", "m", f"--{name}", "file"], prog="x")
+
+
+def test_a_setting_whose_field_has_another_name_is_written_as_its_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "engine.yaml"
+    path.write_text("model: m\nregister: http://a:1\n")
+    assert load(EncoderSettings, ["--config", str(path)], prog="x").proxies == ("http://a:1",)
+    monkeypatch.setenv("TRIPTYCH_REGISTER", "http://b:1,http://c:1")
+    assert load(EncoderSettings, ["--config", str(path)], prog="x").proxies == ("http://b:1", "http://c:1")
+    assert load(EncoderSettings, ["--model", "m", "--register", "https://d:1"], prog="x").proxies == ("https://d:1",)
+    with pytest.raises(SetupError, match="--register: a:1: a proxy's URL looks like http://host:port"):
+        load(EngineSettings, ["--model", "m", "--register", "a:1"], prog="x")
