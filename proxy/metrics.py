@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from proxy import tally
 from proxy.core import Stage
 from proxy.record import Record
+from proxy.tally import Cell
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -79,14 +80,14 @@ class Metrics:
 
     def _ending(self) -> None:
         """What `ended` counts."""
-        self._counted: dict[tuple[str, int], Counter] = {}  # of `requests`: finding a child costs as much as counting
-        self._received, self._sent = (self.bytes.labels(way) for way in ("from_clients", "to_clients"))
+        self._counted: dict[tuple[str, int], Cell] = {}  # of `requests`: finding a child costs as much as counting
+        self._received, self._sent = (_cell(self.bytes.labels(way)) for way in ("from_clients", "to_clients"))
         tokens = self._counter("tokens", "Tokens of requests, as engines count them, else predicted", "kind")
-        self._prompt, self._output = (tokens.labels(kind) for kind in ("prompt", "output"))
+        self._prompt, self._output = (_cell(tokens.labels(kind)) for kind in ("prompt", "output"))
         cached = self._counter(
             "cache_items", "Items by whether their encoder had the embedding, where it tells", "result"
         )
-        self._hits, self._misses = (cached.labels(result) for result in ("hit", "miss"))
+        self._hits, self._misses = (_cell(cached.labels(result)) for result in ("hit", "miss"))
         self._queue = _fast(self._histogram("queue_seconds", "From a request's arrival to its admission", _SECONDS))
         self._decision = _fast(
             self._histogram("decision_seconds", "To choose a path and its instances", _DECISION_SECONDS)
@@ -122,12 +123,13 @@ class Metrics:
 
     def ended(self, record: Record) -> None:
         """A request is over."""
-        counter = self._counted.get((record.path, record.status))
-        if counter is None:
-            counter = self._counted[record.path, record.status] = self.requests.labels(record.path, str(record.status))
-        counter.inc()
-        self._received.inc(record.received)
-        self._sent.inc(record.sent)
+        count = self._counted.get((record.path, record.status))
+        if count is None:
+            counter = self.requests.labels(record.path, str(record.status))
+            count = self._counted[record.path, record.status] = _cell(counter)
+        count[0] += 1
+        self._received[0] += record.received
+        self._sent[0] += record.sent
         if record.admitted:
             self._queue(record.admitted - record.began)
             self._stages["e2e"](record.ended - record.began)
@@ -141,8 +143,8 @@ class Metrics:
     def _answered(self, record: Record) -> None:
         """Also what broke off."""
         tokens = record.output_tokens
-        self._prompt.inc(record.prompt_tokens)
-        self._output.inc(tokens)
+        self._prompt[0] += record.prompt_tokens
+        self._output[0] += tokens
         if record.stream:
             if tokens > 1:
                 self._token((record.ended - record.first) / (tokens - 1))
@@ -157,8 +159,8 @@ class Metrics:
         for leg in record.legs:
             if leg.stage is Stage.ENCODE:
                 self.joins.inc(sum([choice.joined for choice in leg.choices]))
-                self._hits.inc(leg.hits)
-                self._misses.inc(leg.misses)
+                self._hits[0] += leg.hits
+                self._misses[0] += leg.misses
             elif leg.stage is Stage.PREFILL:
                 prefilled = leg.ended
             elif leg.first:
@@ -205,14 +207,17 @@ class _Together(Collector):
             yield from collector.collect()
 
 
+def _cell(counter: Counter) -> Cell:
+    return tally.cell(counter._value)
+
+
 def _fast(histogram: Histogram) -> Observe:
-    """`observe` without the library's checks and its search from the first bucket on: 0.3 µs against 1.2 µs, of which
-    ten are due for each request."""
-    bounds, total = histogram._upper_bounds, histogram._sum
-    counts = [bucket.inc for bucket in histogram._buckets]
+    """`observe` without the library's checks and calls: 0.15 µs against 0.4 to 0.9 µs, and ten are due per request."""
+    bounds, total = histogram._upper_bounds, tally.cell(histogram._sum)
+    counts = [tally.cell(bucket) for bucket in histogram._buckets]
 
     def observe(value: float) -> None:
-        total.inc(value)
-        counts[bisect_left(bounds, value)](1.0)
+        total[0] += value
+        counts[bisect_left(bounds, value)][0] += 1.0
 
     return observe

@@ -114,3 +114,26 @@ def test_a_process_alone_counts_the_same_without_locks() -> None:
         'triptych_s_bucket{le="2.0"} 1.0',
         'triptych_s_bucket{le="+Inf"} 1.0',
     ]
+
+
+CELL = """
+import sys
+from pathlib import Path
+from proxy import tally
+{installed}
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+registry = CollectorRegistry()
+counter = Counter("triptych_x", "what", registry=registry)
+counter.inc(2)
+cell = tally.cell(counter._value)
+cell[0] += 3
+assert cell[0] == 5
+shown = tally.summed(Path(sys.argv[1])) if "folder" in sys.argv[2] else registry
+print(generate_latest(shown).decode())
+"""
+
+
+@pytest.mark.parametrize("installed", ["", "tally.install_alone()", "tally.install(Path(sys.argv[1]), 0)  # folder"])
+def test_what_is_added_to_a_cell_is_counted(installed: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CELL.format(installed=installed), str(tmp_path), installed]
+    assert "triptych_x_total 5.0" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
