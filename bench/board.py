@@ -26,6 +26,12 @@ POINTS = 300  # of a line
 _TIMEOUT_S = 30.0
 _WIDTH, _HEIGHT = 0.72, 0.42  # inches of a cell of Grafana's grid
 _SHOWN = 6  # legends of a panel
+_BELOW = {
+    "timeseries": 1.75,
+    "heatmap": 0.8,
+    "state-timeline": 0.8,
+    "stat": 0.4,
+}  # cells of the grid, for axis and legend
 _COLOURS = ("#3b6fb6", "#e07b39", "#3a9a6a", "#c44e68", "#8a6bbf", "#b59a2c", "#4aa8b8", "#8c8c8c")
 _WORDS = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c"}  # Grafana's own, of mapped values and limits
 _INK, _FAINT = "#24292e", "#8a9199"
@@ -111,7 +117,8 @@ def _place(figure: Any, rows: int, panel: dict[str, Any], ask: Ask) -> None:
     if panel["type"] == "row":
         figure.text(left + 0.006, top - 0.65 / rows, panel["title"], fontsize=10, weight="bold", va="center")
         return
-    inner = (left + 0.032, top - (at["h"] - 1.75) / rows, at["w"] / 24 - 0.042, (at["h"] - 2.75) / rows)
+    below = _BELOW[panel["type"]]
+    inner = (left + 0.032, top - (at["h"] - below) / rows, at["w"] / 24 - 0.042, (at["h"] - below - 1) / rows)
     card = (left + 0.003, top - (at["h"] - 0.12) / rows, at["w"] / 24 - 0.006, (at["h"] - 0.24) / rows)
     figure.add_axes(card, facecolor="white").set(xticks=[], yticks=[])
     figure.text(left + 0.008, top - 0.6 / rows, panel["title"], fontsize=8, weight="bold", va="center")
@@ -139,8 +146,9 @@ def _timeseries(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None:
     _unit(axes, panel)
     lines, names = axes.get_legend_handles_labels()
     if any(names):
-        below = {"loc": "upper left", "bbox_to_anchor": (-0.08, -0.13), "ncols": 3, "frameon": False, "fontsize": 6}
-        axes.legend(lines[:_SHOWN], names[:_SHOWN], handlelength=1, columnspacing=1, **below)
+        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "ncols": 3, "borderaxespad": 0}
+        look = {"frameon": False, "fontsize": 6, "handlelength": 1, "columnspacing": 1}
+        axes.legend(lines[:_SHOWN], names[:_SHOWN], **place, **look)
 
 
 def _stacked(axes: Axes, shown: list[Series]) -> None:
@@ -189,9 +197,9 @@ def _states(axes: Axes, panel: dict[str, Any], found: list[Series]) -> None:
     step = min((b - a for one in found for a, b in pairwise(one.times)), default=1.0)
     for number, one in enumerate(found):
         colours = [_WORDS[mapping["options"][str(int(value))]["color"]] for value in one.values]
-        axes.barh([number] * len(one.times), step, left=one.times, height=0.6, color=colours, linewidth=0)
-        axes.annotate(one.name, (one.times[0], number + 0.32), fontsize=6, color=_INK)
-    axes.set(yticks=[], ylim=(-0.6, len(found) - 0.2))
+        axes.barh([number] * len(one.times), step, left=one.times, height=0.5, color=colours, linewidth=0)
+        axes.annotate(one.name, (one.times[0], number + 0.3), fontsize=6, color=_INK)
+    axes.set(yticks=[], ylim=(-0.4, len(found) - 0.2))
     axes.spines["left"].set_visible(False)
     _clock(axes)
 
