@@ -68,7 +68,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`mode`: who fetches media behind URLs. `hosts`: names or `*.domain`; none: any. `networks`: where hosts may be
+    """`mode`: who fetches media behind URLs. `hosts`: names, `*.domain` or `*`; none: any. `networks`: where hosts may be
     besides the open Internet. `roots`: folders that `file://` may name; none: no files."""
 
     mode: Mode = "engines"
@@ -108,7 +108,7 @@ class Rules:
         if literal is None:
             allowed = self._named(host)
         else:
-            listed = not self.hosts or host in self.hosts
+            listed = not self.hosts or host in self.hosts or "*" in self.hosts
             allowed = listed and literal != "" and self.reachable(literal)
         if not allowed:
             raise ForbiddenMedia("media may not come from this host (--media-hosts, --media-networks)", param=param)
@@ -141,8 +141,8 @@ def hosts(text: str) -> tuple[str, ...]:
     """Of a flag: `cdn.example.com,*.images.example.com`, in lower case. Raises ValueError."""
     found = tuple(entry.strip().lower() for entry in text.split(",") if entry.strip())
     for entry in found:
-        if not re.fullmatch(r"(\*\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\]", entry):
-            raise ValueError(f"{entry!r} is no host: cdn.example.com, *.example.com or an address")
+        if not re.fullmatch(r"(\*\.)?[a-z0-9._-]+|\[[0-9a-f:.]+\]|\*", entry):
+            raise ValueError(f"{entry!r} is no host: cdn.example.com, *.example.com, an address, or * for any")
     return found
 
 

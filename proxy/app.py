@@ -31,12 +31,14 @@ from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
 from proxy.enrolment import Enrolment
 from proxy.families import Families
+from proxy.fetching import Fetching
 from proxy.gate import Gate
 from proxy.guard import Guard
 from proxy.health import Health
 from proxy.hedge import Hedge
 from proxy.http.router import Audience, Route, Router, post
 from proxy.http.server import Server
+from proxy.inlining import Inlining
 from proxy.introduction import Introduction
 from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
@@ -51,6 +53,7 @@ from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
 from proxy.reading import Reading
 from proxy.receipts import Receipts
+from proxy.resolving import Resolver
 from proxy.settings import ProxySettings
 from proxy.siblings import Kind
 from proxy.sizing import Sizing
@@ -95,14 +98,15 @@ class Proxy:
         self.metrics.also(self.advising)
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
-        self.introduction = Introduction(self.upstream, self.speakers, self.families, derived.patience(settings))
+        self.introduction = Introduction(
+            *(self.upstream, self.speakers, self.families, derived.patience(settings), settings.forward_authorization)
+        )
         self.health = Health(
             *(self.fleet, self.balancer, self.breakers, self.upstream, self.introduction, derived.probing(settings))
         )
         self.access = AccessLog(sys.stderr, settings.access_form())
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
-        self.measuring = _measuring(settings, self.costs)
-        self.reading = Reading(self.costs, self.measuring)
+        self.reading = _reading(settings, self.costs)
         self.planner = self._planner(self.balancer)
         admission = Admission(derived.limits(settings))
         foresee = self._outlooks().of
@@ -132,9 +136,11 @@ class Proxy:
         self.certificates.reread()
         self.balancer.choose_by(derived.policies(settings, self.balancer.rates))
         self.upstream.go_by(derived.timeouts(settings), settings.engine_key)
+        self.reading.go_by(derived.request_limits(settings))
         self.breakers.thresholds = derived.thresholds(settings)
         self.health.probing = derived.probing(settings)
         self.introduction.patience = derived.patience(settings)
+        self.introduction.forward = settings.forward_authorization
         self.planner = self._planner(self.balancer)
         self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
         self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
@@ -190,14 +196,13 @@ class Proxy:
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
         """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
-        measuring = nullcontext() if self.measuring is None else self.measuring.running()
         tracing = nullcontext() if self.tracing is None else self.tracing.running()
         routes = self._routes()
         async with (
             self.upstream,
             self.metaserver.running(),
             self._siblings(),
-            measuring,
+            self.reading.running(),
             tracing,
             self._encoding(),
             self._administering(routes),
@@ -295,10 +300,16 @@ def _tracing(settings: ProxySettings, metrics: Metrics) -> Tracing | None:
     return Tracing(settings.otlp_endpoint, settings.trace_sample, metrics)
 
 
-def _measuring(settings: ProxySettings, costs: Costs) -> Measuring | None:
-    if settings.measure_urls == "never":
-        return None
-    return Measuring(costs, settings.measure_timeout, private=settings.measure_urls == "all")
+def _reading(settings: ProxySettings, costs: Costs) -> Reading:
+    limits, rules = derived.request_limits(settings), settings.media_rules()
+    measuring, inlining = None, None
+    if settings.media_urls == "fetch":
+        kept = settings.media_cache_bytes // settings.workers
+        inlining = Inlining(Fetching(rules, derived.fetches(settings)), kept, settings.max_body_bytes, time.monotonic)
+    elif settings.measure_urls != "never":
+        resolver = None if settings.measure_urls == "all" else Resolver(rules)
+        measuring = Measuring(costs, settings.measure_timeout, resolver)
+    return Reading(costs, limits, measuring, inlining)
 
 
 def local_url(host: str, port: int, scheme: str) -> str:

@@ -16,12 +16,14 @@ from proxy.breaker import Thresholds
 from proxy.core import Role
 from proxy.dialects.base import Media
 from proxy.dispatch import Rules
+from proxy.fetching import Bounds
 from proxy.gate import Targets
 from proxy.guard import Rights
 from proxy.health import Probing
 from proxy.http.server import Limits as HttpLimits
 from proxy.introduction import Patience
 from proxy.keys import Keys
+from proxy.limits import Limits as RequestLimits
 from proxy.links import Links
 from proxy.prospects import Sight
 from proxy.settings import ProxySettings
@@ -78,7 +80,23 @@ def limits(settings: ProxySettings) -> Limits:
 
 
 def http_limits(settings: ProxySettings) -> HttpLimits:
-    return HttpLimits(body_bytes=settings.max_body_bytes)
+    return HttpLimits(head_bytes=settings.max_header_bytes, body_bytes=settings.max_body_bytes)
+
+
+def request_limits(settings: ProxySettings) -> RequestLimits:
+    return RequestLimits(
+        depth=settings.max_json_depth,
+        items=settings.max_items,
+        text_bytes=settings.max_text_bytes,
+        pixels=settings.max_pixels,
+        rules=settings.media_rules(),
+    )
+
+
+def fetches(settings: ProxySettings) -> Bounds:
+    """An equal share for each worker."""
+    at_once = -(-settings.max_media_fetches // settings.workers)
+    return Bounds(settings.max_media_bytes, settings.media_timeout, at_once)
 
 
 def rights(settings: ProxySettings) -> Rights:

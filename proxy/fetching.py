@@ -66,6 +66,10 @@ class Fetching:
             await self._client.close()
             self._resolver.close()
 
+    def go_by(self, rules: Rules) -> None:
+        """Other rules from now on."""
+        self.rules = self._resolver.rules = rules
+
     async def fetch(self, url: str) -> Fetched:
         """The media behind `url`. Raises BadRequest: forbidden, too large, no media, or not there in time."""
         bounds = self._bounds

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from proxy import splice
+from proxy.addresses import Rules
 from proxy.core import Item, Job
 from proxy.costs import Costs, price_of
 from proxy.dialects.bodies import with_parts
@@ -55,6 +56,10 @@ class Inlining:
                 for flight in flights:
                     flight.cancel()
                 await asyncio.gather(*flights, return_exceptions=True)
+
+    def go_by(self, rules: Rules) -> None:
+        """Other rules from now on."""
+        self._fetching.go_by(rules)
 
     async def inlined(self, job: Job, identity: Identity, costs: Costs, limits: Limits) -> Job:
         """`job` without URLs. Raises BadRequest naming the item."""

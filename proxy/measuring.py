@@ -3,9 +3,9 @@
 It is an optimisation and no more: whatever goes wrong, an item keeps the price that it has. No redirect is followed,
 and of no URL are more than 64 KiB read.
 
-This lets clients make the proxy connect to hosts that they name. Unless `private` is set, only public addresses are
-connected to, and it is the resolved address that is checked and used, so that a name cannot change its mind between.
-With it, any address is: right where encoders would fetch from there too, and reach no less than the proxy does.
+This lets clients make the proxy connect to hosts that they name. With a `Resolver`, only addresses that media may come
+from are connected to. Without one, any address is: right where encoders would fetch from there too, and reach no less
+than the proxy does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from socket import SOCK_STREAM
 from urllib.parse import urlsplit
 
 from proxy import media
+from proxy.addresses import Rules
 from proxy.core import Item, Job
 from proxy.costs import Costs
+from proxy.errors import ForbiddenMedia
 from proxy.http.client import Client, ConnectFailed, Cut, Exchange, Late
 from proxy.media import Shape
+from proxy.resolving import Resolver
 from proxy.tasks import together
 
 _HEAD = 64 << 10  # bytes
@@ -33,18 +34,15 @@ _FIELDS = f"range: bytes=0-{_HEAD - 1}\r\naccept-encoding: identity\r\nuser-agen
 _TOTAL = re.compile(r"bytes 0-\d+/(\d{1,18})")
 
 
-class Private(OSError):
-    """A host that clients may not make the proxy contact. An OSError, because that is what resolvers raise."""
-
-
 class Measuring:
     """What it finds is kept in `costs.sizes`, and failures too: nobody is asked twice."""
 
-    def __init__(self, costs: Costs, seconds: float, private: bool = False) -> None:
-        """`seconds`: that a request waits for all its media together, at the most."""
+    def __init__(self, costs: Costs, seconds: float, resolver: Resolver | None) -> None:
+        """`seconds`: that a request waits for all its media together, at the most. `resolver`: None takes any host."""
         self._costs = costs
         self._seconds = seconds
-        self._client = Client(seconds, None if private else _public)
+        self._resolver = resolver
+        self._client = Client(seconds, resolver)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -53,6 +51,13 @@ class Measuring:
             yield
         finally:
             await self._client.close()
+            if self._resolver is not None:
+                self._resolver.close()
+
+    def go_by(self, rules: Rules) -> None:
+        """Other rules from now on."""
+        if self._resolver is not None:
+            self._resolver.rules = rules
 
     async def measured(self, job: Job) -> Job:
         """`job` with the prices of media that could be measured."""
@@ -95,7 +100,7 @@ class Measuring:
             async with self._client.request("GET", f"{parts.scheme}://{parts.netloc}", path, _FIELDS) as answer:
                 data = await _head(answer)
                 total = _total(answer)
-        except (ConnectFailed, Cut, Late, ValueError):
+        except (ConnectFailed, Cut, Late, ForbiddenMedia, ValueError):
             return Shape(item.modality)
         return media.measure(item.modality, data, max(total, len(data))) if data else Shape(item.modality)
 
@@ -113,20 +118,3 @@ def _total(answer: Exchange) -> int:
     found = _TOTAL.fullmatch(answer.header("content-range"))
     length = answer.header("content-length")
     return int(found[1]) if found else int(length) if answer.status == 200 and length.isdecimal() else 0
-
-
-async def _public(host: str, port: int) -> str:
-    """An address of `host`, if all of them are of the open Internet. Raises OSError."""
-    infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
-    found = [str(info[4][0]) for info in infos]
-    if not found or not all(map(is_public, found)):
-        raise Private(f"{host} is a private address")
-    return found[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open Internet."""
-    ip: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
-    if isinstance(ip, IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast

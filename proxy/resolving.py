@@ -26,14 +26,14 @@ class Resolver:
 
     def __init__(self, rules: Rules, lookup: Lookup | None = None) -> None:
         """`lookup`: None asks the system."""
-        self._rules = rules
+        self.rules = rules
         self._threads = ThreadPoolExecutor(_THREADS, "names")  # none is started before it is needed
         self._lookup = lookup or self._system
 
     async def __call__(self, host: str, port: int) -> str:
         """The first address of `host`, if media may come from all. Raises ForbiddenMedia, OSError."""
         found = await self._lookup(host, port)
-        if not found or not all(map(self._rules.reachable, found)):
+        if not found or not all(map(self.rules.reachable, found)):
             raise ForbiddenMedia("media may not come from this host's address (--media-networks)")
         return found[0]
 

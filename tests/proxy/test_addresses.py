@@ -122,6 +122,15 @@ def test_hosts_may_be_listed() -> None:
             rules.judge(f"http://{host}/")
 
 
+def test_a_host_of_ones_own_network_may_be_listed_beside_any_other() -> None:
+    rules = Rules(hosts=hosts("minio,*"), networks=networks("10.0.0.0/8"))
+    for host in ("minio:9000", "cdn.example.com", "8.8.8.8", "10.0.0.1"):
+        assert rules.judge(f"http://{host}/")
+    for host in ("redis", "127.0.0.1", "metadata.google.internal"):
+        with pytest.raises(ForbiddenMedia):
+            rules.judge(f"http://{host}/")
+
+
 def test_schemes_and_modes() -> None:
     https = Rules(schemes=frozenset({"https"}))
     assert https.judge("https://h.example/")
@@ -165,7 +174,7 @@ def test_no_way_out_of_the_roots(host: str, path: str) -> None:
         ROOTS.judge(f"file://{host}{path}")
 
 
-@pytest.mark.parametrize("text", ["http://x", "a b", "*", "a.*.b", "*x.com", "h:80"])
+@pytest.mark.parametrize("text", ["http://x", "a b", "**", "a.*.b", "*x.com", "h:80"])
 def test_wrong_hosts(text: str) -> None:
     with pytest.raises(ValueError, match="is no host"):
         hosts(text)

@@ -25,7 +25,8 @@ from tests.support.waiting import until
 
 @pytest.mark.parametrize("measure", ["never", "all"])
 async def test_media_are_measured_before_planning_where_that_is_asked_for(measure: str) -> None:
-    async with hosted() as host, deployment("1e1b", measure_urls=measure, vision="tiny=qwen3_vl") as d:
+    here = {"media_networks": "127.0.0.0/8", "measure_urls": measure, "vision": "tiny=qwen3_vl"}
+    async with hosted() as host, deployment("1e1b", **here) as d:
         assert d.proxy.costs.visions.of("tiny") is FAMILIES["qwen3_vl"]
         assert (await d.post(chat(*parts(f"{host.url}/x")))).status == 200
         assert len(host.asked) == (measure == "all"), "this encoder fetches nothing"

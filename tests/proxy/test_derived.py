@@ -6,15 +6,18 @@ from math import inf
 from typing import Any
 
 from proxy import derived
+from proxy.addresses import Rules as AddressRules
 from proxy.admission import Limits
 from proxy.balancer.balance import PRIORS
 from proxy.balancer.rates import Rates
 from proxy.breaker import Thresholds
 from proxy.core import ROLES, Role
 from proxy.dispatch import Rules
+from proxy.fetching import Bounds
 from proxy.gate import Targets
 from proxy.health import Probing
 from proxy.introduction import Patience
+from proxy.limits import Limits as RequestLimits
 from proxy.links import Links
 from proxy.prospects import Sight
 from proxy.settings import ProxySettings
@@ -51,6 +54,19 @@ def test_workers_share_what_is_bounded_for_all() -> None:
     largest = settings(workers=4, max_bytes_in_flight=400, max_body_bytes=300)
     assert derived.limits(largest).nbytes == 300, "the largest body that is accepted fits in"
     assert derived.http_limits(largest).body_bytes == 300
+
+
+def test_what_requests_may_hold_and_name() -> None:
+    found = derived.request_limits(
+        settings(max_json_depth=50, max_items=2, max_text_bytes=3, max_pixels=4, media_urls="refuse")
+    )
+    assert found == RequestLimits(50, 2, 3, 4, AddressRules(mode="refuse"))
+    assert derived.http_limits(settings(max_header_bytes=5)).head_bytes == 5
+
+
+def test_fetches_are_shared_and_their_size_is_not() -> None:
+    found = derived.fetches(settings(workers=4, max_media_fetches=10, max_media_bytes=7, media_timeout=2))
+    assert found == Bounds(7, 2.0, 3)
 
 
 def test_sight_is_as_far_as_policies_need() -> None:

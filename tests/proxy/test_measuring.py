@@ -12,11 +12,13 @@ import pytest
 from aiohttp import web
 
 from proxy import openai
+from proxy.addresses import Rules
 from proxy.core import Api, Handle, Job
 from proxy.costs import Costs
-from proxy.measuring import Measuring, is_public
+from proxy.measuring import Measuring
 from proxy.media import Shape
 from proxy.openai import Identity
+from proxy.resolving import Resolver
 from proxy.vision import DEFAULT
 from tests.fakes.media import chat, image, part
 from tests.support import containers
@@ -37,6 +39,8 @@ class Host:
         match request.path:
             case "/whole":
                 return web.Response(body=PICTURE)
+            case "/typed":
+                return web.Response(body=PICTURE, headers={"content-type": "image/bmp"})
             case "/gone":
                 return web.Response(status=404, body=PICTURE)
             case "/moved":
@@ -90,7 +94,7 @@ async def measured(
     *given: dict[str, Any], costs: Costs | None = None, seconds: float = 10.0, private: bool = True, **fields: Any
 ) -> Job:
     costs = costs or Costs()
-    measuring = Measuring(costs, seconds, private)
+    measuring = Measuring(costs, seconds, None if private else Resolver(Rules()))
     async with measuring.running():
         return await measuring.measured(parsed(costs, *given, **fields))
 
@@ -165,22 +169,3 @@ async def test_nobody_is_led_to_a_private_address(name: str) -> None:
 )
 async def test_what_is_no_url_is_left(url: str) -> None:
     assert (await measured(*parts(url))).items[0].tokens == 1024
-
-
-@pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("1.1.1.1", True),
-        ("2606:4700::1111", True),
-        ("10.0.0.1", False),
-        ("169.254.169.254", False),
-        ("::1", False),
-        ("fe80::1%eth0", False),
-        ("::ffff:10.0.0.1", False),
-        ("2002:7f00:1::", False),
-        ("224.0.0.1", False),
-        ("0.0.0.0", False),
-    ],
-)
-def test_public_addresses(address: str, public: bool) -> None:
-    assert is_public(address) == public

@@ -7,9 +7,13 @@ from typing import Any
 import orjson
 import pytest
 
+from proxy.addresses import Rules, networks
 from proxy.core import Api, Job
 from proxy.costs import Costs
-from proxy.errors import BadRequest
+from proxy.errors import BadRequest, ForbiddenMedia, TooLarge
+from proxy.fetching import Bounds, Fetching
+from proxy.inlining import Inlining
+from proxy.limits import Limits
 from proxy.measuring import Measuring
 from proxy.openai import Identity
 from proxy.reading import Reading
@@ -17,8 +21,14 @@ from tests.fakes.media import chat, image, part
 from tests.proxy.test_measuring import hosted, parts
 
 
-async def read(body: Any, costs: Costs, measuring: Measuring | None = None) -> Job:
-    return await Reading(costs, measuring).job(orjson.dumps(body), Api.CHAT, "id-1", Identity(b"a"), {"x-y": "z"})
+async def ask(reading: Reading, body: Any) -> Job:
+    return await reading.job(orjson.dumps(body), Api.CHAT, "id-1", Identity(b"a"), {"x-y": "z"})
+
+
+async def read(body: Any, costs: Costs, **given: Any) -> Job:
+    reading = Reading(costs, Limits(), **given)
+    async with reading.running():
+        return await ask(reading, body)
 
 
 @pytest.mark.parametrize("size", [10, 1000])
@@ -42,7 +52,30 @@ async def test_urls_are_measured_where_that_is_asked_for() -> None:
     async with hosted() as host:
         body, costs = chat(*parts(f"{host.url}/x")), Costs()
         assert (await read(body, costs)).items[0].tokens == 1024 and host.asked == []
-        measuring = Measuring(costs, 10.0, private=True)
-        async with measuring.running():
-            assert (await read(chat(), costs, measuring)).items == ()
-            assert (await read(body, costs, measuring)).items[0].tokens == 1196
+        measuring = Measuring(costs, 10.0, None)
+        assert (await read(chat(), costs, measuring=measuring)).items == ()
+        assert (await read(body, costs, measuring=measuring)).items[0].tokens == 1196
+
+
+async def test_urls_are_fetched_where_that_is_asked_for_and_rules_may_change() -> None:
+    async with hosted() as host:
+        here = Rules(mode="fetch", networks=networks("127.0.0.0/8"))
+        inlining = Inlining(Fetching(here, Bounds()), 0, 10 << 20, lambda: 0.0)
+        reading = Reading(Costs(), Limits(rules=here), inlining=inlining)
+        body = chat(*parts(f"{host.url}/typed"))
+        async with reading.running():
+            (item,) = (await ask(reading, body)).items
+            assert item.mm_hash is not None and item.tokens == 1196
+            reading.go_by(Limits(rules=Rules(mode="fetch")))
+            with pytest.raises(ForbiddenMedia):
+                await ask(reading, body)
+
+
+@pytest.mark.parametrize("size", [1, 100_000])
+async def test_limits_hold_wherever_a_request_is_parsed(size: int) -> None:
+    body = chat(part(image()), part(image()), text="x" * size)
+    reading = Reading(Costs(), Limits())
+    assert len((await ask(reading, body)).items) == 2
+    reading.go_by(Limits(items=1))
+    with pytest.raises(TooLarge):
+        await ask(reading, body)

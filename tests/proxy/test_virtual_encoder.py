@@ -77,10 +77,10 @@ async def test_every_rank_of_a_server_gets_the_embeddings(version: str) -> None:
 async def test_a_large_image_passes_unparsed_and_a_url_as_it_is() -> None:
     async with fleet(topology="1e1b") as it:
         large = "data:image/png;base64,iVBORw0KGgo" + "A" * 400_001
-        far = {"type": "image_url", "image_url": {"url": "http://elsewhere/cat.png"}}
+        far = {"type": "image_url", "image_url": {"url": "http://elsewhere.example/cat.png"}}
         answer = await it.post(chat({"type": "image_url", "image_url": {"url": large}}, far))
         assert answer.status == 200
-        assert server(it).embeddings == [joined(large, "http://elsewhere/cat.png")]
+        assert server(it).embeddings == [joined(large, "http://elsewhere.example/cat.png")]
 
 
 @VERSIONS
