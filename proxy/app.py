@@ -144,6 +144,7 @@ class Proxy:
         self.planner = self._planner(self.balancer)
         self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
         self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
+        self.membership.configure(settings.fleet())
         self.health.wake()
 
     def _planner(self, balancer: Balancer) -> Planner:

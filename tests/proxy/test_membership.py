@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -16,6 +17,10 @@ from proxy.core import Instance, Role, State
 from proxy.heartbeats import Heartbeats
 from proxy.membership import CONFIGURED, REGISTERED, Listed, Membership
 from proxy.settings import Endpoint
+from tests.fakes.deployment import deployment
+from tests.fakes.media import chat
+from tests.fakes.native import Language
+from tests.support.waiting import until
 
 A, B, C = (f"http://10.0.0.{number}:80" for number in range(1, 4))
 NAME = "dns+http://enc:80"
@@ -246,3 +251,20 @@ def test_any_worker_may_go_on_where_another_stopped(steps: list[tuple[int, tuple
             assert view.held.keys() == out
             for instance in view:
                 assert instance.sources == {name for name, urls in lists.items() if instance.url in urls}
+
+
+async def test_another_configuration_changes_the_fleet_and_no_request_notices() -> None:
+    async with deployment("2b", probe_interval=0.02) as d, Language() as late:
+        leaving, staying = d.combined
+        gate = leaving.gate = staying.gate = asyncio.Event()
+        asking = [asyncio.create_task(d.post(chat())) for _ in range(4)]
+        await leaving.until(lambda: leaving.running == 2)
+        texts = [f"{staying.url}?weight=2", f"{late.url}?rack=r1"]
+        d.proxy.go_by(d.proxy.settings.model_copy(update={"decode_servers_urls": ",".join(texts)}))
+        shown = {i["url"]: i for i in (await d.get("/instances")).json["instances"]}
+        assert (shown[leaving.url]["state"], shown[staying.url]["state"]) == ("DRAINING", "READY")
+        assert (shown[staying.url]["weight"], shown[late.url]["facts"]) == (2.0, {"labels": {"rack": "r1"}})
+        gate.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4
+        await until(lambda: [i.url for i in d.proxy.fleet if i.state is State.READY] == [staying.url, late.url])
+        assert (await d.post(chat())).status == 200 and len(leaving.calls) == 2
