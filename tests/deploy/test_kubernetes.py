@@ -126,7 +126,7 @@ def test_bodies_in_flight_fit_the_memory() -> None:
 
 def test_the_proxy_may_watch_endpoint_slices_and_nothing_else() -> None:
     assert the("Role", "proxy")["rules"] == [
-        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
     ]
     account = the("ServiceAccount", "proxy")["metadata"]["name"]
     assert the("RoleBinding", "proxy")["subjects"] == [{"kind": "ServiceAccount", "name": account}]
