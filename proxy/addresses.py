@@ -68,8 +68,8 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """`mode`: who fetches media behind URLs. `hosts`: names, `*.domain` or `*`; none: any. `networks`: where hosts may be
-    besides the open Internet. `roots`: folders that `file://` may name; none: no files."""
+    """`mode`: who fetches media behind URLs. `hosts`: names, `*.domain` or `*`; none: any. `networks`: where hosts may
+    be besides the open Internet. `roots`: folders that `file://` may name; none: no files."""
 
     mode: Mode = "engines"
     schemes: frozenset[str] = frozenset(SCHEMES)

@@ -24,8 +24,8 @@ class MediaSettings(BaseModel):
     media_schemes: str = Field(",".join(SCHEMES), description="of media URLs; file: only with --media-roots as well")
     media_hosts: str = Field(
         "",
-        description="where media may be, as cdn.example.com,*.images.example.com; empty or *: anywhere in the Internet; "
-        "where engines fetch, names of one's own network are listed, as minio,*",
+        description="where media may be, as cdn.example.com,*.images.example.com; empty or *: anywhere in the "
+        "Internet; where engines fetch, names of one's own network are listed, as minio,*",
     )
     media_networks: str = Field(
         "", description="networks besides the open Internet where media may be, as 10.0.0.0/8,fd00::/8"
