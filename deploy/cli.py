@@ -18,6 +18,7 @@ COMMANDS = {
     "language": ("engines.language", "a language engine: prefill, decode, or both"),
     "checkpoint": ("engines.checkpoint", "make a tiny random checkpoint to play with"),
 }
+COMPLETION = "completion"
 NEEDS_ENGINES = ("up", "encoder", "language", "checkpoint")
 HELP = """\
 usage: triptych COMMAND [flags]        (triptych COMMAND --help explains a command's flags)
@@ -26,7 +27,7 @@ usage: triptych COMMAND [flags]        (triptych COMMAND --help explains a comma
 
 Start everything on this machine:
   triptych up
-Or each part where it belongs:
+Or each part where it belongs (`triptych check` with the proxy's flags says beforehand what would fail):
   triptych encoder  --model DIR --port 8001 --transfer shm
   triptych language --model DIR --port 8002 --role prefill --transfer shm
   triptych language --model DIR --port 8003 --role decode  --transfer shm
@@ -41,11 +42,18 @@ def main() -> None:
         print(f"triptych {version('triptych')}")
         return
     if name in ("--help", "-h", "help"):
-        print(HELP.format(commands="\n".join(f"  {command:<11} {text}" for command, (_, text) in COMMANDS.items())))
+        texts = {command: text for command, (_, text) in COMMANDS.items()}
+        texts[COMPLETION] = "what bash, zsh or tcsh need to complete all this"
+        print(HELP.format(commands="\n".join(f"  {command:<11} {text}" for command, text in texts.items())))
         return
+    can_run_engines = importlib.util.find_spec("torch") is not None
+    if name == COMPLETION:
+        from deploy import completion
+
+        completion.main(sys.argv[2:], {c: COMMANDS[c] for c in COMMANDS if can_run_engines or c not in NEEDS_ENGINES})
     if name not in COMMANDS:
-        sys.exit(f"triptych: no command {name!r}; there are {', '.join(COMMANDS)}")
-    if name in NEEDS_ENGINES and importlib.util.find_spec("torch") is None:
+        sys.exit(f"triptych: no command {name!r}; there are {', '.join([*COMMANDS, COMPLETION])}")
+    if name in NEEDS_ENGINES and not can_run_engines:
         sys.exit(f"triptych {name} needs the engines' dependencies: pip install 'triptych[engines]'")
     sys.argv = [f"triptych {name}", *sys.argv[2:]]
     runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=False)
