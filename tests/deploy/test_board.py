@@ -54,6 +54,13 @@ async def test_board_and_rules_ask_only_for_what_a_proxy_tells(tmp_path: Path) -
         assert asked <= series, f"{file.name} asks for {sorted(asked - series)}"
 
 
+def test_the_operators_page_tells_of_every_alert_and_of_no_other() -> None:
+    defined = set(re.findall(r"alert: (\w+)", (DEPLOY / "prometheus" / "alerts.yml").read_text()))
+    page = (DEPLOY / "OPERATING.md").read_text()
+    assert set(re.findall(r"`(Triptych[A-Z]\w+)`", page)) == defined
+    assert set(re.findall(r"^\| `(Triptych\w+)` \|", page, re.MULTILINE)) == defined, "each with what to do"
+
+
 def test_queries_name_the_boards_own_part_of_a_metric() -> None:
     here = 'job=~"$job",instance=~"$proxy"'
     assert now("m") == f"m{{{here}}}"
