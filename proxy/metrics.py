@@ -99,12 +99,10 @@ class Metrics:
         self._attempts = _fast(self._histogram("attempts", "Attempts that a request took", _ATTEMPTS))
         transfer = self._histogram(
             "transfer_seconds",
-            "What a stage waited for the bytes of the one before, as its engine tells; else, of KV, from the end of "
-            "prefill to the first token",
-            _SECONDS,
-            "link",
+            "From the end of prefill to the first token of a stream: the KV's bytes, a queue and a step",
+            *(_SECONDS, "link"),
         )
-        self._embeddings, self._kv = (_fast(transfer.labels(link)) for link in ("encode_prefill", "prefill_decode"))
+        self._kv = _fast(transfer.labels("prefill_decode"))
 
     def _counter(self, name: str, what: str, *labels: str) -> Counter:
         return Counter(f"triptych_{name}", what, labels, registry=self._registry)
@@ -165,11 +163,6 @@ class Metrics:
                 prefilled = leg.ended
             elif leg.first:
                 first = leg.first
-            if leg.embeddings:
-                self._embeddings(leg.embeddings)
-            if leg.kv:
-                self._kv(leg.kv)
-                first = 0.0
         if record.stream and first > prefilled > 0:
             self._kv(first - prefilled)
 

@@ -7,9 +7,11 @@
     path, attempts, code                   error            stage and message
     prompt_tokens, output_tokens           events           [{at, name, detail}]
     legs      [{stage, instance, attempt, items, began, first, ended, outcome}]
+                                           each leg's choices of an instance, see `record.Choice`: [{joined, unit, of
+                                           (so many), candidates: [{instance, score, chosen}], the best first}]
 
 Kept are the last so many requests that ended in each worker; whoever is asked asks the others. What they carried is not
-kept: no prompt, no media, no key.
+kept: no prompt, no media, no key but for its name.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ from proxy.errors import BadRequest, NotFound
 from proxy.http.message import Response, json_response
 from proxy.http.router import Audience, Route, get
 from proxy.http.server import Request
-from proxy.record import LegRecord, Record
+from proxy.record import Choice, LegRecord, Record
 from proxy.siblings import Kind, Siblings
 
 _ROUTE = "/requests"
 _LIMIT, _MOST = 50, 1000
 _PATIENCE_S = 1.0  # for another worker's answer
+_CHOICES, _CANDIDATES = 16, 16  # shown of a leg, and of each of its choices
 
 
 class Receipts:
@@ -126,6 +129,7 @@ def full(record: Record, boot: float) -> dict[str, Any]:
         "timings": record.timings,
         "error": record.error or None,
         "events": [{**event._asdict(), "at": event.at - record.began} for event in record.events],
+        "legs": [{**_leg(leg, record), "choices": _choices(leg)} for leg in record.legs],
     }
 
 
@@ -140,6 +144,20 @@ def _leg(leg: LegRecord, record: Record) -> dict[str, Any]:
         "ended": _since(record, leg.ended),
         "outcome": leg.outcome or None,
     }
+
+
+def _choices(leg: LegRecord) -> list[dict[str, Any]]:
+    return [
+        {"joined": choice.joined, "unit": choice.unit, "of": len(choice.urls), "candidates": _best(choice, leg.url)}
+        for choice in leg.choices[:_CHOICES]
+    ]
+
+
+def _best(choice: Choice, chosen: str) -> list[dict[str, Any]]:
+    """Some of the candidates, the best first, and the chosen one in any case."""
+    ranked = sorted(zip(map(float, choice.scores), choice.urls, strict=True))
+    shown = ranked[:_CANDIDATES] + [one for one in ranked[_CANDIDATES:] if one[1] == chosen]
+    return [{"instance": url.partition("://")[2], "score": score, "chosen": url == chosen} for score, url in shown]
 
 
 def _since(record: Record, at: float) -> float | None:

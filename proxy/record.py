@@ -53,8 +53,6 @@ class LegRecord:
     outcome: str = ""  # OK, a retry.Cause, or CANCELLED; empty while it runs
     hits: int = 0  # items whose embedding the encoder had, as it tells
     misses: int = 0
-    embeddings: float = 0.0  # seconds for which the engine waited for them, as it tells; 0: it does not
-    kv: float = 0.0  # the same of KV from another engine
     context: str = ""  # the `traceparent` that its engine gets; empty: the client's, if it sent one
 
     @property

@@ -11,8 +11,9 @@ from typing import Any
 import aiohttp
 import orjson
 
+from proxy.core import Stage
 from proxy.receipts import Receipts
-from proxy.record import Record
+from proxy.record import Choice, Record
 from proxy.siblings import Kind, Siblings
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault
@@ -67,6 +68,32 @@ async def test_what_happened_on_the_way_is_told_with_its_time() -> None:
         ("fallback", "encode: server_error, encoded inline")
     ]
     assert 0 < told["events"][0]["at"] < told["seconds"]
+
+
+async def test_candidates_are_told_with_what_was_known_of_them_then() -> None:
+    async with deployment("2e2p2d") as d:
+        await d.post(chat(part(image())), x_request_id="r1")
+        told = await receipt(d)
+        for leg in told["legs"]:
+            (choice,) = leg["choices"]
+            scores = [one["score"] for one in choice["candidates"]]
+            assert scores == sorted(scores) and choice["of"] == 2 and not choice["joined"]
+            assert [one["instance"] for one in choice["candidates"] if one["chosen"]] == [leg["instance"]]
+        units = {leg["stage"]: leg["choices"][0]["unit"] for leg in told["legs"]}
+        assert units == {"encode": "seconds", "prefill": "tokens", "decode": "tokens"}, "as their policies go by"
+        assert "choices" not in (await d.get("/requests")).json["requests"][0]["legs"][0]
+
+
+async def test_of_many_candidates_the_best_are_told_and_the_chosen_one() -> None:
+    urls = [f"http://{number}" for number in range(100)]
+    record = Record("r1", began=1.0, ended=2.0)
+    record.leg(Stage.DECODE, urls[50], 0, 1.0, (Choice(urls, range(100), "tokens"), Choice((), (), "", joined=True)))
+    receipts = Receipts(1)
+    receipts.ended(record)
+    told = orjson.loads((await receipts.one(Asked("/requests/r1"))).body)
+    many, joined = told["legs"][0]["choices"]
+    assert [one["instance"] for one in many["candidates"]] == [*map(str, range(16)), "50"] and many["of"] == 100
+    assert joined == {"joined": True, "unit": "", "of": 0, "candidates": []}
 
 
 async def test_requests_that_never_reached_an_engine_have_one_too() -> None:
