@@ -20,11 +20,21 @@ from proxy.upstream import Upstream
 log = logging.getLogger(__name__)
 
 _VLLM_BOOTSTRAP_PORT = 8998
-_KEYED = (401, 403)  # clients bring the key of such an engine; the proxy has none
+_KEYED = (401, 403)
 
 
 class Unfit(Exception):
     """The engine answers but cannot be used in its list."""
+
+
+class Keyed(Unfit):
+    """It asks for a key that it was not shown."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "it asks for a key: give it one with its URL, all of them one with --engine-key, or have clients "
+            "bring it (--forward-authorization)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +47,19 @@ class Patience:
 
 class Introduction:
     def __init__(
-        self, upstream: Upstream, dialects: Callable[[Instance], Dialect], families: Families, patience: Patience
+        self,
+        upstream: Upstream,
+        dialects: Callable[[Instance], Dialect],
+        families: Families,
+        patience: Patience,
+        forward: bool = False,
     ) -> None:
+        """`forward`: clients bring the keys of engines that ask for one which is not known here."""
         self._upstream = upstream
         self._dialects = dialects
         self._families = families
         self.patience = patience
+        self.forward = forward
 
     async def __call__(self, instance: Instance, listed: Iterable[Instance]) -> None:
         """Fill in what `instance` says of itself, and try it, among the `listed`. Raises Unfit, EngineFailed."""
@@ -64,9 +81,13 @@ class Introduction:
     async def _found(self, instance: Instance) -> Found | None:
         ask = detect.asking(self._upstream, instance, self.patience.question)
         if instance.dialect != UNKNOWN:
-            return await detect.detect(ask, instance.dialect)
+            found = await detect.detect(ask, instance.dialect)
+            if found is None:
+                await self._ask_for_key(instance)
+            return found
         found = await detect.detect(ask)
         if found is None:
+            await self._ask_for_key(instance)
             known = ", ".join(detect.FAMILIES)
             raise Unfit(
                 f"it is of no family that is known here ({known}), as far as it says: give its dialect in the URL"
@@ -80,6 +101,12 @@ class Introduction:
         log.info("%s %s speaks %s: %s", instance.role.label, instance.netloc, found.family, found.how)
         return found
 
+    async def _ask_for_key(self, instance: Instance) -> None:
+        """Raises Keyed if `instance` tells nobody who it is without one."""
+        status, _ = await self._upstream.get(instance, "/info", self.patience.question)
+        if status in _KEYED and not self.forward:
+            raise Keyed
+
     async def _bootstrap(self, instance: Instance) -> None:
         """Where prefill and decode of vLLM are called together, decode must be told the prefill engine's own id."""
         if instance.dialect != "vllm" or instance.role is not Role.PREFILL:
@@ -87,9 +114,7 @@ class Introduction:
         if self._dialects(instance).order is not Order.TOGETHER:
             return
         url = detect.bootstrap_url(instance, _VLLM_BOOTSTRAP_PORT)
-        ids = await detect.engine_ids(
-            detect.asking(self._upstream, replace(instance, url=url), self.patience.question)
-        )
+        ids = await detect.engine_ids(detect.asking(self._upstream, replace(instance, url=url), self.patience.question))
         if not ids:
             raise Unfit(f"its bootstrap server {url} does not tell its engine id")
         instance.facts = {**instance.facts, "bootstrap": url, "engine_ids": ids}
@@ -105,9 +130,11 @@ class Introduction:
             async with post as answer:
                 await answer.read()
         except EngineFailed as error:
-            if error.status in _KEYED:
+            if error.status in _KEYED and self.forward:
                 log.info("%s asks for a key, and serves without a warm-up request", instance.netloc)
                 return
+            if error.status in _KEYED:
+                raise Keyed from None
             raise Unfit(f"its warm-up request failed: {error}") from None
 
 

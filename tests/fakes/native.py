@@ -53,7 +53,7 @@ class Engine:
         self.healthy = True
         self.streamed = b""  # all bytes of the last stream
         self.gate: asyncio.Event | None = None  # when set to an event: calls wait for it before they answer
-        self.key: str | None = None  # when set: everything but /health asks for it
+        self.credential: str | None = None  # when set: everything but /health asks for it
         self.tls: ssl.SSLContext | None = None  # when set before the start: what it listens with
         self.port = 0
         self._runner: web.AppRunner | None = None
@@ -112,7 +112,7 @@ class Engine:
     @web.middleware
     async def _keyed(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.getall("authorization", [])
-        if self.key is not None and request.path != "/health" and given != [f"Bearer {self.key}"]:
+        if self.credential is not None and request.path != "/health" and given != [f"Bearer {self.credential}"]:
             return web.json_response({"error": {"message": "who are you?"}}, status=401)
         return await handler(request)
 

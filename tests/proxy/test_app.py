@@ -164,7 +164,7 @@ async def test_everything_may_be_secured_at_once(tmp_path: Path) -> None:
     """Clients with certificates and keys, admins with a key on a port of their own, engines with both."""
     ca, engine = Authority(tmp_path), Language()
     files, mine = ca.files("proxy", ca=ca.path), ca.files("me", "me")
-    engine.tls, engine.key = Listener(ca.files("engine", ca=ca.path)).context, "engines'"
+    engine.tls, engine.credential = Listener(ca.files("engine", ca=ca.path)).context, "engines'"
     key, digest = made(bytes(32))
     (tmp_path / "keys.yaml").write_text(f"- {{name: acme, hash: '{digest}'}}")
     async with engine:

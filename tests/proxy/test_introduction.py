@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from aiohttp import web
 from blake3 import blake3
 
@@ -11,7 +12,7 @@ from proxy.core import BOTH, Instance, Role, State
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
-from tests.fakes.native import Encoder, Language
+from tests.fakes.native import ENGINES, Encoder, Language
 from tests.fakes.vllm import Combined, World
 from tests.fakes.vllm import Encoder as VllmEncoder
 from tests.fakes.vllm import Prefill as VllmPrefill
@@ -133,11 +134,24 @@ async def test_an_engine_that_asks_for_a_key_is_known_and_serves_who_brings_it()
         async def _models(self, request: web.Request) -> web.Response:
             return web.json_response({"error": "Unauthorized"}, status=401)
 
-    async with deployment("1b", "auto", World().engines()) as d, Keyed(World()) as engine:
+    async with deployment("1b", "auto", World().engines(), forward_authorization=True) as d, Keyed(World()) as engine:
         engine.fail(Fault(Kind.STATUS, status=401, error="Unauthorized"))
         instance = await join(d, engine, BOTH)
         assert (instance.dialect, instance.state) == ("vllm", State.READY)
         assert instance.facts["known_by"] == "GET /version says 0.32.0"
+        d.proxy.fleet.remove(engine.url)
+
+
+@pytest.mark.parametrize("family", ["vllm", "native", "auto"])
+async def test_an_engine_whose_key_is_not_known_serves_nobody_until_it_is(family: str) -> None:
+    make = World().engines() if family == "vllm" else ENGINES
+    async with deployment("1b", "auto", make) as d, make["b"]() as engine:
+        engine.credential = "s3cret"
+        instance = await join(d, engine, BOTH, family)
+        assert instance.state is State.JOINING and instance.reason.startswith("it asks for a key")
+        instance.secret = "s3cret"
+        await d.proxy.health.tick()
+        assert instance.state is State.READY
         d.proxy.fleet.remove(engine.url)
 
 

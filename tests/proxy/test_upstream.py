@@ -131,7 +131,7 @@ async def test_each_engine_gets_its_own_credential_and_no_other(engine: Language
 
 
 async def test_probes_bring_the_credential_too(engine: Language) -> None:
-    engine.key = "s3cret"
+    engine.credential = "s3cret"
     async with Upstream(Timeouts(5.0, 1.0, 1.0, 1.0, 1.0, 1.0)) as up:
         one = instance(engine)
         assert (await up.get(one, "/info", 5.0))[0] == 401
