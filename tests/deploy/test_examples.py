@@ -12,12 +12,14 @@ import pytest
 from proxy.core import Role, State
 from proxy.dialects import DIALECTS, INLINE
 from proxy.errors import BadRequest
+from proxy.keys import Keys
 from proxy.routing import paths, router
 from proxy.settings import ProxySettings
 from tests.support.commands import settings_of
 
 FOLDER = Path(__file__).parents[2] / "deploy/examples"
-FILES = sorted(FOLDER.glob("*.yaml"))
+KEYS = FOLDER / "keys.yaml"
+FILES = sorted(file for file in FOLDER.glob("*.yaml") if file != KEYS)
 
 SERVED = {  # the path of text, and that of media where there is one
     "ascend-e-p-d": ("P-D", "E-P-D"),
@@ -78,3 +80,7 @@ def test_the_engines_of_its_comments_start_so(file: Path) -> None:
     started = {getattr(settings_of(shlex.split(command)), "role", "encode") for command in commands}
     listed = {role.label for role, endpoint in loaded(file).fleet() if endpoint.dialect == "native"}
     assert started == listed
+
+
+def test_the_keys_are_read() -> None:
+    assert list(Keys.parse(KEYS.read_text())) == ["team-search", "batch-jobs", "on-call"]
