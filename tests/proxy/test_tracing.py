@@ -59,6 +59,13 @@ async def test_what_has_ended_arrives_with_the_name_of_its_proxy() -> None:
         await until(lambda: counted(metrics) == (6, 0))
 
 
+async def test_the_event_loop_has_its_turn_soon_while_spans_are_made() -> None:
+    before = sys.getswitchinterval()
+    async with Tracing("http://127.0.0.1:9", 1.0, Metrics()).running():
+        assert sys.getswitchinterval() <= 0.001
+    assert sys.getswitchinterval() == before
+
+
 async def test_the_environment_may_name_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "front")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
