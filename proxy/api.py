@@ -27,6 +27,7 @@ from proxy.http.server import Request
 from proxy.metrics import Metrics
 from proxy.reading import Reading
 from proxy.record import Record
+from proxy.redaction import redacted
 from proxy.relay import ClientSink
 from proxy.routing import router
 from proxy.sizing import Sizing
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
-_LINES = re.compile(r"[\r\n]+")
 _APIS = {str(api): api for api in Api}
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FORWARDED = frozenset({"traceparent", "tracestate", "baggage"})
@@ -80,7 +80,7 @@ class OpenAI:
             get("/v1/models", self.models),
             get("/health", self.health, Audience.ALL),
             get("/ready", self.ready, Audience.ALL),
-            get("/metrics", self.exposition, Audience.ADMINS),
+            *([get("/metrics", self.exposition, Audience.ADMINS)] if self._metrics.counting else []),
         ]
 
     # ---- generation
@@ -144,7 +144,7 @@ class OpenAI:
     def _told(self, record: Record, error: ProxyError | None) -> None:
         if error is not None:
             record.status, record.code = error.status, str(error.code)
-            record.error = f"{error.stage}: {_LINES.sub(' ', error.message)}"
+            record.error = f"{error.stage}: {error.told}"
         for watch in self._watchers:
             watch(record)
 
@@ -199,7 +199,9 @@ def edge(router: Router) -> Handler:
         try:
             response = await router.find(request.method, request.path)(request)
         except ProxyError as error:
-            log.info("%s %s %s %s: %s", request_id.get(), request.method, request.path, error.status, error)
+            log.info(
+                "%s %s %s %s: %s", request_id.get(), request.method, redacted(request.path), error.status, error.told
+            )
             response = _failed(error, {})
         except HttpError as error:
             response = refused(error)

@@ -83,7 +83,7 @@ class Proxy:
         beats = heartbeats.alone() if seat is None else seat.heartbeats()
         self.membership = Membership(self.fleet, beats, self.balancer.forget)
         (self.membership.configure if seat is None else self.membership.follow)(settings.fleet())
-        self.metrics = Metrics(seat.folder if seat else None)
+        self.metrics = Metrics(seat.folder if seat else None, settings.metrics == "on")
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
         self.advising = Advising(self.sizing)
         used = seat.quota() if seat else quota.alone()

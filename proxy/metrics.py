@@ -34,9 +34,11 @@ Format = Callable[[Collector], bytes]
 class Metrics:
     """A registry of its own, so that two proxies in one process do not collide."""
 
-    def __init__(self, shared: Path | None = None) -> None:
-        """`shared`: the folder with the counts of all workers, where `tally` is installed."""
+    def __init__(self, shared: Path | None = None, counting: bool = True) -> None:
+        """`shared`: the folder with the counts of all workers, where `tally` is installed. `counting`: whether anybody
+        is to be told; else only what goes wrong is counted."""
         self._shared = shared
+        self.counting = counting
         self._registry = CollectorRegistry()
         self._standing: list[Collector] = []
         self._gathers: list[Gather] = []
@@ -117,10 +119,13 @@ class Metrics:
 
     def observe(self, stage: str, seconds: float) -> None:
         """`stage` is encode, prefill, decode or ttft."""
-        self._stages[stage](seconds)
+        if self.counting:
+            self._stages[stage](seconds)
 
     def ended(self, record: Record) -> None:
         """A request is over."""
+        if not self.counting:
+            return
         count = self._counted.get((record.path, record.status))
         if count is None:
             counter = self.requests.labels(record.path, str(record.status))

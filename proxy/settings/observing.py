@@ -17,6 +17,10 @@ class ObservingSettings(BaseModel):
         description="a line on stderr for each request that has ended, for people or for programs; "
         "without this, for people where --log-level is debug or info",
     )
+    metrics: Literal["on", "off"] = Field(
+        "on",
+        description="whether requests are counted and timed for GET /metrics; off saves a few microseconds of each",
+    )
     receipts: int = Field(
         256, ge=0, description="requests per worker whose receipts GET /requests can show: some 2 KB of memory each"
     )

@@ -131,6 +131,14 @@ async def test_requests_of_this_moment_are_told() -> None:
         assert d.proxy.metrics.requests_now() == (0, 0)
 
 
+async def test_off_nothing_is_counted_or_told() -> None:
+    async with deployment("1b", metrics="off") as d:
+        assert (await d.post(chat(stream=True))).status == 200
+        assert (await d.get("/metrics")).status == 404
+        told = d.proxy.metrics.render().decode()
+    assert "triptych_requests_total{" not in told and "triptych_ttft_seconds_count 0.0" in told
+
+
 async def test_every_name_begins_with_triptych() -> None:
     async with deployment("1b") as d:
         assert all(name.startswith("triptych_") for name, *_ in await samples(d))
