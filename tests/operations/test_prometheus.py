@@ -169,6 +169,7 @@ async def test_a_real_prometheus_has_data_for_every_panel_rule_and_alert(
             except TimeoutError:
                 pytest.fail("no data for " + "\n".join(left))
             await ill(prom, at)
+        assert len({told["service.instance.id"] for told in sink.resources}) == 2, "both workers send traces"
 
 
 async def ill(prom: Prometheus, at: Site) -> None:
