@@ -311,7 +311,7 @@ class Dispatcher:
         else:
             self._timed(run, "encode", began)
         if found.failure is not None:
-            log.warning("%s is encoded inline: %s", job.id, found.failure)
+            log.warning("%s is encoded inline: %s", job.id, found.failure.told)
             inline = self._planner.inline(plan, job, self._clock(), holds)
             if inline is None:
                 raise found.failure
@@ -373,7 +373,7 @@ class Dispatcher:
         except ProxyError as error:
             if not run.begun:
                 raise
-            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
+            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error.told)
         if not run.begun:
             run.decode_began = self._clock()
         self._patience(run, self._first_answer(job))
@@ -413,7 +413,7 @@ class Dispatcher:
             call.finish(error)
             if not (run.begun and call.alone):
                 raise  # the decode engine may wait for it for ever: it is hung up on
-            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error)
+            log.warning("%s: prefill failed after decode had begun to answer: %s", job.id, error.told)
         finally:
             run.prefilling -= 1
         call.finish(None)

@@ -34,6 +34,7 @@ from typing import Any
 import orjson
 
 from proxy.core import Stage
+from proxy.redaction import redacted
 
 _LONGEST = 500  # characters of what an engine said in no message, that are passed on
 
@@ -65,6 +66,11 @@ class ProxyError(Exception):
         self.retryable = type(self).retryable if retryable is None else retryable
         self.retry_after = retry_after  # seconds, for the header of that name
         self.attempts = 1
+
+    @property
+    def told(self) -> str:
+        """The message as it may be logged."""
+        return redacted(self.message)
 
     def body(self) -> dict[str, Any]:
         """The error object of DESIGN's contract."""
@@ -238,6 +244,11 @@ class Refused(EngineFailed):
         )
         self.status = status if 400 <= status <= 599 else 502
         self.type = _text(said.get("type")) or ("invalid_request_error" if status < 500 else "engine_error")
+
+    @property
+    def told(self) -> str:
+        """Who refuses a request says why in its own words, the prompt's among them: these are for the client alone."""
+        return redacted(self.message) if self.status >= 500 else f"refused with {self.status}"
 
 
 def _said(answer: bytes | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ from proxy.legs import Legs
 from proxy.pieces import Part, Piece
 from proxy.plan import Holds, Planner, family_of
 from proxy.record import Record
+from proxy.redaction import redacted
 from proxy.relay import Sink
 from proxy.retry import Cause, cause, rule
 from proxy.tasks import together
@@ -122,7 +123,7 @@ class VirtualEncoder:
             self._metrics.observe("encode", self._clock() - began)
             return json_response(content)
         except ProxyError as error:
-            log.warning("%s has no embedding: %s", req_id, error)
+            log.warning("%s has no embedding: %s", redacted(str(req_id)), error.told)
             return _failed(error, req_id)
 
     async def receive_url(self, request: Request) -> Response:
