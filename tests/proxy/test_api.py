@@ -171,7 +171,7 @@ async def test_one_line_per_request(capsys: pytest.CaptureFixture[str]) -> None:
         await d.post(chat(), x_request_id="r2")
     served, refused = capsys.readouterr().err.splitlines()
     assert " INFO proxy.access r1 /v1/chat/completions 200 e2e=" in served and "PD; both=" in served
-    assert " r2 /v1/chat/completions 400 " in refused and refused.endswith("error=decode: no thanks")
+    assert " r2 /v1/chat/completions 400 " in refused and refused.endswith("error=decode: refused with 400")
 
 
 async def test_parsing_of_large_bodies_leaves_the_loop_free() -> None:
