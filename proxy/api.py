@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
-from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError
+from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError, ShuttingDown
 from proxy.guard import Caller, Guard
 from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
@@ -72,6 +72,7 @@ class OpenAI:
         self._watchers = watchers
         self._tracing = tracing
         self._active: set[str] = set()  # engine-facing ids in flight
+        self.leaving = False  # whoever looks at /ready is to send nothing more
 
     def routes(self) -> list[Route]:
         return [
@@ -94,9 +95,10 @@ class OpenAI:
         trace = None if self._tracing is None else self._tracing.begin(request.headers)
         try:
             with self._guard.admitted(request) as caller:
-                job = await self._job(request, engine_id, trace, caller)
+                with _timely(request):
+                    job = await self._job(request, engine_id, trace, caller)
                 job.record.id, job.record.caller = wanted, caller.name
-                return await self._serve(job, ClientSink(request, wanted), caller)
+                return await self._serve(request, job, caller)
         except ProxyError as error:  # before there was a job
             now = time.monotonic()
             self._told(Record(wanted, api=request.path, began=now, ended=now, trace=trace), error)
@@ -105,11 +107,13 @@ class OpenAI:
             self._metrics.in_flight.dec()
             self._active.discard(engine_id)
 
-    async def _serve(self, job: Job, sink: ClientSink, caller: Caller) -> Response | None:
+    async def _serve(self, request: Request, job: Job, caller: Caller) -> Response | None:
+        sink = ClientSink(request, job.record.id)
         run = self.dispatcher.begin(job, sink)
         caller.takes(job.prompt_tokens)
         try:
-            await self.dispatcher.run(run)
+            with _timely(request):
+                await self.dispatcher.run(run)
             self._ended(run, 200)
             self._sizing.finished(run)
         except ProxyError as error:
@@ -177,17 +181,34 @@ class OpenAI:
         return json_response({})
 
     async def ready(self, request: Request) -> Response:
-        """Every stage that this fleet has can be served: 200, else 503; the instances' states either way."""
-        census = self._fleet.census()
-        ready = router.servable(census)
+        """Every stage that this fleet has can be served, and the proxy is not about to stop: 200, else 503; the
+        instances' states either way."""
+        ready = router.servable(self._fleet.census()) and not self.leaving
         states = [{"url": i.url, "role": i.role.label, "state": i.state, "reason": i.reason} for i in self._fleet]
-        return json_response({"ready": ready, "instances": states}, status=200 if ready else 503)
+        told = {"ready": ready, "stopping": self.leaving, "instances": states}
+        return json_response(told, status=200 if ready else 503)
 
     async def exposition(self, request: Request) -> Response:
         """In OpenMetrics or Prometheus' own text, as asked."""
         form, content_type = choose_encoder(request.headers.get("accept", ""))
         await self._metrics.gather()
         return Response(200, self._metrics.render(form), {"content-type": content_type})
+
+
+class _timely:
+    """Within, a request that the server cuts, because it stops, ends with an error that says so."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._request.cut and isinstance(error, asyncio.CancelledError):
+            raise ShuttingDown("the proxy has stopped before the request's end: send it again") from None
 
 
 def edge(router: Router) -> Handler:

@@ -91,7 +91,8 @@ class Proxy:
         self.certificates = derived.certificates(settings)
         self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self.certificates.trust)
         siblings = seat.siblings if seat else None
-        self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, self.certificates.scheme)
+        scheme = self.certificates.scheme if settings.metaserver_port is None else "http"
+        self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, scheme)
         self.breakers = Breakers(derived.thresholds(settings))
         self.standing = Standing(self.fleet, self.balancer, self.breakers, time.monotonic, siblings)
         self.metrics.also(self.standing, self.standing.gather)
@@ -127,9 +128,11 @@ class Proxy:
         )
         self.port = seat.port if seat else settings.port
         self.admin_port = seat.admin_port if seat else settings.admin_port
+        self._clients: Server | None = None  # once it listens
 
     def go_by(self, settings: ProxySettings) -> None:
-        """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began."""
+        """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began. Raises
+        ValueError if there are more instances than there is room for."""
         rights = derived.rights(settings)
         self.settings = settings
         self.guard.go_by(rights)
@@ -145,6 +148,8 @@ class Proxy:
         self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
         self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
         self.membership.configure(settings.fleet())
+        if self._clients is not None:
+            self._clients.limits = derived.http_limits(settings)
         self.health.wake()
 
     def _planner(self, balancer: Balancer) -> Planner:
@@ -196,7 +201,7 @@ class Proxy:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Proxy]:
-        """Listens within; leaving waits for requests in flight, for the grace time, and then cancels them."""
+        """Listens within; leaving lets requests in flight end, as the settings say, and tells the others why not."""
         tracing = nullcontext() if self.tracing is None else self.tracing.running()
         routes = self._routes()
         async with (
@@ -207,21 +212,47 @@ class Proxy:
             tracing,
             self._encoding(),
             self._administering(routes),
+            self._called_back(),
             together() as group,
         ):
-            server = self._server(routes, Audience.ALL if self.admin_port is None else Audience.CLIENTS)
+            server = self._clients = self._server(routes, Audience.ALL if self.admin_port is None else Audience.CLIENTS)
+            self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
+            self.metaserver.port = self.metaserver.port or self.port
+            beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
+            tasks = [group.create_task(work) for work in beside]
             try:
-                self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
-                self.metaserver.port = self.port
-                beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
-                tasks = [group.create_task(work) for work in beside]
                 yield self
+            finally:
+                await self._leave(server)
                 for task in tasks:
                     task.cancel()
-            finally:
-                self.gate.close()
-                await server.stop(await self._last_callbacks(self.settings.grace_timeout))
-                self.access.flush()
+
+    async def _leave(self, server: Server) -> None:
+        """New requests are served for the drain delay, while /ready says that there should be none; then nobody
+        listens, and those in flight have the grace time."""
+        delay, grace = self.settings.drain_delay, self.settings.grace_timeout
+        log.info("stopping: new requests are served for %.0f s yet, those in flight for %.0f s more", delay, grace)
+        self.openai.leaving = True
+        server.drain()
+        await asyncio.sleep(delay)
+        self.gate.close()
+        await server.stop(await self._last_callbacks(grace))
+        self.access.flush()
+
+    @asynccontextmanager
+    async def _called_back(self) -> AsyncIterator[None]:
+        """Within, decode engines find the metaserver at its own port, if it has one: longer than clients find the
+        proxy."""
+        settings = self.settings
+        if settings.metaserver_port is None:
+            yield
+            return
+        server = self._server([post(callbacks.ROUTE, self.metaserver.handle)])
+        self.metaserver.port = await self._listen(server, settings.host, settings.metaserver_port, None)
+        try:
+            yield
+        finally:
+            await server.stop(0.0)
 
     async def _listen(self, server: Server, host: str, port: int, tls: Listener | None) -> int:
         context = None if tls is None else tls.context
@@ -268,13 +299,16 @@ class Proxy:
             await server.stop(0.0)
 
     async def _last_callbacks(self, grace: float) -> float:
-        """Where decode engines call back (push), the port stays open for them while requests are served, up to `grace`
-        seconds; new requests get 503 meanwhile. Returns what is left of it."""
+        """Where decode engines call back at the clients' port (push), that stays open while requests are served, up to
+        `grace` seconds; new requests get 503 meanwhile. Returns what is left of it."""
+        if self.settings.metaserver_port is not None:
+            return grace
         known = [i for i in self.fleet if i.role is Role.PREFILL and i.dialect != "auto"]
         if not any(self.speakers(instance).order is Order.DECODE_FIRST for instance in known):
             return grace
         began = time.monotonic()
-        while self.gate.admission.requests and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
+        admission = self.gate.admission
+        while (admission.requests or admission.waiting) and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(left, _DRAIN_LOOK_S))
         return max(0.0, began + grace - time.monotonic())
 

@@ -17,8 +17,7 @@ from typing import TypeAlias
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy import tls
-from proxy.keys import Keys
+from proxy import derived
 from proxy.settings import ProxySettings, Sources, Wrong
 from proxy.settings.admission import AdmissionSettings
 from proxy.settings.choosing import ChoosingSettings
@@ -37,7 +36,9 @@ LIVE = frozenset(
         *PatienceSettings.model_fields,
         *("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls", "register_key"),
         *(SecuritySettings.model_fields.keys() - _LISTENING),
-        *("max_body_bytes", "grace_timeout", "drain_delay", "log_level"),
+        *("media_schemes", "media_hosts", "media_networks", "media_roots"),
+        *("max_header_bytes", "max_body_bytes", "max_text_bytes", "max_json_depth", "max_items", "max_pixels"),
+        *("grace_timeout", "drain_delay", "log_level"),
     }
 )
 """Settings that another configuration changes at once. The others are as they were until the proxy is started again."""
@@ -159,25 +160,11 @@ class Configuration:
 
 def verify(settings: ProxySettings) -> None:
     """That the files can be used which `settings` name. Raises Wrong."""
-    wrong = []
     try:
-        settings.admin_secret()
+        derived.rights(settings)
+        derived.certificates(settings)
     except ValueError as error:
-        wrong.append(str(error))
-    if settings.api_keys is not None:
-        try:
-            Keys.parse(settings.api_keys.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            wrong.append(f"--api-keys: {settings.api_keys}: {error}")
-    try:
-        if settings.tls_cert is not None:
-            tls.Listener(tls.Files(settings.tls_cert, settings.tls_key, settings.tls_client_ca))
-        if settings.engine_ca is not None or settings.engine_cert is not None:
-            tls.Connector(tls.Files(settings.engine_cert, settings.engine_cert_key, settings.engine_ca))
-    except ValueError as error:
-        wrong.append(str(error))
-    if wrong:
-        raise Wrong(wrong)
+        raise Wrong([str(error)]) from None
 
 
 def _flags(names: Iterable[str]) -> str:

@@ -65,6 +65,7 @@ async def _reload(
         asked = hangup.is_set()
         hangup.clear()
         if await asyncio.to_thread(look, asked):
+            logging.getLogger().setLevel(configuration.settings.log_level.upper())
             try:
                 proxy.go_by(configuration.settings)
             except ValueError as error:

@@ -122,7 +122,12 @@ class Server:
         """Closing a socket resets those who wait in it to be accepted: they are accepted first, up to the last one."""
         if self._server is None:
             return
+        loop = asyncio.get_running_loop()
         listening = [sock.dup() for sock in self._server.sockets]
+        for sock in self._server.sockets:
+            loop.remove_reader(sock.fileno())
+        for _ in range(2):  # turns in which asyncio begins what it has accepted; closing the server would lose it
+            await asyncio.sleep(0)
         self._server.close()
         accepted: list[socket.socket] = []
         for sock in listening:
@@ -131,7 +136,7 @@ class Server:
                 while True:
                     accepted.append(sock.accept()[0])
             sock.close()
-        loop, patience = asyncio.get_running_loop(), None if self._tls is None else _LAST_WORDS_S
+        patience = None if self._tls is None else _LAST_WORDS_S
         joining = [
             loop.connect_accepted_socket(lambda: Connection(self), one, ssl=self._tls, ssl_handshake_timeout=patience)
             for one in accepted

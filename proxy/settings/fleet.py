@@ -65,6 +65,13 @@ class FleetSettings(BaseModel):
     metaserver_url: str | None = Field(
         None, description="where decode engines reach this proxy (push); default: the address that leads to them"
     )
+    metaserver_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port for that alone, without TLS, and open until the last request has ended; default: they share "
+        "--port, which after SIGTERM then refuses new requests instead of connections",
+    )
 
     @field_validator("encode_servers_urls", "prefill_servers_urls", "decode_servers_urls", mode="before")
     @classmethod

@@ -98,6 +98,20 @@ async def test_who_has_connected_when_it_stops_is_served(secure: bool, tmp_path:
             socket.create_connection(("127.0.0.1", s.port))
 
 
+async def test_whom_the_loop_has_just_accepted_is_served() -> None:
+    async with serving(ok) as s, asyncio.timeout(10):
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(("127.0.0.1", s.port)) as client:
+            client.sendall(GET)
+            client.setblocking(False)
+            stopped = loop.create_future()
+            # In the turn after the next, when the loop has accepted the connection, and begun nothing with it.
+            loop.call_soon(loop.call_soon, stopped.set_result, None)
+            await stopped
+            await s.server.stop(5)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_a_head_that_has_begun_to_arrive_may_end() -> None:
     async with serving(ok) as s, asyncio.timeout(10):
         client = await s.connect()

@@ -98,7 +98,8 @@ def test_help_is_grouped_by_subject(capsys: pytest.CaptureFixture[str]) -> None:
         load("--help")
     text = capsys.readouterr().out
     places = [
-        text.index(word) for word in (EngineFlags.__doc__ or "", "--dialect", ProcessFlags.__doc__ or "", "--port")
+        text.index(what)
+        for what in (EngineFlags.__doc__ or "", "\n  --dialect ", ProcessFlags.__doc__ or "", "\n  --port ")
     ]
     assert places == sorted(places), "each heading stands before its flags"
     _, _, ungrouped = text.partition("options:")
