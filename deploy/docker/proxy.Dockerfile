@@ -19,7 +19,8 @@ ENV PATH=/opt/triptych/bin:$PATH PYTHONUNBUFFERED=1
 USER 65532:65532
 EXPOSE 8000
 # Alive, not ready: a proxy without engines is no reason to restart it. Load balancers ask /ready.
-HEALTHCHECK --interval=5s --timeout=3s --start-period=10s \
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=2)"]
+HEALTHCHECK --interval=5s --timeout=3s --start-period=10s CMD ["python", "-c", "\
+import os, urllib.request as http; \
+http.urlopen(f'http://127.0.0.1:{os.environ.get(\"TRIPTYCH_PORT\", 8000)}/health', timeout=2)"]
 ENTRYPOINT ["triptych"]
 CMD ["proxy"]

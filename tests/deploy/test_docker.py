@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fnmatch
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 
 from deploy.cli import COMMANDS
 from deploy.system_libraries import PACKAGES
+from tests.fakes.deployment import deployment
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy/docker").glob("*.Dockerfile"))
@@ -26,7 +28,7 @@ def file(request: pytest.FixtureRequest) -> Path:
 
 def instructions(file: Path, name: str) -> list[str]:
     """The arguments of every `name`, with lines that go on joined."""
-    text = re.sub(r"\\\n\s*(#.*\n\s*)*", " ", file.read_text())
+    text = re.sub(r"\\\n(\s*#.*\n)*", "", file.read_text())
     return [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith(name + " ")]
 
 
@@ -86,3 +88,20 @@ def test_what_is_installed_is_what_the_lock_says(file: Path) -> None:
     commands = [c for line in instructions(file, "RUN") for c in line.split("&&") if "pip install" in c]
     assert commands
     assert all("--constraint requirements.lock" in command for command in commands)
+
+
+async def test_the_health_check_says_whether_the_proxy_answers() -> None:
+    (said,) = instructions(ROOT / "deploy/docker/proxy.Dockerfile", "HEALTHCHECK")
+    program, *arguments = json.loads(said.partition(" CMD ")[2])
+    assert program == "python"
+
+    async def status(port: int) -> int | None:
+        environment = {"TRIPTYCH_PORT": str(port)}
+        quiet = asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment, stderr=quiet)
+        return await process.wait()
+
+    async with deployment("1b") as d:
+        assert await status(d.proxy.port) == 0
+        port = d.proxy.port
+    assert await status(port) == 1

@@ -5,6 +5,7 @@ tests/operations/test_manifests.py has the overlays put together and looks at th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from engines.settings import EngineSettings
 from proxy.settings import ProxySettings
+from tests.fakes.deployment import deployment
 from tests.support.kubernetes import Document, check, container, selects, started
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
@@ -161,3 +163,16 @@ def _engine(role: str) -> EngineSettings:
     settings = started(deployment)
     assert isinstance(settings, EngineSettings)
     return settings
+
+
+async def test_what_the_autoscalers_adapter_adds_up_is_what_a_proxy_tells() -> None:
+    rules = yaml.safe_load((FOLDER / "monitoring/adapter.yaml").read_text())["externalRules"]
+    async with deployment("1e1p1d") as d:
+        lines = (await d.get("/metrics")).body.decode().splitlines()
+    told = {(match[1], match[2]) for line in lines if (match := re.match(r'(\w+)\{.*role="(\w+)"', line))}
+    for role in ("encoder", "prefill", "decode", "language"):
+        patch: Any = yaml.safe_load((FOLDER / role / "kustomization.yaml").read_text())["patches"][1]["patch"]
+        name, label, _ = (operation["value"] for operation in yaml.safe_load(patch))
+        (series,) = (r["seriesQuery"].partition("{")[0] for r in rules if r["name"]["as"] == name)
+        assert label == ROLES[role]
+        assert (series, label) in told
