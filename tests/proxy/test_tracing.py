@@ -26,6 +26,11 @@ from tests.support.waiting import until
 SAMPLED = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_EVERY_S", 0.02)
+
+
 def request(of: Tracing, name: str = "me", legs: int = 1, headers: dict[str, str] | None = None) -> Record:
     """One that has ended."""
     begun = of.begin(SAMPLED if headers is None else headers)
