@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
 from pathlib import Path
 
 import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes.media import chat
 from tests.fakes.native import Decode, Language, Prefill
 from tests.support.command import command, ready
+from tests.support.crowd import crowd
 from tests.support.tls import Authority
+from tests.support.waiting import eventually, until
 
 
 async def test_the_command_serves_push_on_a_free_port_and_stops_on_sigterm() -> None:
@@ -97,3 +102,74 @@ async def test_an_address_in_use_is_told() -> None:
         assert (process.returncode, out) == (1, b"")
         assert f"cannot listen on 127.0.0.1:{port}" in err.decode()
         assert "Traceback" not in err.decode()
+
+
+async def scraped(http: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """What the proxy tells of its configuration."""
+    async with http.get(f"{url}/metrics") as response:
+        families = text_string_to_metric_families(await response.text())
+    samples = [sample for family in families for sample in family.samples if "_config_" in sample.name]
+    return {"".join([s.name.removeprefix("triptych_config_"), *s.labels.values()]): s.value for s in samples}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_another_file_is_taken_without_a_word_and_by_a_signal(tmp_path: Path, workers: int) -> None:
+    """All workers go by the same, one that comes later too; a bad file changes nothing, and no request is dropped."""
+    async with contextlib.AsyncExitStack() as stack:
+        first, second = [await stack.enter_async_context(Language()) for _ in range(2)]
+        file = tmp_path / "proxy.yaml"
+        file.write_text(f"decode-servers-urls:\n  - {first.url}\n")
+        folder = tmp_path / "workers"
+        folder.mkdir()
+        proxy = await stack.enter_async_context(crowd(folder, workers, "--config", str(file)))
+        gate = first.gate = asyncio.Event()
+        asking = [asyncio.create_task(proxy.chat(chat())) for _ in range(8)]
+        await first.until(lambda: first.running == 8)
+
+        file.write_text(f"decode-servers-urls:\n  - {second.url}\nmax-body-bytes: 50\n")
+
+        async def moved() -> bool:
+            found = await proxy.instances()
+            return found.get(second.url, {}).get("state") == "READY" and found[first.url]["state"] == "DRAINING"
+
+        await eventually(moved)
+
+        async def all_refuse(status: int) -> bool:
+            return {await proxy.chat(chat()) for _ in range(8 * workers)} == {status}
+
+        await eventually(lambda: all_refuse(413))
+        gate.set()
+        assert await asyncio.gather(*asking) == [200] * 8
+
+        file.write_text("decode-servers-urls: []\nmax-body-bytes: 60\n")
+        proxy.process.send_signal(signal.SIGHUP)
+
+        async def refused() -> bool:
+            return (await scraped(proxy.http, proxy.url))["reload_success"] == 0
+
+        await eventually(refused)
+        assert second.url in await proxy.instances() and await proxy.chat(chat()) == 413
+        if workers > 1:
+            before = proxy.workers()
+            os.kill(before[0], signal.SIGKILL)
+            await until(lambda: len(set(proxy.workers()) - set(before)) == 1)
+            await eventually(lambda: all_refuse(413))
+
+        file.write_text(f"decode-servers-urls: ['{second.url}']\n")
+        proxy.process.send_signal(signal.SIGHUP)
+        await eventually(lambda: all_refuse(200))
+        found = await scraped(proxy.http, proxy.url)
+        assert (found["reload_success"], found["reloads_totalrefused"]) == (1, 1)
+        assert found["reloads_totalok"] >= 2 and found["loaded_timestamp_seconds"] > 1e9
+
+
+async def test_a_wrong_file_at_the_start_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.yaml"
+    file.write_text("decode-servers-urls: [http://d:1]\n\nmax-queue: many\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "proxy", "--config", str(file)), stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(30):
+        _, err = await process.communicate()
+    assert process.returncode == 2
+    assert f"{file}:3: max-queue: Input should be a valid integer" in err.decode() and "Traceback" not in err.decode()
