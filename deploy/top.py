@@ -235,7 +235,8 @@ def _requests(state: State, width: int, lines: int) -> RenderableType:
 
 def _what(one: State) -> Text:
     if one["status"] >= 400:
-        return Text("client left" if one["status"] == 499 else f"{one['status']} {one['code'] or ''}", "red")
+        left = one["status"] == 499
+        return Text("client left", QUIET) if left else Text(f"{one['status']} {one['code'] or ''}", "red")
     items = f"{_many(one['items'], 'item')}, " if one["items"] else ""
     return Text(items + _many(one["output_tokens"], "token"))
 
@@ -246,7 +247,7 @@ def _fall(one: State, full: float, room: int) -> Text:
     end = one["seconds"]
     for leg in sorted(one["legs"], key=lambda leg: ("encode", "prefill", "decode").index(leg["stage"])):
         begun = leg["first"] if leg["stage"] == "decode" and leg["first"] is not None else leg["began"]
-        look = COLOURS[leg["stage"]] if leg["outcome"] in ("ok", None) else "red"
+        look = COLOURS[leg["stage"]] if leg["outcome"] in ("ok", "cancelled", None) else "red"
         first, last = (int(at / full * room) for at in (begun, leg["ended"] if leg["ended"] is not None else end))
         cells[first : last + 1] = [("━", look)] * len(cells[first : last + 1])
     return Text.assemble(*cells)

@@ -5,6 +5,7 @@ import { ago, count, plural, rate, span, time } from "./format.js";
 import { LETTERS, NAMES } from "./stages.js";
 
 const KEPT = 300;
+const CANDIDATES = 5; // shown of those that an engine was chosen of
 const SHOWN = matchMedia("(max-width: 720px)").matches ? 10 : 24;
 const LANES = { encode: 0, prefill: 1, decode: 2 };
 const TICKS = [0, 0.25, 0.5, 0.75, 1];
@@ -51,7 +52,9 @@ export function makeRequests(section) {
 
 const name = (one) => `${one.id} ${one.at}`;
 const ended = (one) => one.at + one.seconds;
-const failed = (one) => one.status >= 400;
+const left = (one) => one.status === 499;
+const failed = (one) => one.status >= 400 && !left(one);
+const broken = (leg) => !["ok", "cancelled", null].includes(leg.outcome);
 
 // The seconds that a waterfall has room for: the few that take much longer than the others are cut.
 function reach(shown) {
@@ -68,7 +71,7 @@ function makeRow(one) {
     { type: "button", class: "row", "aria-expanded": "false", "aria-controls": id, onclick: () => toggle(row, one) },
     el("time", { datetime: new Date(ended(one) * 1000).toISOString(), title: new Date(ended(one) * 1000).toLocaleString() }),
     el("span", { class: "path" }, one.path === "none" ? "–" : one.path),
-    el("span", { class: failed(one) ? "what bad" : "what" }, what(one)),
+    el("span", { class: `what${failed(one) ? " bad" : left(one) ? " left" : ""}` }, what(one)),
     el("span", { class: "number" }, ...unit(one.ttft)),
     el("span", { class: "number" }, ...unit(one.seconds)),
     fall(one),
@@ -83,7 +86,7 @@ function unit(seconds) {
 }
 
 function what(one) {
-  if (one.status === 499) return "client left";
+  if (left(one)) return "client left";
   if (failed(one)) return [one.status, one.code === String(one.status) ? null : one.code].filter(Boolean).join(" ");
   const items = one.items ? `${plural(one.items, "item")}, ` : "";
   return `${items}${plural(one.prompt_tokens, "token")} in, ${count(one.output_tokens)} out`;
@@ -109,7 +112,7 @@ function fall(one) {
   const bars = [bar("wait", 0, one.legs.length ? Math.min(...one.legs.map((leg) => leg.began)) : one.seconds)];
   for (const leg of one.legs) {
     const end = leg.ended ?? one.seconds;
-    const bad = leg.outcome && leg.outcome !== "ok" && leg.outcome !== "cancelled" ? " failed" : "";
+    const bad = broken(leg) ? " failed" : "";
     const begun = leg.stage === "decode" ? (leg.first ?? end) : leg.began;
     const look = `lane-${LANES[leg.stage]} stage-${leg.stage}${bad}`;
     if (begun > leg.began) bars.push(bar(`${look} early`, leg.began, begun));
@@ -163,22 +166,37 @@ function pace(found) {
 
 function legs(found) {
   const heads = ["Stage", "Engine", "Items", "Began", "First", "Took", "Outcome"];
-  const rows = found.legs.map((leg) =>
-    el(
-      "tr",
-      {},
-      el("th", { scope: "row", class: `stage-${leg.stage}` }, el("b", {}, LETTERS[leg.stage]), ` ${NAMES[leg.stage]}`),
-      el("td", {}, el("code", {}, leg.instance)),
-      el("td", {}, leg.items ? count(leg.items) : ""),
-      el("td", {}, span(leg.began)),
-      el("td", {}, leg.first === null ? "" : span(leg.first)),
-      el("td", {}, leg.ended === null ? "runs" : span(leg.ended - leg.began)),
-      el("td", { class: leg.outcome === "ok" ? null : "bad" }, `${leg.outcome ?? ""}${leg.attempt > 1 ? `, attempt ${leg.attempt}` : ""}`),
-    ),
-  );
+  const rows = found.legs.flatMap((leg) => [legRow(leg), ...(leg.choices ?? []).map((choice) => choiceRow(choice, heads.length))]);
   if (!rows.length) return el("p", { class: "empty" }, "No engine was asked.");
   const head = el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
+}
+
+function legRow(leg) {
+  const outcome = [leg.outcome ?? "runs", leg.attempt > 1 ? `attempt ${leg.attempt}` : null].filter(Boolean).join(", ");
+  return el(
+    "tr",
+    { class: `leg stage-${leg.stage}` },
+    el("th", { scope: "row" }, el("b", {}, LETTERS[leg.stage]), ` ${NAMES[leg.stage]}`),
+    el("td", {}, el("code", {}, leg.instance)),
+    el("td", {}, leg.items ? count(leg.items) : ""),
+    el("td", {}, span(leg.began)),
+    el("td", {}, leg.first === null ? "" : span(leg.first)),
+    el("td", {}, leg.ended === null ? "" : span(leg.ended - leg.began)),
+    el("td", { class: broken(leg) ? "bad" : null }, outcome),
+  );
+}
+
+const SCORES = { seconds: ["by when it would be done", span], tokens: ["by the work it had", (score) => plural(score, "token")] };
+
+// Among whom the engine was chosen, the best first.
+function choiceRow(choice, width) {
+  const [by, tell] = SCORES[choice.unit] ?? [choice.unit, rate];
+  const shown = choice.candidates.slice(0, CANDIDATES).map((one) => el(one.chosen ? "b" : "span", {}, `${one.instance} ${tell(one.score)}`));
+  const more = choice.of - shown.length;
+  const why = choice.joined ? "joined: the same item was being encoded there" : `chosen of ${count(choice.of)}, ${by}:`;
+  const rest = more > 0 && !choice.joined ? el("span", {}, `and ${count(more)} more`) : null;
+  return el("tr", { class: "choice" }, el("td", { colspan: width }, why, ...(choice.joined ? [] : shown), rest ?? ""));
 }
 
 function events(found) {

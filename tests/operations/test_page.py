@@ -193,8 +193,10 @@ async def test_a_receipt_tells_every_leg(part: Find) -> None:
         await page.get_by_role("button", name="Failures only").click()
         row = page.locator("#requests li", has_text="E-P-D").first
         await row.locator(".row").click()
-        legs = row.locator(".receipt tbody tr")
-        await expect(legs).to_have_count(4)  # each item goes to the encoder that is done with it soonest
+        await expect(row.locator(".receipt .leg")).to_have_count(4)  # two items went to two encoders
+        choices = row.locator(".receipt .choice", has_text="chosen of 2, by when it would be done")
+        await expect(choices).to_have_count(2)
+        await expect(choices.first.locator("b")).to_have_count(1)
         for engine in d.engines:
             await expect(row.locator(".receipt")).to_contain_text(engine.netloc)
         assert complaints == []
