@@ -7,18 +7,22 @@ is so now of the fleet is told by its owners (`standing`).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar, Sample
+from prometheus_client.utils import INF, floatToGoString
 
 from proxy import tally
 from proxy.core import Stage
 from proxy.record import Record
+from proxy.retry import Cause
 from proxy.tally import Cell
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_LE = [floatToGoString(bound) for bound in (*_SECONDS, INF)]  # type: ignore[no-untyped-call]  # as they are written
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 _DECISION_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.1)
 _LAG_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -41,6 +45,7 @@ class Metrics:
         self.counting = counting
         self._registry = CollectorRegistry()
         self._standing: list[Collector] = []
+        self._exemplars: dict[tuple[str, str], Exemplar] = {}  # of this worker's requests, where they are traced
         self._gathers: list[Gather] = []
         self._stages = {
             name: _fast(self._histogram(f"{name}_seconds", what, _SECONDS))
@@ -60,6 +65,10 @@ class Metrics:
             *("stage", "cause"),
         )
         self.retries = self._counter("retries", "Legs sent to another instance", "stage")
+        for stage in (Stage.ENCODE, Stage.PREFILL, Stage.DECODE):  # from 0: of a series that begins at 1, rates miss it
+            self.retries.labels(stage)
+            for cause in set(Cause) - {Cause.OURS}:
+                self.causes.labels(stage, cause)
         self.fallbacks = self._counter(
             "fallbacks",
             "Requests not served on the best path: no_encoder or no_pair (none was ready), or why a leg failed",
@@ -142,6 +151,16 @@ class Metrics:
             self._number(record.items)
         if record.first:
             self._answered(record)
+        if record.trace is not None and record.trace.sampled:
+            self._exemplify(record, f"{record.trace.id:032x}")
+
+    def _exemplify(self, record: Record, trace: str) -> None:
+        """Where a dashboard shows a latency, it can lead to a trace that took as long."""
+        for name, end in (("e2e", record.ended), ("ttft", record.first)):
+            if end:
+                seconds = end - record.began
+                bucket = f"triptych_{name}_seconds_bucket", _LE[bisect_left(_SECONDS, seconds)]
+                self._exemplars[bucket] = Exemplar({"trace_id": trace}, seconds)
 
     def _answered(self, record: Record) -> None:
         """Also what broke off."""
@@ -193,16 +212,26 @@ class Metrics:
     def render(self, form: Format = generate_latest) -> bytes:
         """The exposition, with the gauges read from their owners now."""
         counted = self._registry if self._shared is None else tally.summed(self._shared)
-        return form(_Together([counted, *self._standing]))
+        return form(_Together([counted, *self._standing], self._exemplars))
 
 
 class _Together(Collector):
-    def __init__(self, collectors: Iterable[Collector]) -> None:
+    """Exemplars by a sample's name and its bucket."""
+
+    def __init__(self, collectors: Iterable[Collector], exemplars: Mapping[tuple[str, str], Exemplar]) -> None:
         self._collectors = collectors
+        self._exemplars = exemplars
 
     def collect(self) -> Iterator[Metric]:
         for collector in self._collectors:
-            yield from collector.collect()
+            for metric in collector.collect():
+                if self._exemplars and metric.type == "histogram":
+                    metric.samples = [self._with_exemplar(sample) for sample in metric.samples]
+                yield metric
+
+    def _with_exemplar(self, sample: Sample) -> Sample:
+        exemplar = self._exemplars.get((sample.name, sample.labels.get("le", "")))
+        return sample if exemplar is None else sample._replace(exemplar=exemplar)
 
 
 def _cell(counter: Counter) -> Cell:

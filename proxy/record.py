@@ -22,10 +22,10 @@ CANCELLED = "cancelled"
 
 
 class Event(NamedTuple):
-    """Something that not every request sees: it waited, a leg failed and another takes its place, …"""
+    """Something that not every request sees: a leg failed and another takes its place, …"""
 
     at: float
-    name: str  # queued | retry | fallback | hedge | resume
+    name: str  # retry | fallback | hedge | resume
     detail: str
 
 

@@ -4,12 +4,15 @@ import asyncio
 
 import pytest
 from prometheus_client import Histogram
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.balancer.fleet import Event
 from proxy.core import Role
-from proxy.metrics import _SECONDS, _fast
+from proxy.metrics import _SECONDS, Metrics, _fast
+from proxy.record import Record
+from proxy.trace import Trace
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
@@ -129,6 +132,25 @@ async def test_requests_of_this_moment_are_told() -> None:
             await until(lambda: d.proxy.metrics.requests_now() == (3, 2))
             gate.set()
         assert d.proxy.metrics.requests_now() == (0, 0)
+
+
+@pytest.mark.parametrize(("sampled", "expected"), [(True, [("0.25", 0.2), ("5.0", 3.0)]), (False, [])])
+def test_a_traced_request_stands_as_an_example_where_its_latency_is(
+    sampled: bool, expected: list[tuple[str, float]]
+) -> None:
+    metrics = Metrics()
+    record = Record(began=1.0, admitted=1.0, drawn=1.0, first=1.2, ended=4.0, status=200)
+    record.trace = Trace(7, 8, 0, sampled, lambda bits: 1)
+    metrics.observe("ttft", 0.2)
+    metrics.ended(record)
+    shown = [
+        (sample.labels["le"], round(sample.exemplar.value, 6))
+        for family in openmetrics(metrics.render(generate_openmetrics).decode())
+        for sample in family.samples
+        if sample.exemplar is not None and sample.exemplar.labels == {"trace_id": f"{7:032x}"}
+    ]
+    assert sorted(shown) == expected
+    assert b"trace_id" not in metrics.render(), "text has no place for them"
 
 
 async def test_off_nothing_is_counted_or_told() -> None:
