@@ -21,6 +21,7 @@ from proxy.http.server import Request
 from proxy.links import labels
 from proxy.membership import REGISTERED, Membership
 from proxy.settings import Endpoint
+from proxy.settings.endpoint import SECRET
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -33,7 +34,7 @@ class Registration(BaseModel):
     url: str
     labels: dict[str, str] = {}  # beside those of the URL
     weight: FiniteFloat | None = Field(None, gt=0)
-    key: str | None = None  # that the engine asks for
+    key: str | None = Field(None, pattern=SECRET)  # that the engine asks for
     ttl: FiniteFloat | None = Field(None, gt=0, le=3600)  # seconds until the next heartbeat; None: for ever
     life: str = ""  # another one for each process: what tells an engine that was started again from a heartbeat
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -17,6 +18,9 @@ FINDERS: Mapping[str, str] = {
     "k8s": "k8s+http://NAMESPACE?selector=app=encoder&port=http lists the pods behind Services with these labels",
 }
 """By the word before a URL: how several engines are written in one, see `proxy.discovery`."""
+
+SECRET = r"^[!-~]+$"
+"""What a bearer token can be: it stands in a line of a request's head."""
 
 _NOTHING = frozenset({"", "disable", "none"})
 _PORTS = ("bootstrap_port", "ec_port")  # facts that a URL may tell
@@ -90,6 +94,8 @@ class Endpoint:
                 raise ValueError
             weight = weighed(given.pop("weight")) if "weight" in given else None
             secret = given.pop("key", None)
+            if secret is not None and not re.fullmatch(SECRET, secret):
+                raise ValueError
             asked = {name: given.pop(name) for name in known if name in given}
             if placed := labels(given):
                 facts["labels"] = placed

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from proxy.settings.endpoint import SECRET
 from proxy.strikes import Networks
 
 
@@ -34,7 +35,7 @@ class SecuritySettings(BaseModel):
         False, description="pass the Authorization of clients on to engines without a key, unless it is a key of ours"
     )
     engine_key: str | None = Field(
-        None, description="bearer token for every engine that is not listed with a key of its own"
+        None, pattern=SECRET, description="bearer token for every engine that is not listed with a key of its own"
     )
     tls_cert: Path | None = Field(None, description="PEM certificate with its chain: the proxy listens with TLS alone")
     tls_key: Path | None = Field(None, description="PEM key of it; default: it is in the same file")

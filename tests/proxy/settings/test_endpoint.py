@@ -53,6 +53,8 @@ def test_a_mapping_of_a_yaml_file_is_written_as_a_url() -> None:
             "?weight=2, ?key= and nothing else",
         ),
         (["--decode-servers-urls", "http://d:1?weight=0"], "a URL may say ?bootstrap_port=PORT"),
+        (["--decode-servers-urls", "http://d:1?key=a%0D%0Ab"], "a URL may say ?bootstrap_port=PORT"),
+        (["--decode-servers-urls", "http://d:1", "--engine-key", "a b"], "--engine-key: "),
         (["--decode-servers-urls", "http://d:1?weight=x&key=s3cret"], "a URL may say ?bootstrap_port=PORT"),
         (["--decode-servers-urls", "dns+http://d"], "dns+http://name:port lists the addresses of a name"),
         (["--decode-servers-urls", "srv+http://_d._tcp.x:1"], "srv+http://_service._tcp.name lists hosts and ports"),
