@@ -67,7 +67,7 @@ class Metrics:
         self.retries = self._counter("retries", "Legs sent to another instance", "stage")
         for stage in (Stage.ENCODE, Stage.PREFILL, Stage.DECODE):  # from 0: of a series that begins at 1, rates miss it
             self.retries.labels(stage)
-            for cause in set(Cause) - {Cause.OURS}:
+            for cause in Cause:
                 self.causes.labels(stage, cause)
         self.fallbacks = self._counter(
             "fallbacks",

@@ -28,6 +28,16 @@ async def samples(d: Deployment) -> dict[tuple[str, ...], float]:
     }
 
 
+async def test_what_can_fail_is_told_before_it_does_so_that_its_first_time_shows_in_rates() -> None:
+    async with deployment("1b") as d:
+        found = await samples(d)
+        for stage in ("encode", "prefill", "decode"):
+            assert found["triptych_retries_total", stage] == 0
+            assert all(
+                found["triptych_leg_failures_total", cause, stage] == 0 for cause in ("connect", "timeout", "lost")
+            )
+
+
 async def test_every_stage_has_a_histogram_and_leases_return_to_zero() -> None:
     async with deployment("1e1p1d") as d:
         await d.post(chat(part(image()), stream=True))
