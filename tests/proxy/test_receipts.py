@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault
 from tests.fakes.faults import Kind as Failing
 from tests.fakes.media import chat, image, part
+from tests.fakes.native import Language
+from tests.support.crowd import crowd
+from tests.support.waiting import eventually
 
 
 async def receipt(d: Deployment, name: str = "r1") -> dict[str, Any]:
@@ -164,3 +168,33 @@ class Asked:
     def __init__(self, path: str, query: Mapping[str, str] = {}) -> None:
         self.path = path
         self.query = query
+
+
+async def test_several_workers_are_one_to_whoever_asks(tmp_path: Path) -> None:
+    async with Language() as engine, crowd(tmp_path, 3, "--decode-servers-urls", engine.url) as proxy:
+        assert [await proxy.chat(chat()) for _ in range(12)] == [200] * 12
+
+        async def all_are_told() -> bool:  # by whichever worker: a request ends a moment after its answer has gone out
+            told = [(await proxy.get("/requests"))["requests"] for _ in range(6)]
+            return all(len(requests) == 12 for requests in told) and all(requests == told[0] for requests in told)
+
+        await eventually(all_are_told)
+        requests = (await proxy.get("/requests"))["requests"]
+        ends = [one["at"] + one["seconds"] for one in requests]
+        assert ends == sorted(ends, reverse=True)
+        for one in requests:
+            told = await proxy.get(f"/requests/{one['id']}")
+            assert (told["id"], told["path"], told["status"]) == (one["id"], "PD", 200)
+        found = await proxy.metrics()
+        assert found["triptych_queue_seconds_count",] == found["triptych_attempts_count",] == 12
+        assert found["triptych_build_info", version("triptych")] == 1
+        assert found["triptych_circuit_state", engine.netloc, "both"] == 0
+
+
+async def test_a_circuit_that_any_worker_opened_is_told_by_all(tmp_path: Path) -> None:
+    flags = ("--breaker-failures", "1", "--breaker-delay", "60")
+    async with Language() as engine, crowd(tmp_path, 2, "--decode-servers-urls", engine.url, *flags) as proxy:
+        engine.fail(Fault(Failing.STATUS, status=500))
+        assert await proxy.chat(chat()) == 500
+        states = [(await proxy.metrics())["triptych_circuit_state", engine.netloc, "both"] for _ in range(8)]
+        assert states == [2] * 8
