@@ -5,16 +5,22 @@ tests/operations/test_manifests.py has the overlays put together and looks at th
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 
 from engines.settings import EngineSettings
 from proxy.settings import ProxySettings
 from tests.fakes.deployment import deployment
+from tests.fakes.media import chat, image, part
+from tests.fakes.native import Encoder, Language
+from tests.support.api_server import NAMESPACE, api_server, endpoints
+from tests.support.command import command, ready
 from tests.support.kubernetes import Document, check, container, selects, started
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
@@ -176,3 +182,37 @@ async def test_what_the_autoscalers_adapter_adds_up_is_what_a_proxy_tells() -> N
         (series,) = (r["seriesQuery"].partition("{")[0] for r in rules if r["name"]["as"] == name)
         assert label == ROLES[role]
         assert (series, label) in told
+
+
+async def test_a_pod_finds_the_engines_of_its_overlay_and_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the arguments, the environment and the configuration of overlays/e-pd, before a scripted API server."""
+    config = (FOLDER / "overlays/e-pd/proxy.yaml").read_text().replace("k8s+http://triptych", f"k8s+http://{NAMESPACE}")
+    (tmp_path / "proxy.yaml").write_text(config)
+    pod = container(the("Deployment", "proxy"))
+    args = [str(tmp_path / "proxy.yaml") if arg == "/etc/triptych/proxy.yaml" else arg for arg in pod["args"][1:]]
+    for entry in pod["env"]:
+        monkeypatch.setenv(entry["name"], entry["value"])
+    async with contextlib.AsyncExitStack() as stack:
+        encoder = await stack.enter_async_context(Encoder())
+        language = await stack.enter_async_context(Language())
+        api = await stack.enter_async_context(api_server())
+        for name, engine in (("encoder", encoder), ("language", language)):
+            ports = [{"name": "http", "port": engine.port}]
+            labels = f"app.kubernetes.io/component={name}"
+            api.put(f"triptych-{name}-x7k2p", *endpoints("127.0.0.1"), labels=labels, ports=ports)
+        monkeypatch.setenv("TRIPTYCH_KUBERNETES_API", api.url)
+        monkeypatch.setenv("TRIPTYCH_KUBERNETES_CREDENTIALS", str(tmp_path / "account"))
+        monkeypatch.setenv("TRIPTYCH_DRAIN_DELAY", "0")
+        http = await stack.enter_async_context(aiohttp.ClientSession())
+        flags = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
+        process, line = await stack.enter_async_context(command(*args, *flags))
+        url = line.split()[1]
+        await ready(http, url)
+        async with http.post(f"{url}/v1/chat/completions", json=chat(part(image()))) as answer:
+            assert answer.status == 200
+            assert answer.headers["x-triptych-route"].startswith(
+                f"E-PD; encode={encoder.netloc}; both={language.netloc}"
+            )
+        process.terminate()
