@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import orjson
 
 from proxy.admin import Admin
 from proxy.advising import Advising
 from proxy.balancer.fleet import Fleet
 from proxy.core import Instance
-from proxy.history import SPAN_S, SPANS, WINDOW, Curves, History
+from proxy.history import SPAN_S, SPANS, WINDOW, Floats, History
 from proxy.metrics import Metrics
 from proxy.receipts import Receipts
 from proxy.routing import router
@@ -60,8 +61,11 @@ class Snapshots:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._due = 0.0
+        self._at = 0.0  # when the present one was made
         self._last = 0  # the latest point
-        self._whole = self._recent = b""
+        self._told: dict[str, Any] = {}
+        self._recent = b""
+        self._whole: bytes | None = None  # made for the first who needs it
         self._version = version("triptych")
 
     async def get(self, since: int | None = None) -> bytes:
@@ -71,12 +75,18 @@ class Snapshots:
             if self._clock() >= self._due:
                 self._due = self._clock() + _EVERY_S
                 await self._make()
-        return self._recent if since is not None and self._last - _RECENT <= since <= self._last else self._whole
+        if since is not None and self._last - _RECENT <= since <= self._last:
+            return self._recent
+        if self._whole is None:
+            self._whole = self._rendered(_POINTS)
+        return self._whole
 
     async def _make(self) -> None:
         owners = self._owners
         in_flight, queued = owners.metrics.requests_now()
-        told = {
+        plan, requests = await owners.advising.told(), await owners.receipts.latest(_REQUESTS)
+        self._at, self._whole = self._clock(), None
+        self._told = {
             "version": self._version,
             "workers": owners.workers,
             "ready": router.servable(owners.fleet.census()),
@@ -84,14 +94,18 @@ class Snapshots:
             "in_flight": in_flight,
             "queued": queued,
             "instances": [self._shown(instance) for instance in owners.fleet],
-            "plan": await owners.advising.told(),
+            "plan": plan,
+            "requests": requests,
         }
-        requests = await owners.receipts.latest(_REQUESTS)
-        curves = owners.history.curves(self._clock(), _POINTS)
+        fresh = [one for one in requests if _end(one) > _end(requests[0]) - (_RECENT + 1) * SPAN_S]
+        self._recent = self._rendered(_RECENT, requests=fresh)
+
+    def _rendered(self, points: int, **less: Any) -> bytes:
+        curves = self._owners.history.curves(self._at, points)
         self._last = curves.last
-        self._whole = orjson.dumps({**told, "requests": requests, "curves": _points(curves, _POINTS)})
-        told["requests"] = [one for one in requests if _end(one) > _end(requests[0]) - (_RECENT + 1) * SPAN_S]
-        self._recent = orjson.dumps({**told, "curves": _points(curves, _RECENT)})
+        columns = dict(zip(curves.columns, _short(np.array([*curves.columns.values()])), strict=True))
+        told = {"last": curves.last, "span": SPAN_S, "window": SPAN_S * WINDOW, "columns": columns}
+        return orjson.dumps({**self._told, **less, "curves": told}, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def _shown(self, instance: Instance) -> dict[str, Any]:
         shown = self._owners.admin.shown(instance)
@@ -103,10 +117,8 @@ def _end(receipt: dict[str, Any]) -> float:
     return float(receipt["at"] + receipt["seconds"])
 
 
-def _points(curves: Curves, latest: int) -> dict[str, Any]:
-    columns = {name: [_short(value) for value in column[-latest:].tolist()] for name, column in curves.columns.items()}
-    return {"last": curves.last, "span": SPAN_S, "window": SPAN_S * WINDOW, "columns": columns}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.{_SIGNIFICANT}g}")
+def _short(values: Floats) -> Floats:
+    """With as many digits as anybody can see."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = 10 ** (_SIGNIFICANT - 1 - np.floor(np.log10(np.abs(values))))
+        return np.where(values == 0, 0.0, np.round(values * scale) / scale)
