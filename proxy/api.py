@@ -127,7 +127,7 @@ class OpenAI:
             self._ended(run, _CLIENT_GONE)
             raise
         finally:
-            caller.takes(_tokens(job))
+            caller.took(_tokens(job))
         return None
 
     async def _job(self, request: Request, engine_id: str, trace: Trace | None, caller: Caller) -> Job:

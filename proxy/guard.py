@@ -47,14 +47,14 @@ class Rights:
 class Caller:
     """Who sends a request, and what it takes of its limits. `with` gives back its place."""
 
-    __slots__ = ("_charged", "_clock", "_key", "_quota", "name", "tenant")
+    __slots__ = ("_charged", "_clock", "_key", "_quota", "_took", "name", "tenant")
 
     def __init__(self, key: Key | None, quota: Quota | None, clock: Callable[[], float]) -> None:
         """`quota`: None where nothing is limited."""
         self._key = key
         self._quota = quota
         self._clock = clock
-        self._charged = 0
+        self._charged = self._took = 0  # tokens
         self.name = "" if key is None else key.name
         self.tenant = "" if key is None else key.tenant
 
@@ -65,7 +65,7 @@ class Caller:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._quota is not None and self._key is not None:
-            self._quota.leave(self._key, self._clock())
+            self._quota.leave(self._key, self._took - self._charged, self._clock())
 
     def names(self, model: str) -> None:
         """The request is for `model`. Raises Forbidden."""
@@ -74,10 +74,14 @@ class Caller:
             raise Forbidden(f"this key is not for {what}", param="model")
 
     def takes(self, tokens: int) -> None:
-        """So many tokens, of prompt and answer, by what is known now: at first predicted, in the end counted."""
+        """The request takes so many tokens, as far as that can be predicted."""
         if self._quota is not None and self._key is not None:
-            self._quota.spend(self._key, tokens - self._charged, self._clock())
-            self._charged = tokens
+            self._quota.spend(self._key, tokens, self._clock())
+            self._charged = self._took = tokens
+
+    def took(self, tokens: int) -> None:
+        """It has taken so many, of prompt and answer."""
+        self._took = tokens
 
     def may_see(self, model: str) -> bool:
         """Whether `model` is one of those that the key is for."""
@@ -94,13 +98,14 @@ class Guard:
         self._strikes = Strikes()
         self._places: dict[str, OrderedDict[str, None]] = {}  # where each key has been right, by its name
         self._anybody = Caller(None, None, clock)
+        self._plain = Identity(trust_client=rights.trust_client)
 
     def __repr__(self) -> str:
         return f"<Guard {self.rights.keys!r} {self._strikes!r}>"
 
     def go_by(self, rights: Rights) -> None:
         """Other rights for the requests that come. Those in flight end as they began."""
-        self.rights = rights
+        self.rights, self._plain = rights, Identity(trust_client=rights.trust_client)
         names = {_ADMIN, *(rights.keys or ())}
         self._places = {name: places for name, places in self._places.items() if name in names}
 
@@ -157,7 +162,7 @@ class Guard:
         if caller.tenant:
             return Identity(f"{rights.salt}\0\0{caller.tenant}".encode(), rights.trust_client)
         if not rights.salt:
-            return Identity(trust_client=rights.trust_client)
+            return self._plain
         tenant = headers.get(rights.tenant_header.lower()) or caller.name
         return Identity(f"{rights.salt}\0{tenant}".encode(), rights.trust_client)
 

@@ -78,15 +78,21 @@ class Quota:
         return refusal
 
     def spend(self, key: Key, tokens: int, now: float) -> None:
-        """`tokens` were used; below 0: so many fewer than were said before."""
+        """`tokens` are used, between `enter` and `leave`."""
         if key.tokens_per_minute and tokens:
             with self._lock():
-                _take(self._tokens, self._row(key.name, now), tokens * MINUTE / key.tokens_per_minute, now)
+                self._spend(key, self._row(key.name, now), tokens, now)
 
-    def leave(self, key: Key, now: float) -> None:
-        """Give the place back; once for each `enter`."""
+    def leave(self, key: Key, tokens: int, now: float) -> None:
+        """Give the place back, once for each `enter`. `tokens` more were used; below 0: fewer than were spent."""
         with self._lock():
-            self._flying[self._mine + self._row(key.name, now)] -= 1
+            row = self._row(key.name, now)
+            self._flying[self._mine + row] -= 1
+            self._spend(key, row, tokens, now)
+
+    def _spend(self, key: Key, row: int, tokens: int, now: float) -> None:
+        if key.tokens_per_minute:
+            _take(self._tokens, row, tokens * MINUTE / key.tokens_per_minute, now)
 
     def clear(self, worker: int) -> None:
         """A dead worker has nothing in flight."""

@@ -26,7 +26,7 @@ def test_a_minutes_requests_can_be_had_at_once_and_come_back_evenly() -> None:
     used, mine = quota.alone(), key(requests_per_minute=6)
     for _ in range(6):
         assert used.enter(mine, 100.0) is None
-        used.leave(mine, 100.0)
+        used.leave(mine, 0, 100.0)
     assert used.enter(mine, 100.0) == Refusal("requests_per_minute", 6, pytest.approx(10.0))
     assert used.enter(mine, 109.9) is not None
     assert used.enter(mine, 110.0) is None
@@ -40,7 +40,7 @@ def test_a_rate_is_kept_exactly_for_as_long_as_it_lasts(most: int) -> None:
     for tick in range(6000):  # of 50 ms: five minutes
         if used.enter(mine, 1e6 + tick * 0.05) is None:
             begun += 1
-            used.leave(mine, 1e6 + tick * 0.05)
+            used.leave(mine, 0, 1e6 + tick * 0.05)
     assert most * 6 - 1 <= begun <= most * 6
 
 
@@ -52,7 +52,7 @@ def test_tokens_are_paid_when_they_are_known_and_debts_are_waited_for() -> None:
     used.spend(mine, 700, 0.0)
     refusal = used.enter(mine, 0.0)
     assert refusal is not None and refusal.limit == "tokens_per_minute" and refusal.seconds == pytest.approx(60.1)
-    used.spend(mine, -700, 0.0)
+    used.leave(mine, -700, 0.0)
     assert used.enter(mine, 0.0) is None, "what was predicted and not used is given back"
     used.spend(key("b"), 1000, 0.0)
     assert used.enter(key("b"), 0.0) is None, "nobody counts what has no limit"
@@ -63,7 +63,7 @@ def test_places_are_counted_over_all_workers_and_those_of_a_dead_one_are_given_b
     mine = key(concurrent=3)
     assert [one.enter(mine, 0.0), two.enter(mine, 0.0), two.enter(mine, 0.0)] == [None] * 3
     assert one.enter(mine, 0.0) == two.enter(mine, 0.0) == Refusal("concurrent", 3, 0.0)
-    one.leave(mine, 0.0)
+    one.leave(mine, 0, 0.0)
     assert two.enter(mine, 0.0) is None and one.enter(mine, 0.0) is not None
     one.clear(1)
     assert [one.enter(mine, 0.0) for _ in range(4)].count(None) == 3
@@ -74,7 +74,7 @@ def test_a_refused_request_takes_nothing() -> None:
     used, mine = quota.alone(), key(requests_per_minute=2, concurrent=1)
     assert used.enter(mine, 0.0) is None
     assert used.enter(mine, 0.0) == Refusal("concurrent", 1, 0.0)
-    used.leave(mine, 0.0)
+    used.leave(mine, 0, 0.0)
     assert used.enter(mine, 0.0) is None, "of two requests a minute one was left"
 
 
@@ -108,11 +108,11 @@ def test_keys_that_are_not_in_use_make_room_for_others(monkeypatch: pytest.Monke
     used, names = Quota(bytearray(quota.size(1))), (f"k{n}" for n in count())
     busy, slow = key("busy", concurrent=1), key("slow", requests_per_minute=1)
     assert used.enter(busy, 0.0) is None and used.enter(slow, 0.0) is None
-    used.leave(slow, 0.0)
+    used.leave(slow, 0, 0.0)
     for _ in range(20):
         passing = key(next(names), concurrent=1)
         assert used.enter(passing, 1.0) is None
-        used.leave(passing, 1.0)
+        used.leave(passing, 0, 1.0)
     assert used.enter(busy, 1.0) is not None and used.enter(slow, 1.0) is not None, "theirs is remembered"
     for _ in range(2):
         assert used.enter(key(next(names), concurrent=1), 1.0) is None
