@@ -48,9 +48,10 @@ class Sources:
     file: Path | None
 
     @classmethod
-    def of(cls, argv: Sequence[str], prog: str = "triptych proxy") -> Sources:
-        """Of a command line. Exits with a message for a person when it is none, and for --help."""
-        parser, source = _parser(prog)
+    def of(cls, argv: Sequence[str], prog: str = "triptych proxy", about: str = "") -> Sources:
+        """Of a command line. Exits with a message for a person when it is none, and for --help, which begins with what
+        the program is about."""
+        parser, source = _parser(prog, about or inspect.cleandoc(ProxySettings.__doc__ or ""))
         flags = source(args=list(argv))()
         try:
             environment = EnvSettingsSource(ProxySettings)()
@@ -127,12 +128,12 @@ def refuse(prog: str, error: Wrong) -> NoReturn:
     sys.exit(2)
 
 
-def _parser(prog: str) -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
+def _parser(prog: str, about: str) -> tuple[argparse.ArgumentParser, CliSettingsSource[Any]]:
     """With the flags grouped by subject, as the settings are."""
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [flags]",
-        description=inspect.getdoc(ProxySettings),
+        description=about,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
