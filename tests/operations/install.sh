@@ -9,6 +9,7 @@ missing=
 there nginx || missing="$missing nginx-light"
 there docker-compose || missing="$missing docker-compose"
 there systemd-analyze || missing="$missing systemd"
+there strace || missing="$missing strace"
 there prometheus || missing="$missing prometheus"
 there chromium || missing="$missing chromium fonts-dejavu-core"
 [ -n "$missing" ] || exit 0

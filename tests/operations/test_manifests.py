@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 import yaml
 
 from proxy.core import ROLES
 from proxy.settings import ProxySettings
+from tests.fakes.media import chat, image
+from tests.fakes.media import part as image_part
+from tests.fakes.native import Encoder, Language
+from tests.support.command import ready
 from tests.support.kubernetes import Document, check, container, selects, started
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -144,3 +154,57 @@ def test_proxies_show_the_key_that_engines_ask_for(overlay: list[Document]) -> N
                 told[deployment["metadata"]["name"]] = entry["valueFrom"]["secretKeyRef"]
     assert not told or told.keys() == {each["metadata"]["name"] for each in of("Deployment", overlay)}
     assert len({str(reference) for reference in told.values()}) <= 1
+
+
+def _calls(of: str) -> set[str]:
+    """The system calls of one of systemd's sets."""
+    found: set[str] = set()
+    for line in map(str.strip, said("systemd-analyze", "syscall-filter", of).splitlines()[1:]):
+        if not line.startswith("#"):
+            found |= _calls(line) if line.startswith("@") else {line}
+    return found
+
+
+async def test_what_the_unit_forbids_is_nothing_that_the_proxy_does(part: Callable[[str], str], tmp_path: Path) -> None:
+    filters = re.findall(
+        r"^SystemCallFilter=(.*)$", (DEPLOY / "systemd/triptych-proxy.service").read_text(), re.MULTILINE
+    )
+    allowed: set[str] = set()
+    for line in filters:
+        calls = {call for name in line.removeprefix("~").split() for call in _calls(name)}
+        allowed = allowed - calls if line.startswith("~") else allowed | calls
+
+    trace = tmp_path / "trace"
+    proxy = (
+        sys.executable,
+        "-m",
+        "proxy",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--workers",
+        "2",
+        "--log-level",
+        "error",
+    )
+    async with Encoder() as encoder, Language() as language:
+        urls = ("--encode-servers-urls", encoder.url, "--decode-servers-urls", language.url)
+        strace = (part("strace"), "-f", "-qq", "-o", str(trace))
+        process = await asyncio.create_subprocess_exec(*strace, *proxy, *urls, stdout=asyncio.subprocess.PIPE)
+        assert process.stdout is not None
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+            url = (await process.stdout.readline()).decode().split()[1]
+            await ready(http, url)
+            async with http.post(f"{url}/v1/chat/completions", json=chat(image_part(image()))) as answer:
+                assert answer.status == 200
+                await answer.read()
+            (supervisor,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(supervisor), signal.SIGHUP)
+            os.kill(int(supervisor), signal.SIGTERM)
+            assert await process.wait() == 0
+    made = trace.read_text()
+    used = set(re.findall(r"^\d+ +([a-z]\w+)\(", made, re.MULTILINE))
+    assert "openat" in used
+    assert used - allowed <= {"mbind"}, "numpy says where memory should be; a no is taken well"
+    assert not re.search(r"PROT_WRITE\|PROT_EXEC", made), "MemoryDenyWriteExecute"
