@@ -131,7 +131,7 @@ ROWS = (
                 "Transfers, p95",
                 [("{{link}}", quantile(0.95, "triptych_transfer_seconds", "le, link"))],
                 "s",
-                "From the end of one stage to where the next has what it needs of it",
+                "Of KV: from the end of prefill to the first token, so with a step of decode",
             ),
             Panel(
                 "Legs in work",
