@@ -92,16 +92,17 @@ class OpenAI:
         engine_id = wanted if wanted not in self._active else f"{wanted}-{secrets.token_hex(4)}"
         self._active.add(engine_id)
         self._metrics.in_flight.inc()
-        trace = None if self._tracing is None else self._tracing.begin(request.headers)
+        trace, name = None if self._tracing is None else self._tracing.begin(request.headers), ""
         try:
             with self._guard.admitted(request) as caller:
+                name = caller.name
                 with _timely(request):
                     job = await self._job(request, engine_id, trace, caller)
-                job.record.id, job.record.caller = wanted, caller.name
+                job.record.id, job.record.caller = wanted, name
                 return await self._serve(request, job, caller)
         except ProxyError as error:  # before there was a job
             now = time.monotonic()
-            self._told(Record(wanted, api=request.path, began=now, ended=now, trace=trace), error)
+            self._told(Record(wanted, name, request.path, began=now, ended=now, trace=trace), error)
             return _failed(error, {})
         finally:
             self._metrics.in_flight.dec()

@@ -292,7 +292,7 @@ class Proxy:
         self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
         lists = settings.lists()
         try:
-            enrolment = Enrolment(lists, settings.virtual_encoder_url)
+            enrolment = Enrolment(lists, settings.virtual_encoder_url, self.certificates.trust)
             async with self.virtual.wards.running(), enrolment.kept(settings.host, self.virtual_port):
                 yield
         finally:

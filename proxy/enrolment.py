@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import orjson
 
 from proxy.callbacks import local_address
-from proxy.http.client import Client, ConnectFailed, Cut
+from proxy.http.client import Client, ConnectFailed, Cut, system_trust
 from proxy.http.message import JSON
 from proxy.tasks import together
 
@@ -29,10 +30,11 @@ class Unlisted(Exception):
 
 
 class Enrolment:
-    """`lists`: URLs of encoder bootstrap servers. `url`: what they are told; None: this machine's address to each."""
+    """`lists`: URLs of encoder bootstrap servers. `url`: what they are told; None: this machine's address to each.
+    `tls`: as Client has it."""
 
-    def __init__(self, lists: Sequence[str], url: str | None) -> None:
-        self._client = Client(_ANSWER_S)
+    def __init__(self, lists: Sequence[str], url: str | None, tls: Callable[[], ssl.SSLContext] = system_trust) -> None:
+        self._client = Client(_ANSWER_S, tls=tls)
         self._lists = lists
         self._url = url
         self._enrolled: dict[str, str] = {}  # by list: the URL that it has

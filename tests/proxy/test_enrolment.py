@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ssl
+from pathlib import Path
+
 from aiohttp import web
 
 from proxy.enrolment import Enrolment
+from proxy.tls import Listener
+from tests.support.tls import Authority
 from tests.support.waiting import until
 
 
 class Bootstrap:
     """An encoder bootstrap server. `status` is what it answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.urls: list[str] = []
         self.status = 200
         self.asked = 0
@@ -24,7 +30,7 @@ class Bootstrap:
         )
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self._tls).start()
         self.port = self._runner.addresses[0][1]
         return self
 
@@ -33,7 +39,7 @@ class Bootstrap:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     async def _add(self, request: web.Request) -> web.Response:
         self.asked += 1
@@ -64,6 +70,14 @@ async def test_what_it_is_called_can_be_said() -> None:
         async with Enrolment([one.url], None).kept("::1", 7):
             await until(lambda: bool(one.urls))
             assert one.urls == ["http://[::1]:7"]
+
+
+async def test_lists_may_be_reached_by_tls(tmp_path: Path) -> None:
+    ca = Authority(tmp_path)
+    async with Bootstrap(Listener(ca.files("list")).context) as one:
+        async with Enrolment([one.url], None, ca.trusting).kept("127.0.0.1", 7):
+            await until(lambda: bool(one.urls))
+        assert one.urls == []
 
 
 async def test_a_list_that_is_not_there_or_does_not_want_to_fails_nobody() -> None:

@@ -85,12 +85,14 @@ async def test_the_official_client_understands_refusals(tmp_path: Path) -> None:
                     await client.chat.completions.create(model=model, messages=[])
 
 
-async def test_a_key_is_for_its_models_and_sees_no_others(tmp_path: Path) -> None:
+async def test_a_key_is_for_its_models_and_sees_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with keyed(tmp_path, acme="  models: ['t*']\n", other="  models: [large]\n") as d:
         assert (await d.post(chat(model="tiny"), authorization=bearer("acme"))).status == 200
         for key, body in (("other", chat(model="tiny")), ("acme", chat(model="large")), ("acme", {"messages": []})):
             answer = await d.post(body, authorization=bearer(key))
             assert (answer.status, answer.error["code"], answer.error["param"]) == (403, "model_not_allowed", "model")
+        d.proxy.access.flush()
+        assert " key=other " in (said := capsys.readouterr().err) and "403" in said
         shown = [await _get(d, "/v1/models", authorization=bearer(key)) for key in ("acme", "other")]
         assert [[model["id"] for model in answer.json["data"]] for answer in shown] == [["tiny"], []]
         assert len(d.combined[0].calls) == 1
