@@ -96,7 +96,10 @@ class Vllm(Dialect):
         """Empty where decode finds the KV by the prompt alone (ExampleConnector), or must make it anew."""
         if not isinstance(reply.get("choices"), list):
             raise BadReply("the prefill engine's answer has no choices")
-        return reply.get("kv_transfer_params") or {}
+        params = reply.get("kv_transfer_params") or {}
+        if not isinstance(params, dict):
+            raise BadReply("the prefill engine's kv_transfer_params are no object")
+        return params
 
     def decode(self, job: Job, handles: Handles, handoff: Mapping[str, Any] | None, metaserver: str) -> Body:
         bodies.one_prompt(job)

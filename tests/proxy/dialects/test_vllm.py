@@ -327,3 +327,9 @@ def test_every_engine_warms_up_with_a_text(role: Role) -> None:
     assert body["model"] == "m" and body["max_tokens"] == 1 and "kv_transfer_params" not in body
     unnamed = vllm().warm_up(role, "")
     assert unnamed is not None and "model" not in unnamed[1], "the engine has one, and knows it"
+
+
+@pytest.mark.parametrize("params", [-1, "x", [1], True])
+def test_parameters_that_are_no_object_are_no_reply(params: Any) -> None:
+    with pytest.raises(BadReply, match="are no object"):
+        vllm().read_prefill({"choices": [], "kv_transfer_params": params})
