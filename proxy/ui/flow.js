@@ -73,7 +73,7 @@ function flowing(roles, now) {
 function described(flow, all, now, short) {
   if (!flow.rate) return "";
   const part = (end) => flow.rate / all.reduce((sum, other) => sum + (other[end] === flow[end] ? other.rate : 0), 0);
-  if (flow.to === ANSWERS) return `${rate(now.tokens * part("to"))} ${short ? "tok/s" : "tokens/s"}`;
+  if (flow.to === ANSWERS) return `${rate(now.tokens * part("to"))}${short ? "" : " tokens"}/s`;
   if (flow.from === "encode") return `${rate(now.items * part("from"))}${short ? "" : " items"}/s`;
   return `${rate(flow.rate)}${short ? "" : flow.from === CLIENTS ? " requests" : " KV handoffs"}/s`;
 }
