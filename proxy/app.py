@@ -22,6 +22,7 @@ from proxy.callbacks import Metaserver
 from proxy.core import Instance, Order, Role, State
 from proxy.costs import Costs
 from proxy.crew import Seat
+from proxy.derived import Secrets
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
 from proxy.discovery import finder
@@ -73,8 +74,10 @@ _DRAIN_LOOK_S = 0.02
 class Proxy:
     """Every part of one proxy, wired. `serving()` runs it."""
 
-    def __init__(self, settings: ProxySettings, seat: Seat | None = None) -> None:
-        """`seat`: this process's place among several workers, whose supervisor has filled the fleet."""
+    def __init__(self, settings: ProxySettings, seat: Seat | None = None, secrets: Secrets | None = None) -> None:
+        """`seat`: this process's place among several workers, whose supervisor has filled the fleet. `secrets`: of its
+        files; None: they are read. Raises ValueError naming the file at fault."""
+        secrets = secrets or Secrets.read(settings)
         self.settings = settings
         self._seat = seat
         self.fleet = Fleet() if seat is None else seat.fleet(self._told)
@@ -87,8 +90,8 @@ class Proxy:
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
         self.advising = Advising(self.sizing)
         used = seat.quota() if seat else quota.alone()
-        self.guard = Guard(derived.rights(settings), used, time.monotonic)
-        self.certificates = derived.certificates(settings)
+        self.guard = Guard(secrets.rights, used, time.monotonic)
+        self.certificates = secrets.certificates
         self.upstream = Upstream(derived.timeouts(settings), settings.engine_key, self.certificates.trust)
         siblings = seat.siblings if seat else None
         scheme = self.certificates.scheme if settings.metaserver_port is None else "http"

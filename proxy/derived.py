@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
@@ -97,6 +97,19 @@ def fetches(settings: ProxySettings) -> Bounds:
     """An equal share for each worker."""
     at_once = -(-settings.max_media_fetches // settings.workers)
     return Bounds(settings.max_media_bytes, settings.media_timeout, at_once)
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What files hold that settings name. Whoever is forked has them, whatever becomes of the files."""
+
+    rights: Rights
+    certificates: Certificates
+
+    @classmethod
+    def read(cls, settings: ProxySettings) -> Secrets:
+        """Raises ValueError naming the file at fault."""
+        return cls(rights(settings), certificates(settings))
 
 
 def rights(settings: ProxySettings) -> Rights:

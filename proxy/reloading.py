@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy import derived
+from proxy.derived import Secrets
 from proxy.settings import ProxySettings, Sources, Wrong
 from proxy.settings.admission import AdmissionSettings
 from proxy.settings.choosing import ChoosingSettings
@@ -87,7 +88,8 @@ class Reloads(Collector):
 
 
 class Configuration:
-    """`settings` are those in force; `text` is what the file said when they were read."""
+    """`settings` are those in force, with the `secrets` that their files held; `text` is what the file said when they
+    were read."""
 
     def __init__(self, sources: Sources, clock: Callable[[], float]) -> None:
         """Reads the first one. `clock` tells Unix time. Raises Wrong."""
@@ -95,7 +97,7 @@ class Configuration:
         self._clock = clock
         self.text = sources.text()
         self.settings = sources.settings(self.text)
-        verify(self.settings)
+        self.secrets = verify(self.settings)
         self._before = self._seen = self._signature()
         self.count(Reloads(bytearray(SIZE)))
 
@@ -134,6 +136,8 @@ class Configuration:
                 log.error("the new configuration is refused, the old one stays: %s", line)
             return False
         self.follow(text)
+        with suppress(Wrong):  # a path that cannot change while serving may lead nowhere by now
+            self.secrets = verify(self.settings)
         self.reloads.taken(self._clock())
         return True
 
@@ -158,11 +162,10 @@ class Configuration:
         return tuple(map(_stat, self._files()))
 
 
-def verify(settings: ProxySettings) -> None:
-    """That the files can be used which `settings` name. Raises Wrong."""
+def verify(settings: ProxySettings) -> Secrets:
+    """What the files hold that `settings` name. Raises Wrong."""
     try:
-        derived.rights(settings)
-        derived.certificates(settings)
+        return Secrets.read(settings)
     except ValueError as error:
         raise Wrong([str(error)]) from None
 

@@ -40,7 +40,7 @@ async def run(configuration: Configuration, seat: Seat | None = None) -> None:
         seat.watch(stop.set)
         look, pause = partial(_follow, configuration, seat), None
         hangup.set()  # it may have begun in the middle of a reload
-    proxy = Proxy(configuration.settings, seat)
+    proxy = Proxy(configuration.settings, seat, configuration.secrets)
     proxy.metrics.also(configuration.reloads)
     async with proxy.serving(), together() as group:
         reloading = group.create_task(_reload(proxy, configuration, look, hangup, pause))

@@ -262,6 +262,7 @@ async def test_limits_are_exact_over_workers_and_a_dead_ones_places_are_given_ba
             asking = [asyncio.create_task(ask("acme")) for _ in range(30)]
             await engine.until(lambda: engine.running == 5)
             await until(lambda: sum(task.done() for task in asking) == 25)
+            keys.write_text("- {name: acme}\n")  # refused: whoever is started now goes by the old ones as well
             for pid in proxy.workers()[:2]:
                 os.kill(pid, signal.SIGKILL)
             await until(lambda: len(proxy.workers()) == 3 and engine.running == 5 - engine.aborted)
