@@ -36,5 +36,5 @@ def _seconds(job: Job, header: str) -> float | None:
     except ValueError:
         found = 0.0
     if not 0 < found < math.inf:
-        raise BadRequest(f"{header} must be seconds, got {asked!r}", param=header)
+        raise BadRequest(f"{header} must be a number of seconds above 0", param=header)
     return found

@@ -47,5 +47,5 @@ def test_a_deadline_is_seconds() -> None:
 def test_a_target_for_the_first_token_is_seconds() -> None:
     assert wishes.first_token(job()) is None
     assert wishes.first_token(job({"x-ttft-target": "0.25"})) == 0.25
-    with pytest.raises(BadRequest, match="x-ttft-target must be seconds"):
+    with pytest.raises(BadRequest, match="x-ttft-target must be a number of seconds"):
         wishes.first_token(job({"x-ttft-target": "never"}))
