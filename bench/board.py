@@ -20,9 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 SHIPPED = Path(__file__).parents[1] / "deploy" / "grafana" / "triptych.json"
 ALL = {"$job": ".*", "$proxy": ".*"}
 POINTS = 300  # of a line
+COLOURS = 128  # of the picture: a third of the bytes
 _TIMEOUT_S = 30.0
 _WIDTH, _HEIGHT = 0.72, 0.42  # inches of a cell of Grafana's grid
 _SHOWN = 6  # legends of a panel
@@ -49,6 +52,8 @@ class Series:
     values: Sequence[float]
 
 
+Span = tuple[float, float]
+"""From when, until when: Unix seconds."""
 Ask = Callable[[str], list[dict[str, Any]]]
 """What a query has given over the time of the picture, as Prometheus' API tells it."""
 
@@ -56,15 +61,15 @@ Ask = Callable[[str], list[dict[str, Any]]]
 # ---- asking
 
 
-def asking(url: str, minutes: float, window: str) -> Ask:
-    """Of the Prometheus at `url`, about the last `minutes`; rates are over `window`. Raises OSError."""
-    end = time.time()
-    step = max(1.0, minutes * 60 / POINTS)
+def asking(url: str, span: Span, window: str) -> Ask:
+    """Of the Prometheus at `url`; rates are over `window`. Raises OSError."""
+    start, end = span
+    step = max(1.0, (end - start) / POINTS)
 
     def ask(query: str) -> list[dict[str, Any]]:
         for name, value in (ALL | {"$__rate_interval": window}).items():
             query = query.replace(name, value)
-        asked = urllib.parse.urlencode({"query": query, "start": end - minutes * 60, "end": end, "step": step})
+        asked = urllib.parse.urlencode({"query": query, "start": start, "end": end, "step": step})
         with urllib.request.urlopen(f"{url}/api/v1/query_range?{asked}", timeout=_TIMEOUT_S) as answer:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
             return found
@@ -98,7 +103,7 @@ def top(board: dict[str, Any], rows: int) -> dict[str, Any]:
     return board | {"panels": board["panels"][:end]}
 
 
-def draw(board: dict[str, Any], ask: Ask, file: Path) -> None:
+def draw(board: dict[str, Any], ask: Ask, span: Span, file: Path) -> None:
     """All of `board` into `file`."""
     from matplotlib import pyplot, rcParams  # here: nobody but this needs it
 
@@ -106,12 +111,14 @@ def draw(board: dict[str, Any], ask: Ask, file: Path) -> None:
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
     figure = pyplot.figure(figsize=(24 * _WIDTH, rows * _HEIGHT), facecolor="#f4f5f5")
     for panel in board["panels"]:
-        _place(figure, rows, panel, ask)
+        _place(figure, rows, panel, ask, span)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
+    with Image.open(file) as picture:
+        picture.convert("RGB").quantize(COLOURS).save(file, optimize=True)
 
 
-def _place(figure: Any, rows: int, panel: dict[str, Any], ask: Ask) -> None:
+def _place(figure: Any, rows: int, panel: dict[str, Any], ask: Ask, span: Span) -> None:
     at = panel["gridPos"]
     left, top = at["x"] / 24, 1 - at["y"] / rows
     if panel["type"] == "row":
@@ -128,6 +135,7 @@ def _place(figure: Any, rows: int, panel: dict[str, Any], ask: Ask) -> None:
     axes.tick_params(length=0, labelcolor=_FAINT, labelsize=6)
     if any(value == value for one in found for value in one.values):  # not all of them NaN
         DRAWN[panel["type"]](axes, panel, found)
+        axes.set_xlim(span)
     else:
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color=_FAINT)
@@ -217,7 +225,6 @@ def _clock(axes: Axes) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: time.strftime("%H:%M:%S", time.localtime(at))))
-    axes.margins(x=0)
 
 
 def _unit(axes: Axes, panel: dict[str, Any]) -> None:
@@ -255,9 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=99, metavar="N", help="only the first N rows of panels")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE", help="the picture")
     arguments = parser.parse_args(argv)
+    now = time.time()
+    span = (now - arguments.minutes * 60, now)
     try:
-        ask = asking(arguments.prometheus, arguments.minutes, arguments.window)
-        draw(top(json.loads(SHIPPED.read_text()), arguments.rows), ask, arguments.plot)
+        ask = asking(arguments.prometheus, span, arguments.window)
+        draw(top(json.loads(SHIPPED.read_text()), arguments.rows), ask, span, arguments.plot)
     except OSError as error:
         print(f"board: {arguments.prometheus}: {error}", file=sys.stderr)
         return 1
