@@ -72,7 +72,8 @@ function makeChart(spec) {
   const times = svg("g");
   const lines = svg("g");
   const cross = svg("g", {}, svg("line"), svg("text", { "text-anchor": "middle" }));
-  const picture = svg("svg", { height: HEIGHT, role: "img", tabindex: "0", "aria-roledescription": "chart" }, grid, times, lines, cross);
+  const look = { height: HEIGHT, role: "img", tabindex: "0", "aria-roledescription": "chart" };
+  const picture = svg("svg", look, grid, times, lines, cross);
   const legend = el("p", { class: "legend" });
   const node = el("figure", { class: "chart" }, el("figcaption", {}, el("h3", {}, spec.title), legend), picture);
   return { spec, node, picture, grid, times, lines, cross, legend };
@@ -101,7 +102,7 @@ function drawChart(chart, curves, shown, pointed) {
   set(picture, "viewBox", `0 0 ${width} ${HEIGHT}`);
   drawGrid(grid, spec, top, width, y);
   drawTimes(times, (shown - 1) * step, (mark) => x(shown - 1 - mark / step));
-  each(lines, told, ([curve]) => curve.column, ([curve]) => makeCurve(curve), (node, [curve, column]) => {
+  each(lines, told, ([curve]) => curve.column, makeCurve, (node, [curve, column]) => {
     set(node.firstChild, "d", curve.area ? path(column, x, y, HEIGHT - MARGIN.bottom) : null);
     set(node.lastChild, "d", path(column, x, y));
   });
@@ -115,7 +116,8 @@ function drawChart(chart, curves, shown, pointed) {
 }
 
 function drawGrid(grid, spec, top, width, y) {
-  each(grid, [0, 0.5, 1], (part) => part, () => svg("g", {}, svg("line"), svg("text", { "text-anchor": "end" })), (node, part) => {
+  const make = () => svg("g", {}, svg("line"), svg("text", { "text-anchor": "end" }));
+  each(grid, [0, 0.5, 1], (part) => part, make, (node, part) => {
     const [line, label] = node.children;
     const at = y(top * part);
     put(line, { x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at });
@@ -142,7 +144,10 @@ function drawTimes(times, seconds, x) {
   });
 }
 
-const makeCurve = (curve) => svg("g", { class: `curve look-${curve.look}` }, svg("path", { class: "area" }), svg("path", { class: "line" }));
+function makeCurve([curve]) {
+  const [area, line] = ["area", "line"].map((name) => svg("path", { class: name }));
+  return svg("g", { class: `curve look-${curve.look}` }, area, line);
+}
 
 function path(column, x, y, floor) {
   let found = "";

@@ -45,7 +45,8 @@ function changeColumn(column, instances, planned, full, actions) {
   const serving = instances.filter((instance) => instance.state === "READY").length;
   const all = plural(instances.length, "engine");
   const ready = serving === instances.length ? all : `${serving} of ${all} ready`;
-  say(title.lastChild, planned && planned.utilisation !== null ? `${ready}, ${share(planned.utilisation)} busy` : ready);
+  const busy = planned?.utilisation ?? null;
+  say(title.lastChild, busy === null ? ready : `${ready}, ${share(busy)} busy`);
   const many = instances.length > MANY;
   set(column, "data-many", many);
   const well = (instance) => (trouble(instance) ? 0 : 1);
@@ -62,7 +63,7 @@ function makeInstance(instance, actions) {
     "li",
     {},
     el("span", { class: "dot", "aria-hidden": "true" }),
-    el("span", { class: "host", title: instance.url }, netloc(instance.url)),
+    el("span", { class: "host", title: described(instance) }, netloc(instance.url)),
     el("span", { class: "running" }),
     el("span", { class: "meter", "aria-hidden": "true" }, el("span")),
     el("span", { class: "said" }),
@@ -83,18 +84,25 @@ function changeInstance(row, instance, full, actions) {
   if (!row.sure) say(button, verb(instance));
 }
 
+function described({ url, dialect, version, model, weight, labels }) {
+  const where = Object.entries(labels ?? {}).map(([name, value]) => `${name} ${value}`);
+  const heavy = weight === 1 ? null : `weight ${weight}`;
+  return [url, [dialect, version].filter(Boolean).join(" "), model, heavy, ...where].filter(Boolean).join("\n");
+}
+
 const verb = (instance) => (instance.state === "DRAINING" || instance.state === "GONE" ? "Take back" : "Drain");
 
 function trouble(instance) {
   if (instance.state !== "READY") return `${instance.state.toLowerCase()}: ${instance.reason}`;
-  return instance.circuit === "CLOSED" ? "" : `circuit ${instance.circuit.toLowerCase().replace("_", "-")}: its last requests failed`;
+  if (instance.circuit === "CLOSED") return "";
+  return `circuit ${instance.circuit.toLowerCase().replace("_", "-")}: its last requests failed`;
 }
 
 function work(instance) {
   const held = instance.items ? `, ${plural(instance.items, "item")} cached` : "";
   if (!instance.load) return `idle${held}`;
-  const queue = instance.pending_seconds === undefined ? plural(instance.load, "token") : `${span(instance.pending_seconds)} of work`;
-  return `${queue}${held}`;
+  const { load, pending_seconds: seconds } = instance;
+  return `${seconds === undefined ? plural(load, "token") : `${span(seconds)} of work`}${held}`;
 }
 
 // Draining asks twice: it takes an engine away from everybody.

@@ -46,7 +46,8 @@ function layout(roles, flows, width) {
   const order = [CLIENTS, ...roles, ANSWERS];
   const passed = (flow) => order.indexOf(flow.to) - order.indexOf(flow.from) - 1;
   const rise = (flow) => (passed(flow) ? ARC + HIGHER * (passed(flow) - 1) : 0);
-  return { at, passed, rise, base: Math.max(RADIUS, ...flows.map((flow) => rise(flow) + 20)) + 4, narrow: width / roles.length < NARROW };
+  const base = Math.max(RADIUS, ...flows.map((flow) => rise(flow) + 20)) + 4;
+  return { at, passed, rise, base, narrow: width / roles.length < NARROW };
 }
 
 // What goes from where to where, at least along the line of all stages.
@@ -118,7 +119,8 @@ function ends({ from, to }, { at }) {
 function arc(begin, end, base, top) {
   const middle = (begin + end) / 2;
   const bend = Math.min((end - begin) / 3, 130);
-  return `M${begin} ${base}C${begin + bend} ${base} ${middle - bend} ${top} ${middle} ${top}S${end - bend} ${base} ${end} ${base}`;
+  const up = `C${begin + bend} ${base} ${middle - bend} ${top} ${middle} ${top}`;
+  return `M${begin} ${base}${up}S${end - bend} ${base} ${end} ${base}`;
 }
 
 function makeNode(role) {

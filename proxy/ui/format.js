@@ -3,7 +3,7 @@
 const NONE = "–";
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
-export const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
+const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
 export const count = (value) => (known(value) ? grouped.format(value) : NONE);
 
@@ -30,7 +30,9 @@ export const span = (value) => time(value).filter(Boolean).join(" ");
 // The same without the zeros that a round number ends with, for axes.
 export const round = (text) => text.replace(/(\.\d*?)0+(?!\d)/, "$1").replace(/\.(?!\d)/, "");
 
-export const share = (value) => (known(value) ? `${(value * 100).toFixed(value > 0 && value < 0.0995 ? 1 : 0)} %` : NONE);
+export function share(value) {
+  return known(value) ? `${(value * 100).toFixed(value > 0 && value < 0.0995 ? 1 : 0)} %` : NONE;
+}
 
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 

@@ -3,6 +3,7 @@
 import { say, set } from "./dom.js";
 
 const PLACE = "triptych-admin-key";
+const GONE = { state: "GONE", reason: "drained here", circuit: "CLOSED", leases: 0, load: 0 };
 
 // `changed` is called after everything that may have changed the fleet.
 export function makeLock(button, dialog, changed) {
@@ -60,17 +61,22 @@ export function makeLock(button, dialog, changed) {
   const actions = {
     unlocked: () => !needed || key !== null,
     drain: async (instance) => {
-      if (await call("instances/drain", { url: instance.url })) gone.set(instance.url, { role: instance.role, url: instance.url });
+      if (await call("instances/drain", { url: instance.url })) gone.set(instance.url, instance);
     },
     join: async (instance) => {
-      if (await call("instances", { role: instance.role, url: instance.url })) gone.delete(instance.url);
+      if (await call("instances", registration(instance))) gone.delete(instance.url);
     },
     // Those that were drained here and have left: they can be taken back.
     missing: (instances) => {
       const there = new Set(instances.map((instance) => instance.url));
       const left = [...gone.values()].filter((instance) => !there.has(instance.url));
-      return left.map((instance) => ({ ...instance, state: "GONE", reason: "drained here", circuit: "CLOSED", leases: 0, load: 0 }));
+      return left.map((instance) => ({ ...instance, ...GONE }));
     },
   };
   return { draw, actions };
+}
+
+// As what it was known before.
+function registration({ role, url, dialect, labels, weight }) {
+  return { role, url: dialect === "auto" ? url : `${dialect}+${url}`, labels: labels ?? {}, weight };
 }

@@ -14,7 +14,10 @@ export function makePlan(place) {
   };
 }
 
-const reason = (plan) => (plan.offered.requests ? `No advice: ${plan.reason}.` : "No advice yet: no request has ended in the last minutes.");
+function reason(plan) {
+  const asked = plan.offered.requests > 0;
+  return asked ? `No advice: ${plan.reason}.` : "No advice yet: no request has ended in the last minutes.";
+}
 
 function advice(plan) {
   const { offered, carries, bottleneck, would_carry: would } = plan;
@@ -32,7 +35,8 @@ function advice(plan) {
   const heads = ["Role", "Engines", "Busy", "Carries", "One more", "Advised"];
   const head = el("tr", {}, ...heads.map((name) => el("th", { scope: "col" }, name)));
   const rows = plan.roles.map((role) => line(role, role.role === bottleneck));
-  return [sentence, el("div", { class: "scroll" }, el("table", { class: "plan" }, el("thead", {}, head), el("tbody", {}, ...rows)))];
+  const table = el("table", { class: "plan" }, el("thead", {}, head), el("tbody", {}, ...rows));
+  return [sentence, el("div", { class: "scroll" }, table)];
 }
 
 function advised(plan, would) {

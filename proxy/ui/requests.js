@@ -15,7 +15,8 @@ export function makeRequests(section) {
   const pause = el("button", { type: "button", class: "quiet", "aria-pressed": "false" }, "Pause");
   section.firstElementChild.after(el("div", { class: "buttons" }, failures, pause));
   const scale = el("div", { class: "scale", "aria-hidden": "true" }, ...TICKS.map(() => el("span")));
-  const head = el("div", { class: "head", "aria-hidden": "true" }, ...["", "Path", "What", "First", "Total"].map((name) => el("span", {}, name)), scale);
+  const names = ["", "Path", "What", "First", "Total"].map((name) => el("span", {}, name));
+  const head = el("div", { class: "head", "aria-hidden": "true" }, ...names, scale);
   const list = el("ol");
   const nothing = el("p", { class: "empty" }, "No request has ended yet.");
   section.append(head, list, nothing);
@@ -66,10 +67,11 @@ function reach(shown) {
 
 function makeRow(one) {
   const id = `receipt-${Math.random().toString(36).slice(2)}`;
+  const when = new Date(ended(one) * 1000);
   const button = el(
     "button",
     { type: "button", class: "row", "aria-expanded": "false", "aria-controls": id, onclick: () => toggle(row, one) },
-    el("time", { datetime: new Date(ended(one) * 1000).toISOString(), title: new Date(ended(one) * 1000).toLocaleString() }),
+    el("time", { datetime: when.toISOString(), title: when.toLocaleString() }),
     el("span", { class: "path" }, one.path === "none" ? "–" : one.path),
     el("span", { class: `what${failed(one) ? " bad" : left(one) ? " left" : ""}` }, what(one)),
     el("span", { class: "number" }, ...unit(one.ttft)),
@@ -97,12 +99,12 @@ function changeRow(row, one, full) {
   say(when, ago(Date.now() / 1000 - ended(one)));
   if (row.full === full) return;
   row.full = full;
-  const part = (seconds) => `${Math.min(100, (100 * seconds) / full).toFixed(2)}%`;
+  const part = (seconds) => Math.min(100, (100 * seconds) / full);
   const picture = row.querySelector(".fall");
   set(picture, "data-cut", one.seconds > full * 1.001);
   for (const bar of picture.children) {
-    bar.style.insetInlineStart = part(bar.begin);
-    bar.style.inlineSize = bar.end === undefined ? "" : `${Math.max(0, Math.min(100, (100 * bar.end) / full) - (100 * bar.begin) / full).toFixed(2)}%`;
+    bar.style.insetInlineStart = `${part(bar.begin).toFixed(2)}%`;
+    bar.style.inlineSize = bar.end === undefined ? "" : `${(part(bar.end) - part(bar.begin)).toFixed(2)}%`;
   }
 }
 
@@ -161,12 +163,14 @@ function told(found) {
 
 function pace(found) {
   const seconds = found.ttft === null ? 0 : found.seconds - found.ttft;
-  return found.stream && seconds > 0 && found.output_tokens > 1 ? ` at ${rate((found.output_tokens - 1) / seconds)}/s` : "";
+  const tokens = found.output_tokens - 1;
+  return found.stream && seconds > 0 && tokens > 0 ? ` at ${rate(tokens / seconds)}/s` : "";
 }
 
 function legs(found) {
   const heads = ["Stage", "Engine", "Items", "Began", "First", "Took", "Outcome"];
-  const rows = found.legs.flatMap((leg) => [legRow(leg), ...(leg.choices ?? []).map((choice) => choiceRow(choice, heads.length))]);
+  const choices = (leg) => leg.choices.map((choice) => choiceRow(choice, heads.length));
+  const rows = found.legs.flatMap((leg) => [legRow(leg), ...choices(leg)]);
   if (!rows.length) return el("p", { class: "empty" }, "No engine was asked.");
   const head = el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)));
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
@@ -187,20 +191,25 @@ function legRow(leg) {
   );
 }
 
-const SCORES = { seconds: ["by when it would be done", span], tokens: ["by the work it had", (score) => plural(score, "token")] };
+const SCORES = {
+  seconds: ["by when it would be done", span],
+  tokens: ["by the work it had", (score) => plural(score, "token")],
+};
 
 // Among whom the engine was chosen, the best first.
 function choiceRow(choice, width) {
   const [by, tell] = SCORES[choice.unit] ?? [choice.unit, rate];
-  const shown = choice.candidates.slice(0, CANDIDATES).map((one) => el(one.chosen ? "b" : "span", {}, `${one.instance} ${tell(one.score)}`));
+  const row = (...told) => el("tr", { class: "choice" }, el("td", { colspan: width }, ...told));
+  if (choice.joined) return row("joined: the same item was being encoded there");
+  const best = choice.candidates.filter((one, place) => place < CANDIDATES || one.chosen);
+  const shown = best.map((one) => el(one.chosen ? "b" : "span", {}, `${one.instance} ${tell(one.score)}`));
   const more = choice.of - shown.length;
-  const why = choice.joined ? "joined: the same item was being encoded there" : `chosen of ${count(choice.of)}, ${by}:`;
-  const rest = more > 0 && !choice.joined ? el("span", {}, `and ${count(more)} more`) : null;
-  return el("tr", { class: "choice" }, el("td", { colspan: width }, why, ...(choice.joined ? [] : shown), rest ?? ""));
+  const rest = more > 0 ? el("span", {}, `and ${count(more)} more`) : null;
+  return row(`chosen of ${count(choice.of)}, ${by}:`, ...shown, rest);
 }
 
 function events(found) {
   if (!found.events.length) return [];
-  const said = found.events.map((event) => el("li", {}, el("span", {}, span(event.at)), el("b", {}, event.name), ` ${event.detail}`));
-  return [el("ul", { class: "events" }, ...said)];
+  const told = (event) => el("li", {}, el("span", {}, span(event.at)), el("b", {}, event.name), ` ${event.detail}`);
+  return [el("ul", { class: "events" }, ...found.events.map(told))];
 }

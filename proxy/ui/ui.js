@@ -61,12 +61,14 @@ function joined(known, fresh) {
   if (!known || fresh.last < known.last || columns.served.length >= known.columns.served.length) return fresh;
   const more = fresh.last - known.last;
   const grown = (name, column) => [...column.slice(more), ...(more ? columns[name].slice(-more) : [])];
-  return { ...fresh, columns: Object.fromEntries(Object.entries(known.columns).map(([name, column]) => [name, grown(name, column)])) };
+  const all = Object.entries(known.columns).map(([name, column]) => [name, grown(name, column)]);
+  return { ...fresh, columns: Object.fromEntries(all) };
 }
 
 function header(state) {
   const models = [...new Set(state.instances.map((instance) => instance.model).filter(Boolean))];
-  say($("about"), [models.join(", "), plural(state.workers, "worker"), `version ${state.version}`].filter(Boolean).join(" · "));
+  const told = [models.join(", "), plural(state.workers, "worker"), `version ${state.version}`];
+  say($("about"), told.filter(Boolean).join(" · "));
   set($("status"), "data-look", state.ready ? "well" : "bad");
   say($("status"), state.ready ? "Serving" : lacking(state.instances));
   document.title = state.ready ? "Triptych" : `! ${$("status").textContent} – Triptych`;
@@ -93,7 +95,7 @@ function figures(state, now) {
     ["First token", ...time(now.ttft_p50), `95 % within ${span(now.ttft_p95)}`],
     ["Per token", ...time(now.token), `whole answers ${span(now.e2e_p50)}`],
     ["Output", rate(now.tokens), "tokens/s", now.items ? `${rate(now.items)} items/s encoded` : "nothing encoded"],
-    ["Not served", ...(all ? share(bad / all) : "– ").split(" "), bad ? `${rate(now.failed)} failed, ${rate(now.refused)} refused /s` : "none failed, none refused"],
+    ["Not served", ...(all ? share(bad / all) : "– ").split(" "), bad ? which(now) : "none failed, none refused"],
   ];
   const make = () => el("div", {}, el("dt"), el("dd", {}, el("b"), el("small")), el("dd", { class: "note" }));
   each($("figures"), told, ([name]) => name, make, (node, [name, number, unit, note]) => {
@@ -105,6 +107,8 @@ function figures(state, now) {
     set(node, "class", name === "Not served" && bad ? "bad" : null);
   });
 }
+
+const which = (now) => `failed ${rate(now.failed)}/s, refused ${rate(now.refused)}/s`;
 
 document.addEventListener("visibilitychange", ask);
 ask();

@@ -7,11 +7,15 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from bench.screens import shoot
+from proxy.core import BOTH
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part
@@ -145,8 +149,11 @@ async def test_it_says_when_nobody_answers_and_goes_on_when_somebody_does(part: 
 
 async def test_without_the_key_it_only_looks_and_with_it_engines_are_drained_and_taken_back(part: Find) -> None:
     async with deployment("1e2b", admin_key=KEY) as d, browser(part) as found:
-        page, _ = await opened(found, d)
         one = d.combined[0]
+        told = {"url": one.url, "role": "both", "labels": {"zone": "z1"}, "weight": 2.5}
+        async with d.http.post(f"{d.url}/instances", json=told, headers={"x-api-key": KEY}) as answer:
+            assert answer.status == 200
+        page, _ = await opened(found, d)
         row = page.locator("#columns li", has_text=one.netloc)
         await expect(row.get_by_role("button")).to_be_hidden()
         await page.get_by_role("button", name="Unlock").click()
@@ -174,6 +181,9 @@ async def test_without_the_key_it_only_looks_and_with_it_engines_are_drained_and
         await expect(row).not_to_have_attribute("data-state", "GONE")
         await d.proxy.health.tick()
         await expect(row).to_have_attribute("data-state", "READY")
+        instance = d.proxy.fleet.get(one.url)
+        assert (instance.role, instance.dialect, instance.weight) == (BOTH, "native", 2.5), "it is who it was"
+        assert instance.facts["labels"] == {"zone": "z1"}
         assert await page.evaluate("localStorage.length") == 0 and KEY not in page.url
         await page.get_by_role("button", name="Lock", exact=True).click()
         await expect(row.get_by_role("button")).to_be_hidden()
@@ -239,6 +249,23 @@ async def test_everything_can_be_done_by_keyboard(part: Find) -> None:
             ".filter((node) => !(node.ariaLabel || node.textContent.trim() || node.labels?.length)).length"
         )
         assert names == 0, "everything has a name"
+
+
+async def test_pictures_are_taken_of_it(part: Find, tmp_path: Path) -> None:
+    async with deployment("1e1p1d") as d, browser(part) as found:
+        await busy(d)
+        await shoot(found, d.url, tmp_path)
+        sizes = {file.name: _size(file) for file in tmp_path.iterdir()}
+    assert {name: width for name, (width, _) in sizes.items() if name != "top.png"} == {
+        **{f"page-desktop-{scheme}.png": 1920 for scheme in ("light", "dark")},
+        **{f"page-phone-{scheme}.png": 780 for scheme in ("light", "dark")},
+    }
+    assert all(width > 700 and height > 300 for width, height in sizes.values()) and "top.png" in sizes
+
+
+def _size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as picture:
+        return picture.size
 
 
 async def test_who_wants_no_motion_gets_none(part: Find) -> None:
