@@ -1,4 +1,4 @@
-"""What the configurations of nginx and Envoy must have in common with the proxy's defaults; tests/operations has them run."""
+"""What the configurations of nginx and Envoy share with the proxy's defaults; tests/operations has both of them run."""
 
 from __future__ import annotations
 
