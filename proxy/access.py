@@ -51,7 +51,7 @@ class AccessLog:
 
     def _console(self, record: Record) -> str:
         """With when and who, as the other lines of the log have it."""
-        milliseconds, local, _ = self._now()
+        milliseconds, local, _ = self._when(record.ended)
         timings = "".join([f" {name}={s * 1000:.0f}ms" for name, s in record.timings.items()])
         key = f" key={record.caller}" if record.caller else ""
         told = f" error={record.error}" if record.error else ""
@@ -62,7 +62,7 @@ class AccessLog:
 
     def _json(self, record: Record) -> str:
         """Times are in seconds. What nobody could tell, or what was not there, is left out."""
-        milliseconds, _, utc = self._now()
+        milliseconds, _, utc = self._when(record.ended)
         line: dict[str, object] = {
             "time": f"{utc}.{milliseconds}Z",
             "id": record.id,
@@ -90,9 +90,9 @@ class AccessLog:
         }
         return orjson.dumps(line | {name: value for name, value in more.items() if value}).decode() + "\n"
 
-    def _now(self) -> tuple[str, str, str]:
+    def _when(self, ended: float) -> tuple[str, str, str]:
         """Milliseconds, and the second they are of: local time, and UTC."""
-        now = time.time()  # noqa: TID251 - a log tells the time of day
+        now = ended + time.time() - time.monotonic()  # noqa: TID251 - a log tells the time of day
         whole = int(now)
         if whole != self._second[0]:
             local, utc = (time.strftime(form, of(whole)) for form, of in _FORMS)

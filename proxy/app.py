@@ -30,6 +30,7 @@ from proxy.discovery.watching import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
+from proxy.endings import Endings
 from proxy.enrolment import Enrolment
 from proxy.families import Families
 from proxy.fetching import Fetching
@@ -97,8 +98,6 @@ class Proxy:
         scheme = self.certificates.scheme if settings.metaserver_port is None else "http"
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, scheme)
         self.breakers = Breakers(derived.thresholds(settings))
-        self.standing = Standing(self.fleet, self.balancer, self.breakers, time.monotonic, siblings)
-        self.metrics.also(self.standing, self.standing.gather)
         self.metrics.also(self.advising)
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
@@ -121,10 +120,16 @@ class Proxy:
         self.history = seat.history() if seat else history.alone()
         self.receipts = Receipts(settings.receipts, siblings)
         self.balancer.explains = settings.receipts > 0
-        watchers = [self.metrics.ended, self.access.ended, self.history.ended, self.receipts.ended]
+        soon = [self.metrics.ended, self.access.ended]
         self.tracing = _tracing(settings, self.metrics)
         if self.tracing is not None:
-            watchers.append(self.tracing.ended)
+            soon.append(self.tracing.ended)
+        self.endings = Endings(soon)
+        watchers = [self.receipts.ended, self.history.ended, self.endings.ended]
+        self.standing = Standing(
+            *(self.fleet, self.balancer, self.breakers, time.monotonic, self.endings.flush, siblings)
+        )
+        self.metrics.also(self.standing, self.standing.gather)
         self.openai = api.OpenAI(
             *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.guard, self.reading),
             *(self.metrics, watchers, self.tracing),
@@ -240,6 +245,7 @@ class Proxy:
         await asyncio.sleep(delay)
         self.gate.close()
         await server.stop(await self._last_callbacks(grace))
+        self.endings.flush()
         self.access.flush()
 
     @asynccontextmanager

@@ -32,18 +32,23 @@ class Standing(Collector):
         balancer: Balancer,
         breakers: Breakers,
         clock: Callable[[], float],
+        settle: Callable[[], None],
         siblings: Siblings | None = None,
     ) -> None:
+        """`settle`: counts what has not been counted yet, here."""
         self._fleet = fleet
         self._balancer = balancer
         self._breakers = breakers
         self._clock = clock
+        self._settle = settle
         self._siblings = siblings
         self._elsewhere: dict[str, int] = {}  # by URL: the worst circuit of the other workers
         self._version = version("triptych")
 
     async def gather(self) -> None:
-        """Learn what only the other workers know. Whoever does not answer soon is left out."""
+        """Learn what only the other workers know, and have all count what they have not. Whoever does not answer soon
+        is left out."""
+        self._settle()
         if self._siblings is not None:
             self._elsewhere = {}
             for answer in await self._siblings.ask_all(Kind.CIRCUITS, b"", _PATIENCE_S):
@@ -52,6 +57,7 @@ class Standing(Collector):
 
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """Another worker's question: the circuits here that are not closed, as numbers by URL."""
+        self._settle()
         circuits = {instance.url: self._circuit(instance.url) for instance in self._fleet}
         return 200, orjson.dumps({url: number for url, number in circuits.items() if number})
 

@@ -24,7 +24,7 @@ def standing(known: Fleet, siblings: Siblings | None = None, failures: int = 0, 
     breakers = Breakers(Thresholds(1, 5.0))
     for _ in range(failures):
         breakers.permit(URL).failed(Blame.FAILURE, 0.0)
-    return Standing(known, balancer(), breakers, lambda: now, siblings)
+    return Standing(known, balancer(), breakers, lambda: now, lambda: None, siblings)
 
 
 def told(one: Standing) -> dict[tuple[str, ...], float]:
