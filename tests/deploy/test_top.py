@@ -126,3 +126,9 @@ async def test_at_a_terminal_it_goes_on_until_q_is_pressed() -> None:
                 await process.wait()
             os.close(ours)
         assert process.returncode == 0
+
+
+async def test_a_fleet_of_nobody_is_drawn_too() -> None:
+    state, _ = await looked()
+    lines = drawn({**state, "instances": [], "ready": False})
+    assert "● cannot serve" in lines[0] and "gives way first" in lines[-1]
