@@ -62,8 +62,9 @@ _MEANS = {
 }
 
 # Cells of a row, as numbers: arithmetic with an enum's members would cost more than all else at a request's end.
-_SERVED, _LEFT, _REFUSED, _FAILED, _ITEMS, _TOKENS, _STREAMED, _STREAM_TIME = range(1, 9)
-_ENCODED, _ENCODE_TIME, _PREFILLED, _PREFILL_TIME = range(9, 13)
+_SUMS = [1 + what for what in Sum]
+_SERVED, _LEFT, _REFUSED, _FAILED, _ITEMS, _TOKENS, _STREAMED, _STREAM_TIME, *_OF_STAGES = _SUMS
+_ENCODED, _ENCODE_TIME, _PREFILLED, _PREFILL_TIME = _OF_STAGES
 _PATHS = {path.label: cell for cell, path in enumerate(Path, 1 + len(Sum))}
 _TTFT = 1 + len(Sum) + len(_PATHS)
 _E2E = _TTFT + _BUCKETS
@@ -95,9 +96,8 @@ class History:
         """A request has ended, at `record.ended`."""
         cells, row, timings = self._cells, self._row(int(record.ended / SPAN_S)), record.timings
         status = record.status
-        cells[
-            row + (_SERVED if status < 400 else _LEFT if status == 499 else _REFUSED if status < 500 else _FAILED)
-        ] += 1
+        outcome = _SERVED if status < 400 else _LEFT if status == 499 else _REFUSED if status < 500 else _FAILED
+        cells[row + outcome] += 1
         if record.path in _PATHS:
             cells[row + _PATHS[record.path]] += 1
         if "ttft" in timings:
