@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from proxy.http.message import HttpError, Response
 from proxy.http.server import Request
+from proxy.tls import Listener
 from tests.support.raw_http import serving, until
+from tests.support.tls import Authority
 
 
 async def echo(request: Request) -> Response:
@@ -350,3 +353,16 @@ async def test_a_request_that_is_cut_before_its_handler_began_leaves_nothing() -
         connection.abort()
         assert await client.closed() == b""
         await until(lambda: not s.server._connections)
+
+
+async def test_who_sends_a_request_is_known_by_address(tmp_path: Path) -> None:
+    async def who(request: Request) -> Response:
+        return Response(200, request.peer.encode())
+
+    ca = Authority(tmp_path)
+    get = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    async with serving(who) as plain, serving(who, tls=Listener(ca.files("server")).context) as secured:
+        assert (await plain.ask(get))[2] == b"127.0.0.1"
+        client = await secured.connect(ssl=ca.trusting())
+        client.send(get)
+        assert (await client.answer())[2] == b"127.0.0.1"
