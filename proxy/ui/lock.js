@@ -53,7 +53,7 @@ export function makeLock(button, dialog, changed) {
       keep(input.value);
       dialog.close();
     } else {
-      say(refused, answer ? "That is not the admin key." : "The proxy does not answer.");
+      say(refused, await why(answer));
       input.select();
     }
   });
@@ -74,6 +74,11 @@ export function makeLock(button, dialog, changed) {
     },
   };
   return { draw, actions };
+}
+
+async function why(answer) {
+  if (!answer) return "The proxy does not answer.";
+  return answer.status === 401 ? "That is not the admin key." : (await answer.json()).error.message;
 }
 
 // As what it was known before.

@@ -190,6 +190,20 @@ async def test_without_the_key_it_only_looks_and_with_it_engines_are_drained_and
         assert await page.evaluate("sessionStorage.length") == 0
 
 
+async def test_who_guesses_keys_is_told_to_wait(part: Find) -> None:
+    async with deployment("1b", admin_key=KEY) as d, browser(part) as found:
+        page, _ = await opened(found, d)
+        await page.get_by_role("button", name="Unlock").click()
+        told = page.get_by_role("alert")
+        async with asyncio.timeout(30):
+            while (await told.inner_text()) in ("", "That is not the admin key."):
+                await page.get_by_role("textbox", name="Key").fill("a guess")
+                async with page.expect_response(f"{d.url}/ui/key"):
+                    await page.get_by_role("button", name="Unlock").last.click()
+                await expect(told).not_to_be_empty()
+        await expect(told).to_contain_text("wrong keys")
+
+
 async def test_a_receipt_tells_every_leg(part: Find) -> None:
     async with deployment("2e1p1d") as d, browser(part) as found:
         await busy(d)
