@@ -19,8 +19,10 @@ from proxy.keys import made
 from tests.fakes.deployment import Answer, Deployment, deployment
 from tests.fakes.media import chat, image, part
 from tests.fakes.native import Language
+from tests.support.command import command
 from tests.support.crowd import crowd
-from tests.support.waiting import until
+from tests.support.tls import Authority
+from tests.support.waiting import eventually, until
 
 KEYS = {name: made(name.encode() * 32) for name in ("acme", "tiny", "other")}
 MESSAGES = "/v1/chat/completions"
@@ -272,3 +274,37 @@ async def test_limits_are_exact_over_workers_and_a_dead_ones_places_are_given_ba
             gate.set()
             statuses = await asyncio.gather(*asking)
             assert statuses.count(200) == 5 and set(statuses) <= {200, 429, 0}, "0: its worker was killed"
+
+
+async def test_keys_and_certificates_are_read_again_on_a_signal(tmp_path: Path) -> None:
+    """By the command, as processes: two workers, each told by the supervisor."""
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    keys, files = written(tmp_path, acme=""), old.files("proxy")
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with Language() as engine, aiohttp.ClientSession(connector=connector) as http:
+        argv = ("--decode-servers-urls", engine.url, "--host", "127.0.0.1", "--port", "0", "--workers", "2")
+        secured = ("--api-keys", str(keys), "--tls-cert", str(files.cert), "--tls-key", str(files.key))
+        async with command(*argv, *secured) as (process, line):
+            url = line.split()[1] + "/v1/models"
+
+            async def answers(ca: Authority, name: str) -> list[int]:
+                found = []
+                for _ in range(6):
+                    try:
+                        headers = {"authorization": bearer(name)}
+                        async with http.get(url, ssl=ca.trusting(), headers=headers) as response:
+                            found.append(response.status)
+                    except aiohttp.ClientConnectorCertificateError:
+                        found.append(0)
+                return found
+
+            async def all_answer(ca: Authority, name: str, status: int) -> bool:
+                return set(await answers(ca, name)) == {status}
+
+            await eventually(lambda: all_answer(old, "acme", 200))
+            written(tmp_path, other="")
+            new.files("proxy")
+            process.send_signal(signal.SIGHUP)
+            await eventually(lambda: all_answer(new, "other", 200))
+            assert await all_answer(new, "acme", 401) and await all_answer(old, "other", 0)
+            process.send_signal(signal.SIGTERM)
