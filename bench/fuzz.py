@@ -32,6 +32,7 @@ from bench.fuzzing.targets import Target, targets
 from bench.report import Report, add_arguments
 
 MUTATIONS = 60  # of each input that the grammar makes
+ROUND = 250  # inputs of the grammar, after which Hypothesis forgets all that it has drawn: it keeps a tree of it
 GROWTH_MB = 64.0  # of memory, between the first tenth of a target's inputs and its last
 _PAGE = resource.getpagesize()
 
@@ -56,9 +57,22 @@ class Found(Exception):
 
 def run(target: Target, inputs: int, number: int) -> Outcome:
     """Give `target` that many inputs, those of run `number`; it ends with the first finding."""
-    outcome = Outcome()
-    examples = max(1, -(-inputs // (1 + MUTATIONS)))
-    early, sampled = resident_mb(), False
+    outcome, early = Outcome(), 0.0
+    while outcome.inputs < inputs and not outcome.finding:
+        left = -(-(inputs - outcome.inputs) // (1 + MUTATIONS))
+        try:
+            _round(target, min(left, ROUND), number, outcome)
+        except Found as found:
+            outcome.finding = "".join(traceback.format_exception(found.__cause__, limit=-6)) + str(found)
+        number += 1
+        if not early and outcome.inputs >= inputs / 10:
+            early = resident_mb()
+    outcome.grown_mb = max(0.0, resident_mb() - early)
+    return outcome
+
+
+def _round(target: Target, examples: int, number: int, outcome: Outcome) -> None:
+    """Some of them. Raises Found, with the shortest input that was found to do the same."""
 
     @seed(number)
     @settings(
@@ -71,7 +85,6 @@ def run(target: Target, inputs: int, number: int) -> Outcome:
     )
     @given(target.seeds(), st.integers(0, 1 << 32))
     def play(data: bytes, entropy: int) -> None:
-        nonlocal early, sampled
         dice, began = Random(entropy), time.perf_counter()
         for turn in range(1 + MUTATIONS):
             one = data if turn == 0 else mutated(data, dice)
@@ -81,18 +94,8 @@ def run(target: Target, inputs: int, number: int) -> Outcome:
             except Exception as error:
                 raise Found(one) from error
         outcome.seconds += time.perf_counter() - began
-        if not sampled and outcome.inputs >= inputs / 10:
-            early, sampled = resident_mb(), True
 
-    while outcome.inputs < inputs and not outcome.finding:
-        try:
-            play()
-        except Found as found:
-            cause = found.__cause__
-            outcome.finding = "".join(traceback.format_exception(cause, limit=-6)) + str(found)
-        number += 1  # Hypothesis may end early where a grammar has few words
-    outcome.grown_mb = max(0.0, resident_mb() - early)
-    return outcome
+    play()
 
 
 def resident_mb() -> float:
