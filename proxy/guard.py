@@ -1,7 +1,8 @@
 """The door: whose request this is, what that key may still do, and how soon it may be tried again. Reads no body.
 
     credential ─▶ X-API-Key, else the bearer token
-        none, wrong                      401, and a strike for the address
+        none                             401
+        wrong                            401, and a strike for the address
         wrong too often from there       429 for whatever has not been right from there before
         more than the key may            429 until when there is more
 
@@ -26,6 +27,7 @@ from proxy.strikes import Networks, Strikes, address
 
 _ADMIN = ""  # no key has this name
 _ASKED = "this needs the admin key, in X-API-Key or as a bearer token"
+_HOPS = 512  # letters of X-Forwarded-For that are read: those of the nearest proxies
 _PLACES = 64  # addresses that a key is known to come from
 _BUSY_S = 1.0  # where nobody knows when a place becomes free
 
@@ -183,7 +185,9 @@ class Guard:
     def _look(self, request: Request, name: str | None) -> str:
         """Where `request` comes from. Raises TriedTooOften if nothing from there is looked at now, but for the key with
         `name` if it has been right there: others may share the address with whoever guesses."""
-        where = address(request.peer, request.headers.get("x-forwarded-for", ""), self.rights.proxies)
+        proxies = self.rights.proxies
+        forwarded = request.headers.get("x-forwarded-for", "")[-_HOPS:] if proxies else ""
+        where = address(request.peer, forwarded, proxies)
         wait = self._strikes.wait(where, self._clock()) if self._strikes else 0.0
         if wait and (name is None or where not in self._places.get(name, ())):
             raise TriedTooOften("too many wrong keys from this address", wait)

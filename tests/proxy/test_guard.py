@@ -216,6 +216,7 @@ class TestGuessing:
 
         assert (await self.guess(d, 12, from_("192.0.2.1")))[-1] == 429
         assert (await self.guess(d, 12, from_("spoofed, 192.0.2.1"))) == [429] * 12, "whatever it says of itself"
+        assert (await self.guess(d, 2, from_("x" * 30_000 + ", 192.0.2.1"))) == [429] * 2, "and at what length"
         answer = await d.post(chat(), authorization=bearer("acme"), x_forwarded_for="192.0.2.2")
         assert answer.status == 200
 
