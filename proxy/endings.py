@@ -1,6 +1,7 @@
 """Requests that are over, on their way to those who tell of them: together and soon, not while the next one waits.
 
-What is done for many at once is done with warm caches; between the work of two requests it cost three times as much.
+What is done for many at once is done with warm caches: one by one, between the work of other requests, counting and
+logging took 6 % more of the CPU of a text request.
 """
 
 from __future__ import annotations

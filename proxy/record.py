@@ -89,7 +89,7 @@ class Record:
     code: str = ""  # of the error
     trace: Trace | None = None  # None: tracing is off
     legs: list[LegRecord] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: tuple[Event, ...] = ()
 
     def leg(self, stage: Stage, url: str, items: int, now: float, choices: Sequence[Choice] = ()) -> LegRecord:
         """One that begins."""
@@ -101,4 +101,4 @@ class Record:
 
     def note(self, at: float, name: str, detail: str) -> None:
         """An event that has happened."""
-        self.events.append(Event(at, name, detail))
+        self.events = (*self.events, Event(at, name, detail))

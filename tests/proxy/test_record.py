@@ -24,7 +24,7 @@ def test_legs_are_told_in_the_order_they_began_with_the_attempt_they_belong_to()
 def test_events_keep_when_and_what() -> None:
     record = Record()
     record.note(3.0, "retry", "prefill: connect")
-    assert record.events == [Event(3.0, "retry", "prefill: connect")]
+    assert record.events == (Event(3.0, "retry", "prefill: connect"),)
 
 
 def test_each_leg_of_a_traced_request_has_a_context_of_its_own() -> None:
