@@ -93,6 +93,7 @@ async def test_a_key_is_for_its_models_and_sees_no_others(tmp_path: Path, capsys
         for key, body in (("other", chat(model="tiny")), ("acme", chat(model="large")), ("acme", {"messages": []})):
             answer = await d.post(body, authorization=bearer(key))
             assert (answer.status, answer.error["code"], answer.error["param"]) == (403, "model_not_allowed", "model")
+        d.proxy.endings.flush()
         d.proxy.access.flush()
         assert " key=other " in (said := capsys.readouterr().err) and "403" in said
         shown = [await _get(d, "/v1/models", authorization=bearer(key)) for key in ("acme", "other")]
