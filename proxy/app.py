@@ -348,8 +348,8 @@ def _reading(settings: ProxySettings, costs: Costs) -> Reading:
     limits, rules = derived.request_limits(settings), settings.media_rules()
     measuring, inlining = None, None
     if settings.media_urls == "fetch":
-        kept = settings.media_cache_bytes // settings.workers
-        inlining = Inlining(Fetching(rules, derived.fetches(settings)), kept, settings.max_body_bytes, time.monotonic)
+        fetching = Fetching(rules, derived.fetches(settings))
+        inlining = Inlining(fetching, derived.media_memory(settings), time.monotonic)
     elif settings.measure_urls != "never":
         resolver = None if settings.measure_urls == "all" else Resolver(rules)
         measuring = Measuring(costs, settings.measure_timeout, resolver)

@@ -21,6 +21,7 @@ from proxy.gate import Targets
 from proxy.guard import Rights
 from proxy.health import Probing
 from proxy.http.server import Limits as HttpLimits
+from proxy.inlining import Memory
 from proxy.introduction import Patience
 from proxy.keys import Keys
 from proxy.limits import Limits as RequestLimits
@@ -110,6 +111,12 @@ class Secrets:
     def read(cls, settings: ProxySettings) -> Secrets:
         """Raises ValueError naming the file at fault."""
         return cls(rights(settings), certificates(settings))
+
+
+def media_memory(settings: ProxySettings) -> Memory:
+    """Requests hold as much of fetched media as they may hold of bodies."""
+    kept = settings.media_cache_bytes // settings.workers
+    return Memory(kept, settings.max_body_bytes, limits(settings).nbytes)
 
 
 def rights(settings: ProxySettings) -> Rights:

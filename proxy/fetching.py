@@ -35,7 +35,7 @@ class Fetched:
     """Media in their new place: `prefix` and `text` make a data URL of them."""
 
     prefix: str  # "data:image/png;base64,"
-    text: bytes = field(repr=False)  # base64
+    text: memoryview = field(repr=False)  # base64; whoever uses it holds this very object
     lasting: bool = True  # the next who names the URL may be given the same
 
 
@@ -158,7 +158,7 @@ async def _inline(data: bytes | bytearray, kind: str, lasting: bool = True) -> F
         text = await asyncio.to_thread(base64.b64encode, data)
     else:
         text = base64.b64encode(data)
-    return Fetched(f"data:{kind};base64,", text, lasting)
+    return Fetched(f"data:{kind};base64,", memoryview(text), lasting)
 
 
 def _unreachable(told: str, *, retryable: bool = True) -> BadRequest:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
+from weakref import finalize
 
 from proxy import splice
 from proxy.addresses import Rules
 from proxy.core import Item, Job
 from proxy.costs import Costs, price_of
 from proxy.dialects.bodies import with_parts
-from proxy.errors import BadRequest, TooLarge
+from proxy.errors import BadRequest, Overloaded, TooLarge
 from proxy.fetching import Fetched, Fetching
 from proxy.limits import Limits
 from proxy.openai import Identity, salt
@@ -32,19 +33,30 @@ Key: TypeAlias = tuple[bytes, str]
 """The salt of a tenant, and a URL."""
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of base64: for requests to come, for one request with its own, and for all that are not over. What one
+    fetch brings comes on top of that."""
+
+    kept: int
+    request: int
+    requests: int
+
+
 class Inlining:
     """`async with running()` around its use."""
 
-    def __init__(self, fetching: Fetching, kept_bytes: int, most_bytes: int, clock: Callable[[], float]) -> None:
-        """`kept_bytes`: of base64 for requests to come; `most_bytes`: that one request may have fetched."""
+    def __init__(self, fetching: Fetching, memory: Memory, clock: Callable[[], float]) -> None:
         self._fetching = fetching
-        self._shelf = Shelf(kept_bytes)
-        self._most = most_bytes
+        self._shelf = Shelf(memory.kept)
+        self._most = memory.request
+        self._room = memory.requests + memory.kept
+        self._held = 0  # bytes that are there, for whomever
         self._clock = clock
         self._flights: dict[Key, asyncio.Task[Fetched | BadRequest]] = {}
 
     def __repr__(self) -> str:
-        return f"<Inlining {len(self._flights)} on their way, {self._shelf}>"
+        return f"<Inlining {len(self._flights)} on their way, {self._held} bytes there, {self._shelf}>"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -62,7 +74,7 @@ class Inlining:
         self._fetching.go_by(rules)
 
     async def inlined(self, job: Job, identity: Identity, costs: Costs, limits: Limits) -> Job:
-        """`job` without URLs. Raises BadRequest naming the item."""
+        """`job` without URLs. Raises BadRequest naming the item, Overloaded."""
         named = {url: item for item in reversed(job.items) if (url := _url(item)) is not None}
         if not named:
             return job
@@ -90,6 +102,10 @@ class Inlining:
             return kept
         flight = self._flights.get(key)
         if flight is None:
+            if self._held > self._room:
+                raise Overloaded(
+                    "media of requests that are not over fill the memory set aside (--max-bytes-in-flight)"
+                )
             # Kept here until its end, which the limits of fetching bound.
             flight = self._flights[key] = asyncio.get_running_loop().create_task(self._fly(key))
             flight.add_done_callback(lambda _: self._flights.pop(key))
@@ -105,9 +121,15 @@ class Inlining:
         except BadRequest as error:
             error.settle()
             return error
+        self._held += len(got.text)
+        finalize(got.text, self._released, len(got.text)).atexit = False
         if got.lasting:
             self._shelf.keep(key, got, self._clock() + _KEPT_S)
         return got
+
+    def _released(self, nbytes: int) -> None:
+        """The last who held a text has let go of it."""
+        self._held -= nbytes
 
 
 class Shelf:
@@ -167,7 +189,7 @@ def placed(job: Job, fetched: Mapping[str, Fetched], identity: Identity, costs: 
         limits.check_size(size, item.param)
         tokens, work = price_of(vision, size)
         mm_hash = item.mm_hash or found.mm_hash  # a trusted client's own name for it
-        kind, url = item.content["type"], Cut(got.prefix, memoryview(got.text))
+        kind, url = item.content["type"], Cut(got.prefix, got.text)
         value = item.content[kind]
         inline = {**value, "url": url} if isinstance(value, dict) else url
         return replace(

@@ -16,6 +16,7 @@ from proxy.dispatch import Rules
 from proxy.fetching import Bounds
 from proxy.gate import Targets
 from proxy.health import Probing
+from proxy.inlining import Memory
 from proxy.introduction import Patience
 from proxy.limits import Limits as RequestLimits
 from proxy.links import Links
@@ -67,6 +68,8 @@ def test_what_requests_may_hold_and_name() -> None:
 def test_fetches_are_shared_and_their_size_is_not() -> None:
     found = derived.fetches(settings(workers=4, max_media_fetches=10, max_media_bytes=7, media_timeout=2))
     assert found == Bounds(7, 2.0, 3)
+    given = settings(workers=4, media_cache_bytes=40, max_body_bytes=300, max_bytes_in_flight=4000)
+    assert derived.media_memory(given) == Memory(10, 300, 1000)
 
 
 def test_sight_is_as_far_as_policies_need() -> None:

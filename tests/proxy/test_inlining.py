@@ -16,9 +16,9 @@ from proxy import openai
 from proxy.addresses import Rules, networks
 from proxy.core import Api, Job
 from proxy.costs import Costs
-from proxy.errors import BadRequest, ForbiddenMedia
+from proxy.errors import BadRequest, ForbiddenMedia, Overloaded
 from proxy.fetching import Bounds, Fetched, Fetching
-from proxy.inlining import Inlining, Shelf
+from proxy.inlining import Inlining, Memory, Shelf
 from proxy.limits import Limits
 from proxy.openai import Identity
 from proxy.splice import Cut
@@ -53,10 +53,10 @@ class Host:
 class Here:
     """An Inlining with a clock of its own."""
 
-    def __init__(self, host: Host, kept: int = 1 << 20, most: int = 1 << 20) -> None:
+    def __init__(self, host: Host, kept: int = 1 << 20, most: int = 1 << 20, room: int = 1 << 20) -> None:
         self.host = host
         self.now = 0.0
-        self.it = Inlining(Fetching(RULES, Bounds(seconds=5.0)), kept, most, lambda: self.now)
+        self.it = Inlining(Fetching(RULES, Bounds(seconds=5.0)), Memory(kept, most, room), lambda: self.now)
 
     async def __call__(
         self, *parts: dict[str, Any], identity: Identity = PLAIN, limits: Limits | None = None, **fields: Any
@@ -209,14 +209,28 @@ async def test_leaving_ends_what_is_on_its_way() -> None:
     it.host.gate.set()
 
 
+async def test_requests_that_are_not_over_hold_so_many_bytes_and_give_them_back() -> None:
+    size = 4 * -(-len(PICTURE) // 3)
+    async with here(kept=0, room=2 * size) as it:
+        jobs = [await it(it.url(f"/{n}"), it.url(f"/{n}")) for n in range(3)]
+        assert f" {3 * size} bytes there" in repr(it.it)
+        with pytest.raises(Overloaded) as caught:
+            await it(it.url("/3"))
+        assert caught.value.status == 429
+        assert (await it(part(image()))).raw, "who brings its media is served"
+        jobs.clear()
+        assert " 0 bytes there" in repr(it.it)
+        await it(it.url("/4"))
+
+
 def test_a_shelf_holds_so_many_bytes() -> None:
     shelf, size = Shelf(10_000), 3000 - 1024 - 1
-    got = Fetched("data:image/png;base64,", bytes(size))
+    got = Fetched("data:image/png;base64,", memoryview(bytes(size)))
     for name in "abcd":
         shelf.keep((b"", name), got, 9.0)
         assert shelf.find((b"", "a"), 0.0) is got, "it was used last"
     assert [bool(shelf.find((b"", name), 0.0)) for name in "abcd"] == [True, False, True, True]
-    shelf.keep((b"", "d"), Fetched("", bytes(10_000)), 9.0)
+    shelf.keep((b"", "d"), Fetched("", memoryview(bytes(10_000))), 9.0)
     assert shelf.find((b"", "d"), 0.0) is None, "too large, and what it replaces is old"
     assert shelf.find((b"", "a"), 9.0) is None and shelf.find((b"", "a"), 0.0) is None
     assert repr(shelf) == "<Shelf 1 of 3000 bytes>"

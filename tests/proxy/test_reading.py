@@ -12,7 +12,7 @@ from proxy.core import Api, Job
 from proxy.costs import Costs
 from proxy.errors import BadRequest, ForbiddenMedia, TooLarge
 from proxy.fetching import Bounds, Fetching
-from proxy.inlining import Inlining
+from proxy.inlining import Inlining, Memory
 from proxy.limits import Limits
 from proxy.measuring import Measuring
 from proxy.openai import Identity
@@ -60,7 +60,7 @@ async def test_urls_are_measured_where_that_is_asked_for() -> None:
 async def test_urls_are_fetched_where_that_is_asked_for_and_rules_may_change() -> None:
     async with hosted() as host:
         here = Rules(mode="fetch", networks=networks("127.0.0.0/8"))
-        inlining = Inlining(Fetching(here, Bounds()), 0, 10 << 20, lambda: 0.0)
+        inlining = Inlining(Fetching(here, Bounds()), Memory(0, 10 << 20, 10 << 20), lambda: 0.0)
         reading = Reading(Costs(), Limits(rules=here), inlining=inlining)
         body = chat(*parts(f"{host.url}/typed"))
         async with reading.running():
