@@ -72,7 +72,17 @@ class Scene:
             proxy = Child("proxy", "proxy", flags)
             stack.push_async_callback(proxy.stop)
             self.url = await proxy.start(timeout=30)
+            await self._ready()
             yield
+
+    async def _ready(self) -> None:
+        """Until the proxy has found its engines."""
+        async with asyncio.timeout(30), aiohttp.ClientSession() as http:
+            for _ in range(1 << 20):
+                async with http.get(f"{self.url}/ready") as answer:
+                    if answer.status == 200:
+                        return
+                await asyncio.sleep(0.1)
 
     async def play(self, seconds: float) -> None:
         """Clients come, for ever; what happens to fleets happens to this one within so many seconds."""
