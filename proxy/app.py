@@ -130,6 +130,7 @@ class Proxy:
             *(self.fleet, self.balancer, self.breakers, time.monotonic, self.endings.flush, siblings)
         )
         self.metrics.also(self.standing, self.standing.gather)
+        self.metrics.known = lambda: {instance.netloc for instance in self.fleet}
         self.openai = api.OpenAI(
             *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.guard, self.reading),
             *(self.metrics, watchers, self.tracing),

@@ -7,7 +7,7 @@ is so now of the fleet is told by its owners (`standing`).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -47,6 +47,7 @@ class Metrics:
         self._standing: list[Collector] = []
         self._exemplars: dict[tuple[str, str], Exemplar] = {}  # of this worker's requests, where they are traced
         self._gathers: list[Gather] = []
+        self.known: Callable[[], Collection[str]] | None = None  # the instances that there are; others are not shown
         self._stages = {
             name: _fast(self._histogram(f"{name}_seconds", what, _SECONDS))
             for name, what in {
@@ -212,21 +213,31 @@ class Metrics:
     def render(self, form: Format = generate_latest) -> bytes:
         """The exposition, with the gauges read from their owners now."""
         counted = self._registry if self._shared is None else tally.summed(self._shared)
-        return form(_Together([counted, *self._standing], self._exemplars))
+        known = None if self.known is None else self.known()
+        return form(_Shown([counted, *self._standing], self._exemplars, known))
 
 
-class _Together(Collector):
-    """Exemplars by a sample's name and its bucket."""
+class _Shown(Collector):
+    """`exemplars` by a sample's name and its bucket; `known`: see Metrics."""
 
-    def __init__(self, collectors: Iterable[Collector], exemplars: Mapping[tuple[str, str], Exemplar]) -> None:
+    def __init__(
+        self,
+        collectors: Iterable[Collector],
+        exemplars: Mapping[tuple[str, str], Exemplar],
+        known: Collection[str] | None,
+    ) -> None:
         self._collectors = collectors
         self._exemplars = exemplars
+        self._known = known
 
     def collect(self) -> Iterator[Metric]:
+        known = None if self._known is None else {None, *self._known}  # None: it is of no instance
         for collector in self._collectors:
             for metric in collector.collect():
                 if self._exemplars and metric.type == "histogram":
                     metric.samples = [self._with_exemplar(sample) for sample in metric.samples]
+                elif metric.type == "counter" and known is not None:
+                    metric.samples = [s for s in metric.samples if s.labels.get("instance") in known]
                 yield metric
 
     def _with_exemplar(self, sample: Sample) -> Sample:

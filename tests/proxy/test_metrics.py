@@ -163,6 +163,20 @@ def test_a_traced_request_stands_as_an_example_where_its_latency_is(
     assert b"trace_id" not in metrics.render(), "text has no place for them"
 
 
+async def test_an_instance_that_is_gone_is_shown_no_more() -> None:
+    async with deployment("2b", breaker_failures=1, breaker_delay=60) as d:
+        for engine in d.combined:
+            engine.fail(Fault(Kind.STATUS, status=500))
+        await d.post(chat())
+        opened = [name for name, *_ in await samples(d) if name == "triptych_circuit_openings_total"]
+        assert len(opened) == 2
+        gone = d.combined[0]
+        d.proxy.fleet.remove(gone.url)
+        shown = await samples(d)
+        assert not [name for name in shown if gone.netloc in name]
+        assert shown["triptych_circuit_openings_total", d.combined[1].netloc, "both"] == 1
+
+
 async def test_off_nothing_is_counted_or_told() -> None:
     async with deployment("1b", metrics="off") as d:
         assert (await d.post(chat(stream=True))).status == 200
