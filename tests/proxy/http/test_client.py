@@ -7,7 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -411,9 +411,22 @@ async def test_why_a_peer_refuses_our_certificate_is_told(tmp_path: Path) -> Non
     with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
 
         def serve() -> None:
-            sock, _ = listening.accept()
-            with sock, pytest.raises(ssl.SSLError):
-                context.wrap_socket(sock, server_side=True)
+            """Tells why before it hangs up, and reads on, so that no reset overtakes what it said."""
+            said, says = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls, refused = context.wrap_bio(said, says, server_side=True), False
+            with listening.accept()[0] as sock, suppress(ConnectionError):
+                while said.write(sock.recv(65536)):
+                    try:
+                        tls.do_handshake()
+                    except ssl.SSLWantReadError:
+                        pass
+                    except ssl.SSLError:
+                        refused = True
+                    sock.sendall(says.read())
+                    if refused:
+                        break
+                while sock.recv(65536):
+                    pass
 
         serving = thread.submit(serve)
         client = Client(60.0, tls=lambda: caller.context)
