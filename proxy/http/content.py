@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 
 import zstandard
 
-from proxy.http.message import Data, HttpError
+from proxy.http.message import Buffer, Data, HttpError
 
 _PIECE = 1 << 20
+_GZIP_STEP = 8 << 10  # bytes fed at once; what follows a member's end is copied, and a body may be thousands of members
+_ZSTD_STEP = 1 << 10  # the same; a frame's output cannot be limited, and a step of 1 KiB unpacks to 32 MiB at most
 _GZIP = 16 + zlib.MAX_WBITS
 _ZSTD_WINDOW = 8 << 20  # what RFC 8878 asks every decoder to support; a larger one is memory that a client commands
 
@@ -27,38 +28,40 @@ def unpack(data: Data, coding: str, limit: int) -> Data:
 
 
 def _gunzip(data: Data, limit: int) -> bytearray:
-    out, rest = bytearray(), bytes(data)
+    out, view, at = bytearray(), memoryview(data), 0
     try:
-        while rest:  # one member after the other
+        while at < len(view):  # one member after the other; of each step, what is behind its end is fed again
             member = zlib.decompressobj(_GZIP)
             while not member.eof:
-                piece = member.decompress(rest, _PIECE)
-                rest = member.unused_data if member.eof else member.unconsumed_tail
-                if not piece and not rest and not member.eof:
+                step: Buffer = member.unconsumed_tail
+                if not step:
+                    step = view[at : at + _GZIP_STEP]
+                    at += len(step)
+                piece = member.decompress(step, _PIECE)
+                if not piece and not step and not member.eof:
                     raise HttpError(400, "the gzip body breaks off")
                 out += piece
                 _check(out, limit)
+            at -= len(member.unused_data)
     except zlib.error as error:
         raise HttpError(400, f"the body is not gzip: {error}") from None
     return out
 
 
 def _unzstd(data: Data, limit: int) -> bytearray:
-    out = bytearray()
+    out, view, at = bytearray(), memoryview(data), 0
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    rest = bytes(data)
     try:
-        while rest:  # one frame after the other
+        while at < len(view):  # one frame after the other, likewise
             frame = decompressor.decompressobj(write_size=_PIECE)
-            source = io.BytesIO(rest)
-            # Fed in small steps, since a frame's output cannot be limited: a step of 1 KiB unpacks to 32 MiB at most.
             while not frame.eof:
-                step = source.read(1024)
+                step = view[at : at + _ZSTD_STEP]
                 if not step:
                     raise HttpError(400, "the zstd body breaks off")
+                at += len(step)
                 out += frame.decompress(step)
                 _check(out, limit)
-            rest = frame.unused_data + source.read()
+            at -= len(frame.unused_data)
     except zstandard.ZstdError as error:
         raise HttpError(400, f"the body is not zstd: {error}") from None
     return out

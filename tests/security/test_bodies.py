@@ -67,7 +67,7 @@ async def test_a_body_that_is_too_large_is_refused_by_what_it_announces(d: Deplo
     await refused(d, b" " * (9 << 20), 413, "body_too_large")
 
 
-def bomb(pack: Any, size: int = 256 << 20) -> bytes:
+def bomb(pack: Any, size: int = 64 << 20) -> bytes:
     """`size` zeros in a thousandth of that."""
     return b"".join([*(pack.compress(bytes(1 << 20)) for _ in range(size >> 20)), pack.flush()])
 

@@ -1,6 +1,8 @@
 """Unpacking: what comes out, and that little cannot become much."""
 
 import gzip
+from collections.abc import Callable
+from random import Random
 
 import pytest
 import zstandard
@@ -46,3 +48,12 @@ def test_what_is_refused(packed: bytes, coding: str, status: int) -> None:
     with pytest.raises(HttpError) as caught:
         unpack(packed, coding, 1 << 20)
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+@pytest.mark.parametrize(("count", "size"), [(20_000, 0), (2_000, 3), (5, 30_000), (1, 300_000)])
+def test_however_many_members_there_are(pack: Callable[[bytes], bytes], count: int, size: int) -> None:
+    """Each is as long as it is, and its end may be anywhere in what is fed at once."""
+    data = Random(7).randbytes(size)
+    coding = "gzip" if pack is gzip.compress else "zstd"
+    assert unpack(pack(data) * count, coding, count * size) == data * count
