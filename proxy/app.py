@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 
 from proxy import api, callbacks, derived, flow, heartbeats, history, lag, quota
 from proxy.access import AccessLog
@@ -19,7 +19,7 @@ from proxy.balancer.fleet import Fleet
 from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers
 from proxy.callbacks import Metaserver
-from proxy.core import Instance, Order, Role, State
+from proxy.core import UNASKED, Instance, Order, Role, State
 from proxy.costs import Costs
 from proxy.crew import Seat
 from proxy.derived import Secrets
@@ -56,6 +56,7 @@ from proxy.profiling import Profiling
 from proxy.reading import Reading
 from proxy.receipts import Receipts
 from proxy.resolving import Resolver
+from proxy.routing import router
 from proxy.settings import ProxySettings
 from proxy.siblings import Kind
 from proxy.sizing import Sizing
@@ -69,7 +70,7 @@ from proxy.virtual_encoder import VirtualEncoder
 
 log = logging.getLogger(__name__)
 
-_DRAIN_LOOK_S = 0.02
+_LOOK_S = 0.02
 
 
 class Proxy:
@@ -209,8 +210,9 @@ class Proxy:
         return Server(api.edge(Router(routes, audience)), api.refused, derived.http_limits(self.settings))
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[Proxy]:
-        """Listens within; leaving lets requests in flight end, as the settings say, and tells the others why not."""
+    async def serving(self, patience: float = 0.0) -> AsyncIterator[Proxy]:
+        """Listens within, as soon as engines can serve or after `patience` seconds; leaving lets requests in flight
+        end, as the settings say, and tells the others why not."""
         tracing = nullcontext() if self.tracing is None else self.tracing.running()
         routes = self._routes()
         async with (
@@ -224,17 +226,28 @@ class Proxy:
             self._called_back(),
             together() as group,
         ):
+            beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
+            tasks = [group.create_task(work) for work in beside]
+            await self._awaited(patience)
             server = self._clients = self._server(routes, Audience.ALL if self.admin_port is None else Audience.CLIENTS)
             self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
             self.metaserver.port = self.metaserver.port or self.port
-            beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
-            tasks = [group.create_task(work) for work in beside]
             try:
                 yield self
             finally:
                 await self._leave(server)
                 for task in tasks:
                     task.cancel()
+
+    async def _awaited(self, patience: float) -> None:
+        """Who is asked too early answers 503, and a front that has just found this proxy again would pass that on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while not router.servable(self.fleet.census()):
+                    listed = list(self.fleet)
+                    if (listed or not self.membership.finders) and all(i.reason != UNASKED for i in listed):
+                        return
+                    await asyncio.sleep(_LOOK_S)
 
     async def _leave(self, server: Server) -> None:
         """New requests are served for the drain delay, while /ready says that there should be none; then nobody
@@ -244,7 +257,6 @@ class Proxy:
         self.openai.leaving = True
         server.drain()
         await asyncio.sleep(delay)
-        self.gate.close()
         await server.stop(await self._last_callbacks(grace))
         self.endings.flush()
         self.access.flush()
@@ -316,10 +328,11 @@ class Proxy:
         known = [i for i in self.fleet if i.role is Role.PREFILL and i.dialect != "auto"]
         if not any(self.speakers(instance).order is Order.DECODE_FIRST for instance in known):
             return grace
+        self.gate.close()
         began = time.monotonic()
         admission = self.gate.admission
         while (admission.requests or admission.waiting) and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(min(left, _DRAIN_LOOK_S))
+            await asyncio.sleep(min(left, _LOOK_S))
         return max(0.0, began + grace - time.monotonic())
 
     async def _probing(self) -> None:

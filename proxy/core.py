@@ -158,6 +158,10 @@ class Job:
         return self.text_tokens + sum([item.tokens for item in self.items])
 
 
+UNASKED = "not probed yet"
+"""Why an instance is JOINING of which nothing is known."""
+
+
 @dataclass(slots=True)
 class Instance:
     """One engine process behind a URL. Only `balancer.fleet` changes `state`; the probe fills in what `/info` says."""
@@ -166,7 +170,7 @@ class Instance:
     role: Role
     dialect: str  # a name of proxy.dialects, or "auto" until the probe has found it
     state: State = State.JOINING
-    reason: str = "not probed yet"  # why it is in this state, for people
+    reason: str = UNASKED  # why it is in this state, for people
     model: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON; what its URL or the probe says beside: see `Dialect`
     failures: int = 0  # probes failed in a row

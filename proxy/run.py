@@ -42,7 +42,7 @@ async def run(configuration: Configuration, seat: Seat | None = None) -> None:
         hangup.set()  # it may have begun in the middle of a reload
     proxy = Proxy(configuration.settings, seat, configuration.secrets)
     proxy.metrics.also(configuration.reloads)
-    async with proxy.serving(), together() as group:
+    async with proxy.serving(configuration.settings.start_delay), together() as group:
         reloading = group.create_task(_reload(proxy, configuration, look, hangup, pause))
         if seat is None:
             _say_ready(proxy.url)

@@ -15,6 +15,11 @@ class ListeningSettings(BaseModel):
     workers: int = Field(
         1, ge=1, le=64, description="processes that serve the port, with one view of load between them"
     )
+    start_delay: NonNegativeFloat = Field(
+        10.0,
+        description="seconds that a start waits for its engines before it listens, at the most: until every kind of "
+        "request can be served, or each engine has been asked",
+    )
     drain_delay: NonNegativeFloat = Field(
         0.0,
         description="seconds after SIGTERM in which new requests are still served while /ready says 503: as long as "
