@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import NotFound
-from proxy.siblings import Kind, Siblings
+from proxy.siblings import Answer, Kind, Siblings
 
 
 async def test_an_answer_comes_back_whole(tmp_path: Path) -> None:
@@ -61,14 +61,15 @@ async def test_one_who_gives_up_asking_leaves_the_other_unharmed(tmp_path: Path)
 async def test_each_kind_has_its_own_answer(tmp_path: Path) -> None:
     one, other = Siblings(tmp_path, 2, 0), Siblings(tmp_path, 2, 1)
 
-    async def called(body: bytes) -> tuple[int, bytes]:
-        return 200, b"called"
+    def saying(kind: Kind) -> Answer:
+        async def answer(body: bytes) -> tuple[int, bytes]:
+            return 200, body + kind.name.encode()
 
-    async def told(body: bytes) -> tuple[int, bytes]:
-        return 200, b"told"
+        return answer
 
-    async with other.listening({Kind.CALLBACK: called, Kind.RECEIPTS: told}):
-        assert [await one.ask(1, kind, b"") for kind in Kind] == [(200, b"called"), (200, b"told")]
+    async with other.listening({kind: saying(kind) for kind in Kind}):
+        for kind in Kind:
+            assert await one.ask(1, kind, b"a ") == (200, b"a " + kind.name.encode())
 
 
 async def test_whoever_is_dead_or_slow_or_knows_nothing_is_not_waited_for(tmp_path: Path) -> None:
