@@ -15,11 +15,11 @@ from tests.support.drawing import drawn
 
 def test_bodies_are_json_of_which_some_are_requests_with_media() -> None:
     items = []
-    for body in drawn(bodies.bodies(), 200):
+    for body in drawn(bodies.bodies(), 100):
         orjson.loads(body)
         with suppress(BadRequest):
             items.append(len(openai.parse(body, Api.CHAT, "id", Identity(trust_client=True)).items))
-    assert 20 < len(items) < 200 and max(items) > 0
+    assert 10 < len(items) < 100 and max(items) > 0
 
 
 def test_media_are_of_formats_whose_size_is_known() -> None:
