@@ -108,6 +108,11 @@ def test_kubernetes_waits_longer_than_the_processes_do() -> None:
     assert pod["terminationGracePeriodSeconds"] >= before + engine.grace + 10
 
 
+def test_a_pod_has_time_to_find_its_engines() -> None:
+    probe = container(the("Deployment", "proxy"))["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= proxy(OVERLAYS[0]).start_delay + 10
+
+
 def test_probes_ask_where_the_process_listens() -> None:
     ports = {port["name"]: port["containerPort"] for port in container(the("Deployment", "proxy"))["ports"]}
     settings = proxy(OVERLAYS[0])
@@ -116,7 +121,7 @@ def test_probes_ask_where_the_process_listens() -> None:
         name: probe["httpGet"] for name, probe in container(the("Deployment", "proxy")).items() if "Probe" in name
     }
     assert probed == {
-        "startupProbe": {"path": "/ready", "port": "admin"},
+        "startupProbe": {"path": "/health", "port": "http"},
         "readinessProbe": {"path": "/health", "port": "admin"},
         "livenessProbe": {"path": "/health", "port": "admin"},
     }
