@@ -293,7 +293,10 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._buffer = b""
         self._request = Request(self, head)
-        self._keep_alive = head.keep_alive and not self._server.draining
+        self._keep_alive = head.keep_alive
+        if self._server.draining:
+            self._keep_alive = False
+            self._server.late += 1
         self._begin_body(self._request, data[end + 4 :])
         if self._transport is not None and self._phase in (Phase.BODY, Phase.ANSWER):
             # Kept here, cancelled when the client leaves; the server waits for its end.

@@ -24,7 +24,7 @@ Refuse: TypeAlias = Callable[[HttpError], Response]
 _BACKLOG = 1024
 _SCRATCH = 256 << 10  # what all connections read into by turns: each empties it before the next read
 _LARGEST_SWEEP_S = 1.0
-_LAST_REQUESTS_S = 0.1  # for requests that were on their way when the server stopped to listen
+_QUIET_S = 0.25  # without a request on any open connection, until those that are idle are closed
 _LAST_WORDS_S = 1.0  # for handlers whose time is over
 
 
@@ -53,6 +53,7 @@ class Server:
         self.refuse = refuse
         self.limits = limits or Limits()
         self.draining = False
+        self.late = 0  # requests that came while it drained
         self._tls: ssl.SSLContext | None = None
         self.scratch = memoryview(bytearray(_SCRATCH))
         self._connections: set[Connection] = set()
@@ -105,7 +106,7 @@ class Server:
         are left are cut (`Request.cut`): their handlers are cancelled, and have a second for a last word."""
         self.drain()
         await self._stop_listening()
-        await self._until_empty(min(grace, _LAST_REQUESTS_S))
+        await self._until_quiet(grace)
         for connection in list(self._connections):
             connection.leave_idle()
         if not await self._until_empty(grace):
@@ -142,6 +143,16 @@ class Server:
             for one in accepted
         ]
         await asyncio.gather(*joining, return_exceptions=True)  # who leaves meanwhile is nobody's concern
+
+    async def _until_quiet(self, grace: float) -> None:
+        """A front may send a request on an idle connection in the moment in which it is closed, and must not send that
+        again elsewhere. While requests come, idle ones stay open: each takes one more, which is its last."""
+        seen, until = -1, asyncio.get_running_loop().time() + grace
+        while seen != self.late and any(not connection.busy for connection in self._connections):
+            seen = self.late
+            left = until - asyncio.get_running_loop().time()
+            if left <= 0 or await self._until_empty(min(left, _QUIET_S)):
+                return
 
     async def _until_empty(self, patience: float | None) -> bool:
         """Until the last connection is closed; False if there are some after `patience` seconds."""

@@ -64,6 +64,7 @@ def test_every_flag_that_is_named_exists() -> None:
 FLAGS_OF_OTHERS = {
     *("help", "engines", "scenario"),  # triptych plan; python -m bench.simulate
     *("url", "once"),  # triptych top
+    "json",  # triptych check
     *("models", "requests-per-minute", "concurrent"),  # triptych key
     *("no-deps", "detach", "build", "kustomize"),  # docker compose, kubectl
     *("cpunodebind", "membind"),  # numactl

@@ -125,6 +125,22 @@ async def test_a_head_that_has_begun_to_arrive_may_end() -> None:
         await stopping
 
 
+async def test_idle_connections_are_open_while_requests_come() -> None:
+    """A front that keeps connections uses one of them and then another: none is closed before its turn."""
+    async with serving(ok) as s, asyncio.timeout(20):
+        clients = [await s.connect() for _ in range(8)]
+        for client in clients:
+            client.send(GET)
+            assert (await client.answer())[0] == 200
+        stopping = asyncio.create_task(s.server.stop(10))
+        for client in clients:
+            await asyncio.sleep(0.1)  # all of them take longer than it would wait for one
+            client.send(GET)
+            status, headers, _ = await client.answer()
+            assert (status, headers["connection"]) == (200, "close")
+        await stopping
+
+
 async def test_who_is_cut_has_a_last_word() -> None:
     async def handle(request: Request) -> Response:
         request.begin(200, {}, None, b"first")
