@@ -155,7 +155,7 @@ class Job:
     @property
     def prompt_tokens(self) -> int:
         """Predicted prompt length in tokens, media included."""
-        return self.text_tokens + sum([item.tokens for item in self.items])
+        return self.text_tokens + sum([item.tokens for item in self.items]) if self.items else self.text_tokens
 
 
 UNASKED = "not probed yet"

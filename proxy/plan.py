@@ -23,6 +23,7 @@ from proxy.families import Families
 from proxy.freight import Cargo, Freight
 from proxy.joint import Pools
 from proxy.prospects import PLAIN, Prospects, Sight, unique
+from proxy.record import Choice
 from proxy.retry import rule
 from proxy.routing import paths, router
 
@@ -289,7 +290,9 @@ class Planner:
         held = holds.add(Held(leases, self.breakers.permit(instance.url)))
         if cargo and self._freight.most is not None:
             held.cargo = self._freight.send(instance.url, cargo)
-        choices = tuple([lease.choice for lease in leases if lease.choice is not None])
+        choices: tuple[Choice, ...] = ()
+        if len(leases) > 1 or leases[0].choice is not None:
+            choices = tuple([lease.choice for lease in leases if lease.choice is not None])
         return Leg(role, instance, items, held, choices)
 
 

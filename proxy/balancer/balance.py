@@ -70,7 +70,7 @@ class Balancer:
 
     def _choice(self, policy: Policy, pool: Pool) -> Choice | None:
         """What `policy` has chosen by a moment ago, before anything is charged; None where there was no choice."""
-        if len(pool) == 1 or not self.explains:
+        if len(pool.urls) == 1 or not self.explains:
             return None
         if policy.times is not None:
             return Choice(pool.urls, policy.times, "seconds")
