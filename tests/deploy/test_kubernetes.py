@@ -116,7 +116,7 @@ def test_a_pod_has_time_to_find_its_engines() -> None:
 def test_probes_ask_where_the_process_listens() -> None:
     ports = {port["name"]: port["containerPort"] for port in container(the("Deployment", "proxy"))["ports"]}
     settings = proxy(OVERLAYS[0])
-    assert ports == {"http": settings.port, "admin": settings.admin_port}
+    assert ports == {"http": settings.port, "admin": settings.admin_port, "metaserver": settings.metaserver_port}
     probed = {
         name: probe["httpGet"] for name, probe in container(the("Deployment", "proxy")).items() if "Probe" in name
     }
@@ -211,7 +211,7 @@ async def test_a_pod_finds_the_engines_of_its_overlay_and_serves(
         monkeypatch.setenv("TRIPTYCH_KUBERNETES_CREDENTIALS", str(tmp_path / "account"))
         monkeypatch.setenv("TRIPTYCH_DRAIN_DELAY", "0")
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        flags = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
+        flags = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--metaserver-port", "0")
         process, line = await stack.enter_async_context(command(*args, *flags))
         url = line.split()[1]
         await ready(http, url)
