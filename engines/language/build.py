@@ -85,6 +85,7 @@ def limits_of(settings: LanguageSettings, facts: ModelFacts, layout: KVLayout) -
         max_model_len=longest,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        prefix_cache=settings.prefix_cache,
     )
 
 
