@@ -59,7 +59,7 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)
-        rules = Rules(facts.merge_size, settings.max_queue, settings.request_timeout)
+        rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)
         service = Service(engine, handoffs, receiver, metrics, rules)
         served = Served(tokenizer, limits, facts.vocab_size)
         yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics))
