@@ -82,7 +82,10 @@ def deployment(model: Path, policy: str, verbose: bool) -> Deployment:
         model,
         Topology(encode=ENCODERS, both=1),
         engine_arguments=engines,
-        role_arguments={"encode": ("--cache-bytes", str(HELD * EMBEDDING_BYTES)), "both": ("--kv-blocks", "512")},
+        role_arguments={
+            "encode": ("--cache-bytes", str(HELD * EMBEDDING_BYTES)),
+            "both": ("--kv-blocks", "512", "--no-prefix-cache"),  # encoders alone are compared
+        },
         proxy_arguments=("--policy", f"encode={policy}", "--log-level", "warning"),
         verbose=verbose,
     )

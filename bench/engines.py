@@ -26,7 +26,7 @@ from bench.pictures import image_file
 from bench.reference import Reference, load_reference
 from bench.report import Report, add_arguments
 from deploy.up import tiny_checkpoint
-from engines.encoder.media import Prepared
+from engines.encoder.cutting import Prepared
 from engines.encoder.model import VisionModel
 from engines.language.kv import KVCache, KVLayout
 from engines.language.model import LanguageModel

@@ -26,14 +26,15 @@ class Reference:
     def inputs(self, messages: Sequence[dict[str, Any]], images: Sequence[bytes] = ()) -> dict[str, torch.Tensor]:
         """Token ids with expanded image placeholders, and pixels; `images` are file bytes in the order of the parts."""
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        tiles = {"crop_to_patches": True} if self.model.config.model_type == "internvl" else {}
         if not images:
             ids = self.tokenizer(text, return_tensors="pt")["input_ids"]
-            return {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "mm_token_type_ids": torch.zeros_like(ids),
-            }
-        pixels = self.images(images=[load_image(Image.open(io.BytesIO(data))) for data in images], return_tensors="pt")
+            types = {} if tiles else {"mm_token_type_ids": torch.zeros_like(ids)}
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **types}
+        pictures = [load_image(Image.open(io.BytesIO(data))) for data in images]
+        pixels = self.images(images=pictures, return_tensors="pt", **tiles)
+        if tiles:
+            return self._tiled(text, pixels)
         pad = "<|image_pad|>"
         for grid in pixels["image_grid_thw"]:
             count = int(grid.prod()) // self.images.merge_size**2
@@ -41,6 +42,16 @@ class Reference:
         ids = self.tokenizer(text.replace("<|placeholder|>", pad), return_tensors="pt")["input_ids"]
         types = (ids == self.model.config.image_token_id).int()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **pixels}
+
+    def _tiled(self, text: str, pixels: Any) -> dict[str, torch.Tensor]:
+        """As transformers' processor of InternVL does: so many tokens for each tile, between two that mark an image."""
+        vision = self.model.config.vision_config
+        patches = vision.image_size[0] // vision.patch_size[0] * (vision.image_size[1] // vision.patch_size[1])
+        each = int(patches * self.model.config.downsample_ratio**2)
+        for tiles in pixels.pop("num_patches"):
+            text = text.replace("<IMG_CONTEXT>", f"<img>{'<|placeholder|>' * (int(tiles) * each)}</img>", 1)
+        ids = self.tokenizer(text.replace("<|placeholder|>", "<IMG_CONTEXT>"), return_tensors="pt")["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels["pixel_values"]}
 
     @torch.inference_mode()
     def generate(self, inputs: dict[str, torch.Tensor], max_tokens: int, **options: Any) -> list[int]:

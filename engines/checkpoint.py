@@ -22,6 +22,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -39,11 +41,13 @@ SPECIAL_TOKENS = (
     *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
+TILE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<video>")  # of families that see images in tiles
 PRINTABLE = range(0x20, 0x7F)
 LOUD = re.compile(r"\.(q_proj|k_proj|q_norm|k_norm|v_proj|o_proj|down_proj)\.weight$")
 
 # The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token
-# between vision markers.
+# between vision markers. Of others, the same but for what stands for an image.
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT_TEMPLATE = """\
 {%- macro parts(content) -%}
 {%- if content is string -%}{{ content }}
@@ -79,26 +83,30 @@ def byte_tokens() -> list[str]:
     return tokens
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, plus the special tokens of the Qwen-VL families."""
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """One token per byte, plus the special tokens of the family."""
+    tiled = family == "internvl"
+    names = SPECIAL_TOKENS + TILE_TOKENS if tiled else SPECIAL_TOKENS
+    roles = ("start_image_token", "end_image_token", "context_image_token", "video_token")
     vocab = {token: byte for byte, token in enumerate(byte_tokens())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in names])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=list(names),
+        chat_template=CHAT_TEMPLATE.replace(QWEN_IMAGE, "<IMG_CONTEXT>\n") if tiled else CHAT_TEMPLATE,
+        extra_special_tokens=dict(zip(roles, TILE_TOKENS, strict=True)) if tiled else {},
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )
 
 
 def special(token: str) -> int:
-    return 256 + SPECIAL_TOKENS.index(token)
+    return 256 + (SPECIAL_TOKENS + TILE_TOKENS).index(token)
 
 
 def shared_config() -> dict[str, Any]:
@@ -155,10 +163,25 @@ def qwen3_vl(layers: int) -> PreTrainedModel:
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **shared_config()))
 
 
+def internvl(layers: int) -> PreTrainedModel:
+    vision = {
+        "num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2,
+        "patch_size": 14, "image_size": 112, "layer_scale_init_value": 1.0,
+    }  # fmt: skip
+    text = text_config(layers, [])
+    text |= {"model_type": "qwen2", "vocab_size": text["vocab_size"] + len(TILE_TOKENS)}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    config = InternVLConfig(
+        text_config=text, vision_config=vision, image_token_id=special("<IMG_CONTEXT>"), tie_word_embeddings=False
+    )
+    return InternVLForConditionalGeneration(config)
+
+
 FAMILIES: Mapping[str, Callable[[int], PreTrainedModel]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
 }
 PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
 
@@ -189,7 +212,10 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
         head[quiet] *= 0.25
 
 
-def processor_files(family: str, patch_size: int) -> dict[str, dict[str, Any]]:
+def processor_files(family: str, config: Any) -> dict[str, dict[str, Any]]:
+    if family == "internvl":
+        return {"preprocessor_config.json": tiling(config), "processor_config.json": {"image_seq_length": 16}}
+    patch_size = config.vision_config.patch_size
     image = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": PROCESSORS[family],
@@ -204,6 +230,20 @@ def processor_files(family: str, patch_size: int) -> dict[str, dict[str, Any]]:
     video = {**image, "video_processor_type": video_type}
     del video["image_processor_type"]
     return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
+
+
+def tiling(config: Any) -> dict[str, Any]:
+    height, width = config.vision_config.image_size
+    return {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "processor_class": "InternVLProcessor",
+        "size": {"height": height, "width": width},
+        "crop_to_patches": True,
+        "min_patches": 1,
+        "max_patches": 6,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
 
 
 def make(family: str, out: Path, seed: int = 0, layers: int = LAYERS) -> Path:
@@ -222,8 +262,8 @@ def make(family: str, out: Path, seed: int = 0, layers: int = LAYERS) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    make_tokenizer().save_pretrained(partial)
-    for name, content in processor_files(family, model.config.vision_config.patch_size).items():
+    make_tokenizer(family).save_pretrained(partial)
+    for name, content in processor_files(family, model.config).items():
         (partial / name).write_text(json.dumps(content, indent=2) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)

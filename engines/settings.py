@@ -215,6 +215,9 @@ class LanguageSettings(EngineSettings):
     )
     max_num_seqs: Count = Field(64, description="sequences running at the same time")
     max_batched_tokens: Count = Field(2048, description="tokens of one step; longer prompts run in chunks of it")
+    prefix_cache: bool = Field(
+        True, description="keep the KV of prompts that are over while there is room, for prompts that begin alike"
+    )
     max_queue: Count = Field(1024, description="requests waiting to be scheduled; beyond it requests get a 503")
     embedding_bytes: Bytes = Field(ByteSize(256 << 20), description="arena for embeddings fetched from encoders")
     layers_per_push: Count = Field(4, description="layers whose KV is sent together while later layers are computed")

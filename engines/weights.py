@@ -1,7 +1,8 @@
 """Reads one part of a checkpoint, the vision tower or the language model, and nothing else of it.
 
 A vision-language folder holds both parts under prefixes that changed over the years (`visual.*` and `model.*` in the
-Qwen2-VL files of 2024, `model.visual.*` and `model.language_model.*` since). Both are mapped to the names that the
+Qwen2-VL files of 2024, `model.visual.*` and `model.language_model.*` since; towers and projectors of other families
+stand beside each other, and keep their names). Both are mapped to the names that the
 part's own module uses. Tensors of the other part are never read: safetensors reads by name.
 
 Quantised weights are not read here: a folder that holds them is refused by name.
@@ -21,11 +22,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+Built = TypeVar("Built")
 Part = Literal["vision", "language"]
 
-VISION = re.compile(r"^(?:model\.)?visual\.(?P<name>.+)$")
-LANGUAGE = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|model\.(?!visual\.))(?P<name>.+)$")
+VISION = re.compile(r"^(?:model\.)?(?:visual\.(?P<name>.+)|(?P<whole>(?:vision_tower|multi_modal_projector)\..+))$")
+LANGUAGE = re.compile(
+    r"^(?:model\.language_model\.|language_model\.model\.|model\.(?!visual\.|vision_tower\.|multi_modal_projector\.))"
+    r"(?P<name>.+)$"
+)
 HEAD = re.compile(r"^(?:language_model\.)?lm_head\.(?P<name>.+)$")
 
 
@@ -72,7 +76,7 @@ def module_name(name: str, part: Part) -> str | None:
     """
     if part == "vision":
         found = VISION.match(name)
-        return found["name"] if found else None
+        return found["name"] or found["whole"] if found else None
     if found := HEAD.match(name):
         return f"lm_head.{found['name']}"
     found = LANGUAGE.match(name)
@@ -91,7 +95,7 @@ def read(folder: Path, part: Part) -> Iterator[tuple[str, str, torch.Tensor]]:
                 yield name, mapped, file.get_tensor(name)
 
 
-def on_meta(build: Callable[[], ModuleT]) -> ModuleT:
+def on_meta(build: Callable[[], Built]) -> Built:
     """Build a module without memory for its weights; `load` fills it."""
     with torch.device("meta"):
         return build()

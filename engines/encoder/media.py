@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import io
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 
+from engines.encoder.cutting import Prepared, cutter_of
 from engines.errors import BadRequest, TooLarge
 from engines.settings import EncoderSettings
 
@@ -34,44 +31,20 @@ Image.MAX_IMAGE_PIXELS = None
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """One image, ready for the vision tower.
-
-    pixels: [patches, channels · temporal patch · patch²], float32.   grid: (t, h, w) in patches.
-    tokens: embeddings it becomes, patches / merge².
-    """
-
-    pixels: torch.Tensor
-    grid: tuple[int, int, int]
-    tokens: int
-
-    @property
-    def patches(self) -> int:
-        return math.prod(self.grid)
-
-
 class ImageReader:
-    """Decodes and preprocesses for one checkpoint. Thread-safe: the processor is only read.
+    """Decodes and preprocesses for one checkpoint. Thread-safe.
 
     `size`: the pixel bounds of a request, {"shortest_edge", "longest_edge"}, in pixels²; absent: the checkpoint's.
     """
 
     def __init__(self, folder: Path, settings: EncoderSettings) -> None:
-        self._processor: Any = AutoImageProcessor.from_pretrained(folder)
+        self._cutter = cutter_of(folder)
         self._max_pixels = settings.max_media_pixels
         self._max_patches = settings.max_item_patches
-        self.merge_size: int = self._processor.merge_size
-        self._patch_size: int = self._processor.patch_size
 
     def numbers(self) -> dict[str, Any]:
-        """How the processor cuts an image, for whoever predicts its tokens: as its file says it. JSON."""
-        return {
-            "patch_size": self._patch_size,
-            "merge_size": self.merge_size,
-            "temporal_patch_size": self._processor.temporal_patch_size,
-            "size": self._size(),
-        }
+        """How the processor cuts an image, for whoever predicts its tokens. JSON."""
+        return self._cutter.numbers()
 
     def read(self, data: bytes, size: Mapping[str, int]) -> Prepared:
         """Raises BadRequest (`invalid_image`) or TooLarge (`image_too_large`)."""
@@ -83,13 +56,7 @@ class ImageReader:
             raise
         except Exception as error:  # noqa: BLE001 - on hostile bytes Pillow's decoders raise whatever they stumble over
             raise BadRequest(self._broken(data, error), code="invalid_image") from None
-        options = {"size": {**self._size(), **size}} if size else {}
-        out = self._processor(images=[picture], return_tensors="pt", **options)
-        t, h, w = (int(n) for n in out["image_grid_thw"][0])
-        return Prepared(out["pixel_values"], (t, h, w), t * h * w // self.merge_size**2)
-
-    def _size(self) -> dict[str, int]:
-        return {edge: self._processor.size[edge] for edge in ("shortest_edge", "longest_edge")}
+        return self._cutter.cut(picture, size)
 
     def _check(self, image: Image.Image, size: Mapping[str, int]) -> None:
         width, height = image.size
@@ -98,15 +65,10 @@ class ImageReader:
             raise TooLarge(f"the image is {width}x{height}, more than {limit}", code="image_too_large")
         if not width or not height or max(width, height) / min(width, height) > ASPECT_RATIO:
             raise BadRequest(f"the image is {width}x{height}: sides beyond 1:{ASPECT_RATIO}", code="invalid_image")
-        patches = self._patches(width * height, {**self._size(), **size})
+        patches = self._cutter.patches(width * height, size)
         if patches > self._max_patches:
             limit = f"{self._max_patches} (--max-item-patches)"
             raise TooLarge(f"the image makes about {patches} patches, more than {limit}", code="image_too_large")
-
-    def _patches(self, pixels: int, size: Mapping[str, int]) -> int:
-        """About as many as the processor will make: it rounds each side to whole merged patches."""
-        resized = max(min(pixels, size["longest_edge"]), size["shortest_edge"])
-        return resized // self._patch_size**2
 
     def _broken(self, data: bytes, error: Exception) -> str:
         if not data:

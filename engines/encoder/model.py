@@ -1,17 +1,15 @@
 """The vision tower of a checkpoint, and nothing of its language model. It decodes no media and owns no thread.
 
-A batch of images of any sizes is one forward: their patches are concatenated, and `grid_thw` tells the tower
-where one image ends and the next begins; no padding, and no image sees another. The result of an item is [tokens,
-width]:
+A batch of images of any sizes is one forward: their patches, or tiles, are concatenated; no padding, and no image
+sees another. The result of an item is [tokens, width]:
 
-    width   = hidden                            Qwen2-VL, Qwen2.5-VL
+    width   = hidden                            Qwen2-VL, Qwen2.5-VL, InternVL
     width   = hidden · (1 + deepstack levels)   Qwen3-VL:   | main | level 0 | level 1 | …
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,10 @@ import torch
 from transformers import AutoConfig
 
 from engines import weights
-from engines.encoder.media import Prepared
+from engines.encoder.cutting import Prepared
+from engines.encoder.towers import Tower, tower_of
 from engines.errors import SetupError
-
-TOWERS = {
-    "qwen2_vl": "transformers.models.qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
-    "qwen2_5_vl": "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
-    "qwen3_vl": "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
-}
-
+from engines.families import family_of, merge_size
 
 # What of a tower's configuration decides how long an image takes and how large its embedding is.
 _NUMBERS = (
@@ -39,15 +32,14 @@ _NUMBERS = (
 class VisionModel:
     """A loaded tower. `encode` is called by one thread at a time."""
 
-    def __init__(self, tower: torch.nn.Module, config: Any, report: weights.LoadReport, device: str) -> None:
+    def __init__(self, tower: Tower, config: Any, report: weights.LoadReport, device: str) -> None:
         self._tower = tower
         self._device = torch.device(device)
         self._config = config
         self.report = report
-        self.dtype: torch.dtype = next(tower.parameters()).dtype
-        self.merge_size: int = config.spatial_merge_size
-        hidden = getattr(config, "out_hidden_size", None) or config.hidden_size
-        self.width: int = hidden * (1 + len(getattr(config, "deepstack_visual_indexes", None) or ()))
+        self.dtype: torch.dtype = next(tower.module.parameters()).dtype
+        self.merge_size = merge_size(config)
+        self.width = tower.width
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str = "auto", device: str = "cpu") -> VisionModel:
@@ -56,18 +48,14 @@ class VisionModel:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise SetupError(f"--model {folder}: {error}") from None
-        if config.model_type not in TOWERS:
-            known = ", ".join(sorted(TOWERS))
-            raise SetupError(f"--model {folder}: no vision tower known for {config.model_type!r}, only for {known}")
-        module, _, name = TOWERS[config.model_type].partition(":")
-        make = getattr(import_module(module), name)
+        family = family_of(folder, config)
         chosen = _dtype(dtype, config)
         try:
-            tower = weights.on_meta(lambda: make._from_config(config.vision_config, attn_implementation="sdpa"))
-            report = weights.load(tower, folder, part="vision", dtype=chosen, device=device)
+            tower = weights.on_meta(lambda: tower_of(family, config))
+            report = weights.load(tower.module, folder, part="vision", dtype=chosen, device=device)
         except weights.WeightsError as error:
             raise SetupError(f"--model {folder}: {error}") from None
-        return cls(tower, config.vision_config, report, device)
+        return cls(tower, config, report, device)
 
     @property
     def dtype_name(self) -> str:
@@ -77,9 +65,9 @@ class VisionModel:
     def numbers(self) -> dict[str, Any]:
         """For whoever predicts the cost of an image: its family, of its configuration what counts, and the bytes of a
         number of its embeddings. JSON."""
-        told = {name: getattr(self._config, name, None) for name in _NUMBERS}
+        told = {name: getattr(self._config.vision_config, name, None) for name in _NUMBERS}
         return {
-            "model_type": self._config.model_type,
+            "model_type": self._config.vision_config.model_type,
             "vision_config": {name: value for name, value in told.items() if value is not None},
             "itemsize": self.dtype.itemsize,
         }
@@ -91,9 +79,7 @@ class VisionModel:
     def encode(self, batch: Sequence[Prepared], outputs: Sequence[torch.Tensor]) -> None:
         """One forward over all items; item i's embedding is written to outputs[i], [tokens, width] of `dtype`."""
         pixels = torch.cat([item.pixels for item in batch]).to(self._device, self.dtype)
-        grids = torch.tensor([item.grid for item in batch], device=self._device)
-        out = self._tower(pixels, grid_thw=grids, return_dict=True)
-        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        levels = self._tower(pixels, batch)
         hidden = self.width // len(levels)
         start = 0
         for item, target in zip(batch, outputs, strict=True):

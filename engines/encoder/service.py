@@ -26,9 +26,10 @@ from blake3 import blake3
 
 from engines.encoder.batch import Batcher
 from engines.encoder.cache import EmbeddingCache, Entry, State
+from engines.encoder.cutting import Prepared
 from engines.encoder.fetch import Fetcher
 from engines.encoder.flights import Flight, Flights
-from engines.encoder.media import MediaPool, Prepared
+from engines.encoder.media import MediaPool
 from engines.encoder.metrics import Metrics
 from engines.encoder.request import Embedding, MediaItem
 from engines.encoder.worker import ModelThread

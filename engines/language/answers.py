@@ -31,12 +31,12 @@ class Answer:
         choice = {"index": piece.index, **shown, "logprobs": self._logprobs([piece]), **self._ids([piece])}
         return self._chunk([{**choice, "finish_reason": piece.finish_reason}])
 
-    def closing(self, usage: Mapping[str, int]) -> dict[str, Any]:
+    def closing(self, usage: Mapping[str, Any]) -> dict[str, Any]:
         """The last chunk of a stream with `include_usage`."""
         return {**self._chunk([]), "usage": usage}
 
     def whole(
-        self, choices: Sequence[Choice], usage: Mapping[str, int], kv_transfer_params: Mapping[str, Any] | None
+        self, choices: Sequence[Choice], usage: Mapping[str, Any], kv_transfer_params: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         return {
             **self._head("chat.completion" if self.chat else "text_completion"),
@@ -70,12 +70,14 @@ class Answer:
         return _chat_logprobs(pieces) if self.chat else _completion_logprobs(pieces)
 
 
-def usage_of(prompt_tokens: int, choices: Iterable[Choice]) -> dict[str, int]:
+def usage_of(prompt_tokens: int, choices: Iterable[Choice], cached_tokens: int = 0) -> dict[str, Any]:
+    """`cached_tokens`: those of the prompt whose KV was here before."""
     generated = sum(choice.num_tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -165,7 +165,7 @@ class _Reply:
     async def whole(self, leg: Leg) -> dict[str, Any]:
         async for _ in self._pieces(leg):
             pass
-        return self._answer.whole(self._choices, self._usage(), await leg.finish())
+        return self._answer.whole(self._choices, self._usage(leg), await leg.finish())
 
     async def events(self, leg: Leg) -> AsyncGenerator[bytes, None]:
         """Server-sent events, up to but without `[DONE]`."""
@@ -181,7 +181,7 @@ class _Reply:
             if event:
                 yield event
         if self._generation.include_usage:
-            yield sse(self._answer.closing(self._usage()))
+            yield sse(self._answer.closing(self._usage(leg)))
 
     async def _pieces(self, leg: Leg) -> AsyncIterator[list[Piece]]:
         async for tokens in leg.stream:
@@ -206,9 +206,11 @@ class _Reply:
             self._metrics.per_token.observe((now - self._last) / count)
         self._last = now
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self, leg: Leg) -> dict[str, Any]:
         prompt_tokens = len(self._generation.prompt.token_ids) - len(self._generation.continued)
-        usage = usage_of(prompt_tokens, self._choices)
+        cached_tokens = min(leg.stream.num_cached, prompt_tokens)
+        usage = usage_of(prompt_tokens, self._choices, cached_tokens)
+        self._metrics.tokens.labels("cached").inc(cached_tokens)
         self._metrics.tokens.labels("prompt").inc(usage["prompt_tokens"])
         self._metrics.tokens.labels("generated").inc(usage["completion_tokens"])
         return usage

@@ -60,7 +60,7 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)
-        rules = Rules(facts.merge_size, settings.max_queue, settings.request_timeout)
+        rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)
         service = Service(engine, handoffs, receiver, metrics, rules)
         served = Served(tokenizer, limits, facts.vocab_size)
         yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics))
@@ -86,6 +86,7 @@ def limits_of(settings: LanguageSettings, facts: ModelFacts, layout: KVLayout) -
         max_model_len=longest,
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
+        prefix_cache=settings.prefix_cache,
     )
 
 

@@ -252,6 +252,7 @@ class LanguageEngine:
         if not request.prefilled:
             request.prefilled = True
             request.first.embeddings = None
+            self._emit(partial(request.stream.on_prefilled, request.first.num_cached))
             self._emit(request.on_prefilled)
 
     def _fork(self, request: Request) -> None:

@@ -158,7 +158,8 @@ class Handoffs:
         self._metrics.kv_transfer.labels("sent").observe(time.monotonic() - began)
 
     def _sink(self, sender: Sender, blocks: tuple[int, ...], seq: Sequence) -> Sink:
-        """Sends the blocks that a chunk completes, and with the prompt's last chunk the one it leaves unfinished."""
+        """Sends the blocks that a chunk completes, with the first chunk those that were here before it, and with the
+        prompt's last chunk the one it leaves unfinished."""
         self._layout.check(sender.facts)
         remote = replace(self._layout, num_blocks=int(sender.facts["num_blocks"]))
         size = self._layout.block_size
@@ -169,8 +170,9 @@ class Handoffs:
             )
 
         def sink(entry: Scheduled, first: int, last: int) -> None:
+            start = 0 if entry.start == seq.num_cached else entry.start
             end = entry.start + entry.count
-            done = slice(entry.start // size, end // size if end < seq.num_prompt_tokens else len(blocks))
+            done = slice(start // size, end // size if end < seq.num_prompt_tokens else len(blocks))
             layers = range(first, last)
             ours, theirs = seq.block_table[done], blocks[done]
             if ours:

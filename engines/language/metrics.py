@@ -60,7 +60,12 @@ class Metrics:
             registry=registry,
             buckets=SECONDS,
         )
-        self.tokens = Counter("triptych_tokens", "Tokens of answered requests", ("kind",), registry=registry)
+        self.tokens = Counter(
+            "triptych_tokens",
+            "Tokens of answered requests: prompt, those of it that were cached, generated",
+            ("kind",),
+            registry=registry,
+        )
 
 
 def _field(stats: Callable[[], Stats], name: str) -> float:

@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoModel, GenerationConfig
 
 from engines import weights
 from engines.errors import SetupError
+from engines.families import family_of, merge_size
 from engines.language import attention
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the rest of the engine needs to know of a checkpoint. `deepstack_levels` is 0 for families without."""
+    """What the rest of the engine needs to know of a checkpoint. `deepstack_levels` is 0 for families without; without
+    `mrope` a token's position is its index."""
 
     family: str
     num_layers: int
@@ -33,6 +33,7 @@ class ModelFacts:
     vocab_size: int
     max_positions: int
     merge_size: int
+    mrope: bool
     deepstack_levels: int
     image_token_id: int
     eos_token_ids: tuple[int, ...]
@@ -49,8 +50,7 @@ class ModelFacts:
         :raises SetupError: this engine cannot serve the model; the message says why.
         """
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in FAMILIES:
-            raise SetupError(f"{folder} holds a {config.model_type} model; this engine serves {', '.join(FAMILIES)}")
+        family = family_of(folder, config)
         text = config.text_config
         levels = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
         refuse_unsupported(folder, text, levels)
@@ -63,7 +63,8 @@ class ModelFacts:
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             max_positions=text.max_position_embeddings,
-            merge_size=config.vision_config.spatial_merge_size,
+            merge_size=merge_size(config),
+            mrope=family.mrope,
             deepstack_levels=levels,
             image_token_id=config.image_token_id,
             eos_token_ids=eos_token_ids(folder, text),
@@ -140,7 +141,7 @@ class LanguageModel(nn.Module):
         deepstack: Sequence[Deepstack],
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """Packed embeddings `[T, hidden]` at M-RoPE `positions` `[3, T]` → the logits of `rows`, `[len(rows), vocab]`.
+        """Packed embeddings `[T, hidden]` at `positions` `[3, T]` → the logits of `rows`, `[len(rows), vocab]`.
 
         `rows` may name the last row of a sequence's share of the step, no others: the last layer spares the rest.
 
@@ -148,7 +149,7 @@ class LanguageModel(nn.Module):
         the last layer: without that a four-layer model's prefill is 1.3 times as fast.
         """
         hidden = hidden[None]
-        rotary = self.model.rotary_emb(hidden, positions[:, None])
+        rotary = self.model.rotary_emb(hidden, positions[:, None] if self.facts.mrope else positions[:1])
         *layers, last = self.model.layers
         for index, layer in enumerate(layers):
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, step=step)

@@ -33,8 +33,8 @@ class Positions:
     delta: int
 
     @classmethod
-    def build(cls, items: Sequence[Item], merge_size: int) -> Positions:
-        """Positions from the items of a prompt, in the order of their offsets.
+    def build(cls, items: Sequence[Item], merge_size: int, mrope: bool = True) -> Positions:
+        """Positions from the items of a prompt, in the order of their offsets; without `mrope` all rows are the index.
 
         :raises ValueError: an item is no image, overlaps the one before it, or its grid does not make its number of
         tokens.
@@ -49,8 +49,9 @@ class Positions:
             parts += [count_up(position, gap), image + (position + gap)]
             position += gap + max(item.grid[1], item.grid[2]) // merge_size
             index = item.offset + item.num_tokens
-        prefix = np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), np.int64)
-        return cls(prefix, position - index)
+        if not (mrope and parts):
+            return cls(np.zeros((3, 0), np.int64), 0)
+        return cls(np.concatenate(parts, axis=1), position - index)
 
     def fill(self, out: Indices, start: int) -> None:
         """Write the positions of the tokens from `start` on into `out`, `[3, n]`; n may reach beyond the prompt."""

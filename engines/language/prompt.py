@@ -97,8 +97,10 @@ def readable_call(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": parsed}}
 
 
-def expand(token_ids: Sequence[int], placeholder: int, media: Sequence[Media], merge_size: int) -> Prompt:
-    """Repeat the k-th placeholder as often as the k-th media part has tokens.
+def expand(
+    token_ids: Sequence[int], placeholder: int, media: Sequence[Media], merge_size: int, around: Sequence[int] = ()
+) -> Prompt:
+    """Repeat the k-th placeholder as often as the k-th media part has tokens, between the two tokens `around` it.
 
     :raises PromptError: the placeholders are not as many as the parts, or a grid is not made of whole merged patches.
     """
@@ -113,10 +115,10 @@ def expand(token_ids: Sequence[int], placeholder: int, media: Sequence[Media], m
     begin = 0
     for part in media:
         end = token_ids.index(placeholder, begin)
-        ids += token_ids[begin:end]
+        ids += [*token_ids[begin:end], *around[:1]]
         count = num_tokens(part.grid, merge_size)
         items.append(Item(part.mm_hash, part.modality, part.grid, len(ids), count))
-        ids += [placeholder] * count
+        ids += [placeholder] * count + [*around[1:]]
         begin = end + 1
     ids += token_ids[begin:]
     return Prompt(ids, tuple(items))
@@ -153,7 +155,7 @@ class Guard:
         return value
 
     def _hide_text(self, text: str) -> str:
-        if "<|" in text:
+        if "<" in text:
             for literal, mark in self._marks.items():
                 text = text.replace(literal, mark)
         return text

@@ -114,7 +114,7 @@ class Runner:
 
     def _positions(self, seq: Sequence) -> Positions:
         if seq.positions is None:
-            seq.positions = Positions.build(seq.items, self.model.facts.merge_size)
+            seq.positions = Positions.build(seq.items, self.model.facts.merge_size, self.model.facts.mrope)
         return cast(Positions, seq.positions)
 
     def _embed(self, pack: Pack) -> tuple[torch.Tensor, list[Deepstack]]:

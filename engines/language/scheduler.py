@@ -5,6 +5,8 @@ first; a prompt that waits for an embedding gets as far as its item. When the ca
 is swapped out to host memory, and comes back before anybody new is admitted. The oldest can always go on, because no
 request is admitted that could not run alone.
 
+A prompt that begins as an earlier one did, images included, begins with the blocks of that where they still are.
+
 Blocks that a transfer may touch are pinned by one more reference, which only `unpin` drops: an aborted sequence gives
 back its own references at once, and the blocks are free when the transfer has let go too.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from engines.language.blocks import BlockAllocator
+from engines.language.prefix import names
 from engines.language.sequence import Handoff, Scheduled, Sequence, Status
 
 
@@ -34,6 +37,7 @@ class Limits:
     max_model_len: int
     max_num_seqs: int
     max_batched_tokens: int
+    prefix_cache: bool = True  # keep the KV of prompts that are over, while nobody needs the room
 
     @property
     def max_tokens(self) -> int:
@@ -125,9 +129,15 @@ class Scheduler:
 
     def advance(self, scheduled: Scheduled, token_id: int | None) -> None:
         """The step ran it; `token_id` is what was sampled."""
-        scheduled.seq.num_computed += scheduled.count
+        seq, size = scheduled.seq, self.limits.block_size
+        before = seq.num_computed // size
+        seq.num_computed += scheduled.count
+        if self.limits.prefix_cache and seq.num_computed // size > before and seq.block_table:
+            whole = names(seq, seq.num_computed // size, size)
+            for block, name in zip(seq.block_table[before:], whole[before:], strict=False):
+                self.blocks.name(block, name)
         if token_id is not None:
-            scheduled.seq.token_ids.append(token_id)
+            seq.token_ids.append(token_id)
 
     def fork(self, seq: Sequence) -> tuple[list[Sequence], list[tuple[int, int]]]:
         """The n - 1 other choices of a request whose prompt has just been computed, and blocks to copy, (from, to).
@@ -239,13 +249,23 @@ class Scheduler:
 
         One block for each running sequence is left, or its next token would swap the newcomer out again.
         """
-        table = self.blocks.blocks_for(seq.num_tokens)
+        known = self._known(seq)
+        table = self.blocks.blocks_for(seq.num_tokens) - len(known)
         spare = 0 if seq.num_output_tokens else seq.params.n - 1
-        if table + spare + len(self.running) > self.blocks.num_free:
+        if table + spare + len(self.running) > self.blocks.num_free - self.blocks.num_idle(known):
             return False
-        seq.block_table = self.blocks.allocate(table)
+        seq.block_table = self.blocks.share(known) + self.blocks.allocate(table)
         seq.spare_blocks = self.blocks.allocate(spare)
+        if known:
+            seq.num_computed = seq.num_cached = len(known) * self.limits.block_size
         return True
+
+    def _known(self, seq: Sequence) -> list[int]:
+        """The blocks that its prompt begins with, where they are here. Its last token is run whatever is known."""
+        if not self.limits.prefix_cache or seq.num_computed or seq.handoff is Handoff.RECEIVE:
+            return []
+        size = self.limits.block_size
+        return self.blocks.find(names(seq, (seq.num_prompt_tokens - 1) // size, size))
 
     def _start(self, seq: Sequence) -> None:
         seq.move(Status.RUNNING)

@@ -93,6 +93,8 @@ class Sequence:
     handoff: Handoff = Handoff.NONE
     status: Status = Status.WAITING
     num_computed: int = 0
+    num_cached: int = 0  # those of them that were there before: a prefix that another request had computed
+    names: list[bytes] = field(default_factory=list)  # of its first whole blocks: see `prefix`
     block_table: list[int] = field(default_factory=list)
     spare_blocks: list[int] = field(default_factory=list)  # set aside for the forks of an n > 1 request
     host_copy: object | None = None  # the swapped-out KV
@@ -140,6 +142,7 @@ class Sequence:
             embeddings=self.embeddings,
             positions=self.positions,
             index=index,
+            names=list(self.names),
         )
 
     def __repr__(self) -> str:

@@ -33,6 +33,7 @@ class Rules:
     """What the model and the flags of the same name say."""
 
     merge_size: int
+    mrope: bool
     max_queue: int
     request_timeout: float
 
@@ -86,7 +87,7 @@ class Service:
         if runs_last_again and last is not None and last.offset + last.num_tokens == length:
             raise BadRequest("the prompt ends in an image: its last token is run again, and no embedding is held then")
         try:
-            positions = Positions.build(prompt.items, self._rules.merge_size)
+            positions = Positions.build(prompt.items, self._rules.merge_size, self._rules.mrope)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
         # A client may use an id twice at the same time; pins and publications may not.

@@ -27,6 +27,7 @@ class Stream:
     def __init__(self, abort: Callable[[], None], stop: Callable[[int], None]) -> None:
         self._abort = abort
         self._stop = stop
+        self.num_cached = 0  # tokens of the prompt whose KV was here before; known with the first token
         self._tokens: list[Token] = []
         self._blocks: tuple[int, ...] | None = None
         self._error: Exception | None = None
@@ -69,6 +70,9 @@ class Stream:
     def on_blocks(self, blocks: tuple[int, ...]) -> None:
         self._blocks = blocks
         self._news.set()
+
+    def on_prefilled(self, num_cached: int) -> None:
+        self.num_cached = num_cached
 
     def on_token(self, token: Token) -> None:
         self._tokens.append(token)

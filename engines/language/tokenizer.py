@@ -19,9 +19,8 @@ from tokenizers import decoders
 from transformers import AutoConfig, AutoTokenizer
 
 from engines.errors import SetupError
+from engines.families import family_of, merge_size
 from engines.language.prompt import Guard, Media, Prompt, PromptError, count_images, expand, readable
-
-MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 # Parameters of `apply_chat_template` that are no business of a request's chat_template_kwargs.
 RESERVED = frozenset(
@@ -56,7 +55,7 @@ class ChatTokenizer:
         folder = Path(folder)
         config = AutoConfig.from_pretrained(folder)
         self.image_token_id: int = config.image_token_id
-        self.merge_size: int = config.vision_config.spatial_merge_size
+        self.merge_size = merge_size(config)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._backend = self._tokenizer.backend_tokenizer
         if not isinstance(self._backend.decoder, decoders.ByteLevel):
@@ -65,7 +64,9 @@ class ChatTokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        self._guard = Guard(MEDIA_TOKENS)
+        family = family_of(folder, config)
+        self._guard = Guard(family.media_tokens)
+        self._around = tuple(map(self._backend.token_to_id, family.around or ()))
         self._prefix: list[int] = self._backend.encode("").ids  # a beginning-of-text token, if any
 
     def encode(self, text: str) -> list[int]:
@@ -90,7 +91,7 @@ class ChatTokenizer:
         if (images := count_images(shown)) != len(media):
             raise PromptError(f"the messages hold {images} images, but {len(media)} are described", "messages")
         text = self._render(shown, tools, options or {})
-        return expand(self._encode(text), self.image_token_id, media, self.merge_size)
+        return expand(self._encode(text), self.image_token_id, media, self.merge_size, self._around)
 
     def _render(self, messages: Sequence[Any], tools: Sequence[Any] | None, options: Mapping[str, Any]) -> str:
         if self._template is None:

@@ -17,7 +17,7 @@ from tests.support.waiting import eventually
 
 CHUNK = 64  # tokens per step: an image and a long prompt take several
 ENGINE = ("--dtype", "float32", "--threads", "1", "--log-level", "warning")
-LANGUAGE = ("--max-batched-tokens", str(CHUNK), "--kv-blocks", "1024")
+LANGUAGE = ("--max-batched-tokens", str(CHUNK), "--kv-blocks", "1024", "--no-prefix-cache")  # prompts come again
 ROLES: dict[str, Sequence[str]] = {"prefill": LANGUAGE, "decode": LANGUAGE, "both": LANGUAGE}
 
 
@@ -79,6 +79,10 @@ class Client:
     async def get(self, path: str) -> Any:
         async with self._session.get(self.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
             return await response.json(content_type=None)
+
+    async def text(self, path: str) -> str:
+        async with self._session.get(self.url + path, timeout=aiohttp.ClientTimeout(total=10)) as response:
+            return await response.text()
 
 
 class Cluster(Client):

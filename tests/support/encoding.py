@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 
-from engines.encoder.media import Prepared
+from engines.encoder.cutting import Prepared
 from engines.encoder.metrics import Metrics
 from engines.encoder.request import MediaItem
 from engines.encoder.service import Encoder

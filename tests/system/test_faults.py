@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)
 FAMILY = "qwen2_5_vl"
 PROXY = ("--encode-timeout", "6", "--prefill-timeout", "6", "--first-token-timeout", "8", "--stream-idle-timeout", "4")
 ENGINES = ("--transfer-timeout", "5", "--grace", "2")
-LEASES = {"prefill": ("--kv-lease", "3"), "decode": ("--metaserver-timeout", "8")}
+LEASES = {"prefill": ("--kv-lease", "3", "--no-prefix-cache"), "decode": ("--metaserver-timeout", "8")}
 DEADLINE = 25.0
 BIG = [image_part(image_file(1400, 1000, seed=seed)) for seed in range(6)]
 NOVEL = "It was a dark and stormy night; the rain fell in torrents. " * 90

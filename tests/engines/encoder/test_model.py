@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.encoder.media import ImageReader, Prepared
+from engines.encoder.cutting import Prepared
+from engines.encoder.media import ImageReader
 from engines.encoder.model import VisionModel
 from engines.errors import SetupError
 from engines.settings import EncoderSettings
@@ -87,7 +88,7 @@ def test_a_folder_that_is_no_known_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="--model"):
         VisionModel.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    with pytest.raises(SetupError, match="no vision tower known for 'qwen2'"):
+    with pytest.raises(SetupError, match="'qwen2' is not served"):
         VisionModel.load(tmp_path)
 
 

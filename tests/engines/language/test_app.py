@@ -33,6 +33,7 @@ SHORT = ("Hello", "What is the time?", "Tell me a story about a fox.", "Why?", "
 def settings(**changes: Any) -> LanguageSettings:
     fields = {"model": checkpoint(FAMILY), "served_model_name": "tiny", "port": 0, "dtype": "float32"}
     fields |= {"kv_blocks": BLOCKS, "max_batched_tokens": 48, "request_timeout": 60, "max_model_len": 1000}
+    fields |= {"prefix_cache": False}  # what is asked again is to be told in the same words
     return LanguageSettings(**{**fields, **changes})
 
 
@@ -78,6 +79,18 @@ async def test_an_openai_client_reads_it_whole_and_streamed(engine: Engine) -> N
         assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
         assert chunks[-1].usage == whole.usage
         assert [model.id async for model in client.models.list()] == ["tiny"]
+
+
+async def test_usage_says_how_much_of_a_prompt_was_there_before() -> None:
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        caching = settings(prefix_cache=True)
+        app = await stack.enter_async_context(build(caching))
+        engine = Engine(session, await stack.enter_async_context(running(app, caching)), app)
+        told = [(await engine.ask()).body for _ in range(2)]
+    assert [body["choices"][0]["message"]["content"] for body in told] == [wanted()] * 2
+    first, second = (body["usage"]["prompt_tokens_details"]["cached_tokens"] for body in told)
+    assert first == 0 < second < told[0]["usage"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

@@ -66,7 +66,7 @@ def test_ends_come_from_the_model_where_no_generation_config_is(folder):
 
 def test_another_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SetupError, match="holds a llama model; this engine serves qwen2_vl, qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(SetupError, match="'llama' is not served; known: qwen2_vl, qwen2_5_vl, qwen3_vl"):
         ModelFacts.read(tmp_path)
 
 

@@ -90,6 +90,14 @@ def test_what_has_no_positions_is_refused(item, told):
         Positions.build([item], MERGE)
 
 
+def test_without_mrope_a_position_is_an_index():
+    items = (Item("a", "image", (3, 8, 8), 5, 48), Item("b", "image", (1, 4, 4), 60, 4))
+    found = Positions.build(items, 2, mrope=False).slice(0, 90)
+    assert (found == np.arange(90)).all() and found.shape == (3, 90)
+    with pytest.raises(ValueError, match="makes 4 tokens"):
+        Positions.build((Item("a", "image", (1, 4, 4), 0, 5),), 2, mrope=False)
+
+
 def test_overlapping_items_are_refused():
     items = [Item("a", "image", (1, 4, 4), 0, 4), Item("b", "image", (1, 4, 4), 3, 4)]
     with pytest.raises(ValueError, match="inside the item before it"):

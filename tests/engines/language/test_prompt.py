@@ -71,6 +71,11 @@ class TestExpand:
             ("a", 9, 4),
         ]
 
+    def test_two_tokens_may_stand_around_an_images_own(self):
+        prompt = expand([1, 9, 9, 2], 9, [Media("a", "image", (2, 2, 2)), Media("b", "image", (1, 2, 2))], 2, (7, 8))
+        assert prompt.token_ids == [1, 7, 9, 9, 8, 7, 9, 8, 2]
+        assert [(item.offset, item.num_tokens) for item in prompt.items] == [(2, 2), (6, 1)]
+
     @pytest.mark.parametrize("ids", [[1, 2], [PAD, PAD]])
     def test_other_numbers_of_placeholders_are_refused(self, ids):
         with pytest.raises(PromptError, match="placeholders for 1 images"):

@@ -1,17 +1,28 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engines.language.scheduler import Limits, NeverFits, Scheduler, Step
-from engines.language.sequence import Handoff, SamplingParams, Sequence, Status
+from engines.language.sequence import Handoff, Item, SamplingParams, Sequence, Status
 from tests.support.fake_runner import FakeCache, FakeRunner, expected
 
 
-def make(name: str, prompt: int, max_tokens: int = 4, n: int = 1, handoff: Handoff = Handoff.NONE) -> Sequence:
-    tokens = [(7 * i + len(name) + prompt) % 100 for i in range(prompt)]
+def make(
+    name: str,
+    prompt: int,
+    max_tokens: int = 4,
+    n: int = 1,
+    handoff: Handoff = Handoff.NONE,
+    start: int | None = None,
+) -> Sequence:
+    """Prompts with the same `start` begin alike; by default those of one length do."""
+    first = len(name) + prompt if start is None else start
+    tokens = [(7 * i + first) % 100 for i in range(prompt)]
     return Sequence(name, tokens, prompt, SamplingParams(max_tokens=max_tokens, n=n), handoff=handoff)
 
 
@@ -198,6 +209,96 @@ def test_what_can_never_fit_is_refused_with_the_limit(prompt: int, max_tokens: i
     machine.scheduler.limits.check(20, 13)
 
 
+def cached(machine: Machine, seq: Sequence) -> int:
+    """Run `seq` alone; the tokens of its prompt that needed no run."""
+    machine.scheduler.add(seq)
+    machine.run()
+    assert seq in machine.done
+    check_answers(machine)
+    machine.scheduler.check()
+    return seq.num_cached
+
+
+def test_a_prompt_begins_with_the_whole_blocks_of_an_earlier_one() -> None:
+    machine = Machine(num_blocks=16)
+    assert cached(machine, make("first", 11, start=0)) == 0
+    assert machine.scheduler.blocks.num_free == 16
+    assert cached(machine, make("longer", 17, start=0)) == 8
+    assert cached(machine, make("other", 17, start=1)) == 0
+    assert cached(machine, make("same", 8, start=0)) == 4, "the last token is run, so its block is not shared"
+
+
+def test_the_next_turn_of_a_conversation_begins_with_the_answer_too() -> None:
+    machine = Machine(num_blocks=16)
+    first = make("first", 7, max_tokens=6)
+    assert cached(machine, first) == 0
+    turn = make("second", 20)
+    turn.token_ids[:13] = first.token_ids
+    assert cached(machine, turn) == 12
+
+
+def test_without_a_prefix_cache_every_prompt_is_run() -> None:
+    machine = Machine(num_blocks=16)
+    machine.scheduler = Scheduler(replace(machine.scheduler.limits, prefix_cache=False))
+    assert [cached(machine, make(name, 11, start=0)) for name in "ab"] == [0, 0]
+
+
+def test_running_sequences_share_what_they_begin_with() -> None:
+    machine = Machine(num_blocks=16)
+    machine.scheduler.add(make("a", 9, max_tokens=8, start=0))
+    machine.step()
+    machine.step()
+    machine.scheduler.add(make("b", 9, max_tokens=8, start=0))
+    machine.step()
+    first, second = machine.scheduler.running
+    assert first.block_table[:2] == second.block_table[:2]
+    machine.run()
+    check_answers(machine)
+
+
+def test_images_of_one_size_are_told_apart_by_their_hash() -> None:
+    machine = Machine(num_blocks=16)
+
+    def seen(name: str, mm_hash: str, grid: tuple[int, int, int] = (1, 4, 4)) -> int:
+        seq = make(name, 12, start=0)
+        seq.items = (Item(mm_hash, "image", grid, offset=5, num_tokens=4),)
+        return cached(machine, seq)
+
+    assert seen("a", "cat") == 0
+    assert seen("b", "dog") == 4, "what is before the image is alike"
+    assert seen("c", "cat") == 8
+    assert seen("d", "cat", (1, 2, 8)) == 4
+
+
+def test_room_that_is_needed_is_taken_from_what_was_unused_for_longest() -> None:
+    machine = Machine(num_blocks=8)
+    assert cached(machine, make("old", 9, start=0)) == 0  # 3 blocks, of which 3 keep their names
+    assert cached(machine, make("new", 9, start=1)) == 0
+    assert cached(machine, make("large", 13, start=2)) == 0  # 4 blocks, of which 2 had no name
+    assert cached(machine, make("again", 9, start=1)) == 8
+    assert cached(machine, make("gone", 9, start=0)) < 8
+
+
+def test_a_prompt_that_is_sent_on_needs_no_run_of_what_is_here_and_its_blocks_stay() -> None:
+    machine = Machine()
+    for name, hit in (("a", 0), ("b", 8)):
+        seq = make(name, 9, max_tokens=1, handoff=Handoff.SEND, start=0)
+        assert cached(machine, seq) == hit
+    assert machine.scheduler.blocks.num_free == 4, "two blocks that both share, and one of each"
+    for seq in machine.done:
+        machine.scheduler.unpin(seq)
+    assert machine.scheduler.blocks.num_free == 8
+
+
+def test_blocks_that_another_engine_fills_are_its_own() -> None:
+    machine = Machine()
+    assert cached(machine, make("a", 9, start=0)) == 0
+    seq = make("b", 9, handoff=Handoff.RECEIVE, start=0)
+    machine.scheduler.add(seq)
+    machine.step()
+    assert (seq.num_cached, seq.num_computed) == (0, 0)
+
+
 class RandomLife(RuleBasedStateMachine):
     """Any order of arrivals, steps, aborts, transfers that end: no block is lost, no answer is wrong, nothing hangs."""
 
@@ -213,11 +314,12 @@ class RandomLife(RuleBasedStateMachine):
         n=st.integers(1, 3),
         handoff=st.sampled_from(Handoff),
         held_at=st.none() | st.integers(0, 9),
+        start=st.integers(0, 1),
     )
-    def add(self, prompt: int, max_tokens: int, n: int, handoff: Handoff, held_at: int | None) -> None:
+    def add(self, prompt: int, max_tokens: int, n: int, handoff: Handoff, held_at: int | None, start: int) -> None:
         if handoff is Handoff.SEND:
             max_tokens, n = 1, 1
-        seq = make(f"s{len(self.seqs)}", prompt, max_tokens, n, handoff)
+        seq = make(f"s{len(self.seqs)}", prompt, max_tokens, n, handoff, start)
         if handoff is not Handoff.RECEIVE and held_at is not None:
             seq.held_at = min(held_at, prompt - 1)
         try:
@@ -262,7 +364,7 @@ class RandomLife(RuleBasedStateMachine):
     @invariant()
     def nobody_runs_past_what_is_missing(self) -> None:
         for seq in self.scheduler.sequences():
-            assert seq.held_at is None or seq.num_computed <= seq.held_at
+            assert seq.held_at is None or seq.num_computed <= max(seq.held_at, seq.num_cached)
 
     @invariant()
     def answers_are_right(self) -> None:

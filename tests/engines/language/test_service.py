@@ -51,7 +51,7 @@ async def world(
         receiver = EmbeddingReceiver(transfer, embeddings, 4, 5.0)
         try:
             async with asyncio.timeout(30):
-                yield Service(engine, handoffs, receiver, metrics, Rules(2, max_queue, timeout)), engine, runner
+                yield Service(engine, handoffs, receiver, metrics, Rules(2, True, max_queue, timeout)), engine, runner
         finally:
             runner.gate.set()
             await handoffs.close()
