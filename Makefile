@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
+JOBS ?= 2
 
 .PHONY: help install demo smoke test operations conformance-vllm conformance-sglang lint format clean
 help: ## show this list
@@ -18,8 +19,8 @@ demo: install ## start encoder, prefill, decode and proxy here, ask about two im
 smoke: install ## the same without staying up; fails unless the answer equals the reference model's
 	@$(BIN)/python -m deploy.demo --smoke
 
-test: install ## run the tests (TESTS=path for some of them)
-	@$(BIN)/python -m pytest $(TESTS)
+test: install ## run the tests (TESTS=path for some of them, JOBS=1 one after the other)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 operations: install ## the tests against real parts: nginx, Envoy, Prometheus, Chromium; installs those from Debian
 	@tests/operations/install.sh
