@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from proxy import api, callbacks, derived, flow, heartbeats, history, lag, quota
+from proxy import api, callbacks, derived, flow, heartbeats, history, quota
 from proxy.access import AccessLog
 from proxy.admin import Admin
 from proxy.admission import Admission
@@ -19,26 +18,23 @@ from proxy.balancer.fleet import Fleet
 from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers
 from proxy.callbacks import Metaserver
-from proxy.core import UNASKED, Instance, Order, Role, State
+from proxy.core import Instance, State
 from proxy.costs import Costs
 from proxy.crew import Seat
 from proxy.derived import Secrets
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
-from proxy.discovery import finder
-from proxy.discovery.watching import Discovery
 from proxy.dispatch import Dispatcher
 from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
 from proxy.endings import Endings
-from proxy.enrolment import Enrolment
 from proxy.families import Families
 from proxy.fetching import Fetching
 from proxy.gate import Gate
 from proxy.guard import Guard
 from proxy.health import Health
 from proxy.hedge import Hedge
-from proxy.http.router import Audience, Route, Router, post
+from proxy.http.router import Audience, Route, post
 from proxy.http.server import Server
 from proxy.inlining import Inlining
 from proxy.introduction import Introduction
@@ -56,21 +52,16 @@ from proxy.profiling import Profiling
 from proxy.reading import Reading
 from proxy.receipts import Receipts
 from proxy.resolving import Resolver
-from proxy.routing import router
+from proxy.serving import Serving
 from proxy.settings import ProxySettings
-from proxy.siblings import Kind
 from proxy.sizing import Sizing
 from proxy.snapshot import Owners, Snapshots
 from proxy.standing import Standing
-from proxy.tasks import together
-from proxy.tls import Listener
 from proxy.tracing import Tracing
 from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
 
 log = logging.getLogger(__name__)
-
-_LOOK_S = 0.02
 
 
 class Proxy:
@@ -81,7 +72,7 @@ class Proxy:
         files; None: they are read. Raises ValueError naming the file at fault."""
         secrets = secrets or Secrets.read(settings)
         self.settings = settings
-        self._seat = seat
+        self.seat = seat
         self.fleet = Fleet() if seat is None else seat.fleet(self._told)
         rates = {role: Rates(prior) for role, prior in PRIORS.items()}
         self.balancer = Balancer(derived.policies(settings, rates), seat.board() if seat else None, rates)
@@ -138,7 +129,7 @@ class Proxy:
         )
         self.port = seat.port if seat else settings.port
         self.admin_port = seat.admin_port if seat else settings.admin_port
-        self._clients: Server | None = None  # once it listens
+        self.clients: Server | None = None  # once it listens
 
     def go_by(self, settings: ProxySettings) -> None:
         """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began. Raises
@@ -158,8 +149,8 @@ class Proxy:
         self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
         self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
         self.membership.configure(settings.fleet())
-        if self._clients is not None:
-            self._clients.limits = derived.http_limits(settings)
+        if self.clients is not None:
+            self.clients.limits = derived.http_limits(settings)
         self.health.wake()
 
     def _planner(self, balancer: Balancer) -> Planner:
@@ -196,7 +187,7 @@ class Proxy:
             return self.url
         return local_url(self.settings.admin_host or self.settings.host, self.admin_port, self.certificates.scheme)
 
-    def _routes(self) -> list[Route]:
+    def routes(self) -> list[Route]:
         settings = self.settings
         admin = Admin(self.fleet, self.membership, self.balancer, self.health, self.guard, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
@@ -206,143 +197,12 @@ class Proxy:
         told = [*admin.routes(), *profiling.routes(), *self.advising.routes(), *self.receipts.routes(), *page.routes()]
         return [*self.openai.routes(), *told, post(callbacks.ROUTE, self.metaserver.handle, Audience.ALL)]
 
-    def _server(self, routes: Iterable[Route], audience: Audience = Audience.ALL) -> Server:
-        return Server(api.edge(Router(routes, audience)), api.refused, derived.http_limits(self.settings))
-
     @asynccontextmanager
     async def serving(self, patience: float = 0.0) -> AsyncIterator[Proxy]:
         """Listens within, as soon as engines can serve or after `patience` seconds; leaving lets requests in flight
         end, as the settings say, and tells the others why not."""
-        tracing = nullcontext() if self.tracing is None else self.tracing.running()
-        routes = self._routes()
-        async with (
-            self.upstream,
-            self.metaserver.running(),
-            self._siblings(),
-            self.reading.running(),
-            tracing,
-            self._encoding(),
-            self._administering(routes),
-            self._called_back(),
-            together() as group,
-        ):
-            beside = self._probing(), lag.watch(self.metrics.lag)  # a crash of these ends the proxy, loudly
-            tasks = [group.create_task(work) for work in beside]
-            await self._awaited(patience)
-            server = self._clients = self._server(routes, Audience.ALL if self.admin_port is None else Audience.CLIENTS)
-            self.port = await self._listen(server, self.settings.host, self.port, self.certificates.clients)
-            self.metaserver.port = self.metaserver.port or self.port
-            try:
-                yield self
-            finally:
-                await self._leave(server)
-                for task in tasks:
-                    task.cancel()
-
-    async def _awaited(self, patience: float) -> None:
-        """Who is asked too early answers 503, and a front that has just found this proxy again would pass that on."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                while not router.servable(self.fleet.census()):
-                    listed = list(self.fleet)
-                    if (listed or not self.membership.finders) and all(i.reason != UNASKED for i in listed):
-                        return
-                    await asyncio.sleep(_LOOK_S)
-
-    async def _leave(self, server: Server) -> None:
-        """New requests are served for the drain delay, while /ready says that there should be none; then nobody
-        listens, and those in flight have the grace time."""
-        delay, grace = self.settings.drain_delay, self.settings.grace_timeout
-        log.info("stopping: new requests are served for %.0f s yet, those in flight for %.0f s more", delay, grace)
-        self.openai.leaving = True
-        server.drain()
-        await asyncio.sleep(delay)
-        await server.stop(await self._last_callbacks(grace))
-        self.endings.flush()
-        self.access.flush()
-
-    @asynccontextmanager
-    async def _called_back(self) -> AsyncIterator[None]:
-        """Within, decode engines find the metaserver at its own port, if it has one: longer than clients find the
-        proxy."""
-        settings = self.settings
-        if settings.metaserver_port is None:
-            yield
-            return
-        server = self._server([post(callbacks.ROUTE, self.metaserver.handle)])
-        self.metaserver.port = await self._listen(server, settings.host, settings.metaserver_port, None)
-        try:
-            yield
-        finally:
-            await server.stop(0.0)
-
-    async def _listen(self, server: Server, host: str, port: int, tls: Listener | None) -> int:
-        context = None if tls is None else tls.context
-        return await server.start(host or None, port, reuse_port=self._seat is not None, tls=context)
-
-    @asynccontextmanager
-    async def _administering(self, routes: Iterable[Route]) -> AsyncIterator[None]:
-        """Within, admins have a port of their own, if they are to: for longer than clients have theirs."""
-        if self.admin_port is None:
-            yield
-            return
-        server, host = self._server(routes, Audience.ADMINS), self.settings.admin_host or self.settings.host
-        self.admin_port = await self._listen(server, host, self.admin_port, self.certificates.admins)
-        log.info("admins are served at %s", self.admin_url)
-        try:
-            yield
-        finally:
-            await server.stop(0.0)
-
-    def _siblings(self) -> AbstractAsyncContextManager[None]:
-        """Within, the other workers get this one's answers."""
-        answers = {
-            Kind.CALLBACK: self.metaserver.answer,
-            Kind.RECEIPTS: self.receipts.answer,
-            Kind.CIRCUITS: self.standing.answer,
-        }
-        return nullcontext() if self._seat is None else self._seat.siblings.listening(answers)
-
-    @asynccontextmanager
-    async def _encoding(self) -> AsyncIterator[None]:
-        """Within, language servers find the virtual encoder, if there is one: longer than clients find the proxy."""
-        settings = self.settings
-        if self.virtual is None:
-            yield
-            return
-        server = self._server(self.virtual.routes())
-        self.virtual_port = await server.start(settings.host or None, settings.virtual_encoder_port or 0)
-        lists = settings.lists()
-        try:
-            enrolment = Enrolment(lists, settings.virtual_encoder_url, self.certificates.trust)
-            async with self.virtual.wards.running(), enrolment.kept(settings.host, self.virtual_port):
-                yield
-        finally:
-            await server.stop(0.0)
-
-    async def _last_callbacks(self, grace: float) -> float:
-        """Where decode engines call back at the clients' port (push), that stays open while requests are served, up to
-        `grace` seconds; new requests get 503 meanwhile. Returns what is left of it."""
-        if self.settings.metaserver_port is not None:
-            return grace
-        known = [i for i in self.fleet if i.role is Role.PREFILL and i.dialect != "auto"]
-        if not any(self.speakers(instance).order is Order.DECODE_FIRST for instance in known):
-            return grace
-        self.gate.close()
-        began = time.monotonic()
-        admission = self.gate.admission
-        while (admission.requests or admission.waiting) and (left := began + grace - time.monotonic()) > 0:  # noqa: ASYNC110
-            await asyncio.sleep(min(left, _LOOK_S))
-        return max(0.0, began + grace - time.monotonic())
-
-    async def _probing(self) -> None:
-        discovery = Discovery(self.membership, lambda word: finder(word, self.settings), self.health.wake)
-        if self._seat is not None:
-            await self._seat.probe(self.health, discovery)
-            return
-        async with together() as group:
-            group.create_task(self.health.run())
-            group.create_task(discovery.run())
+        async with Serving(self).running(patience):
+            yield self
 
     def _told(self, instance: Instance, before: State) -> None:
         """Another worker has moved `instance`."""

@@ -22,12 +22,16 @@ from rich.table import Table
 from proxy import detect
 from proxy.app import Proxy
 from proxy.core import Instance, State
+from proxy.discovery import finder
+from proxy.discovery.base import Unreadable
 from proxy.errors import EngineFailed
 from proxy.fitting import Engine, misfits
 from proxy.reloading import verify
 from proxy.routing import router
-from proxy.settings import ProxySettings, Sources, Wrong
+from proxy.settings import Endpoint, ProxySettings, Sources, Wrong
+from proxy.tasks import together
 
+_NAME_S = 10.0  # for whoever knows what is behind a name
 _PROG = "triptych check"
 _ABOUT = """\
 Reads the settings as `triptych proxy` does, asks every engine as it would, and says what would fail: addresses,
@@ -107,6 +111,8 @@ async def _engines(settings: ProxySettings) -> AsyncIterator[Finding]:
     """Each engine as a proxy finds it, and how they fit together."""
     proxy = Proxy(settings.model_copy(update={"workers": 1}))
     async with proxy.upstream:
+        for source, (_, endpoint) in proxy.membership.finders.items():
+            yield await _looked_up(proxy, source, endpoint)
         await proxy.health.tick()
         listed = list(proxy.fleet)
         for instance in listed:
@@ -116,13 +122,33 @@ async def _engines(settings: ProxySettings) -> AsyncIterator[Finding]:
     for misfit in misfits([Engine(*known) for known in zip(well, infos, strict=True)]):
         yield Finding("fleet", Verdict.FAILS if misfit.fails else Verdict.NOTE, misfit.said, misfit.advice)
     if not listed:
-        yield Finding(
-            "fleet", Verdict.NOTE, "no engine is listed by its address", "others may register or be discovered"
-        )
+        yield Finding("fleet", Verdict.NOTE, "there is no engine yet", "they may register, or be found later")
     elif router.servable(proxy.fleet.census()):
         yield Finding("fleet", Verdict.WELL, "every kind of request can be served")
     else:
         yield Finding("fleet", Verdict.FAILS, "no path has an engine for each of its stages", "see the engines above")
+
+
+async def _looked_up(proxy: Proxy, source: str, endpoint: Endpoint) -> Finding:
+    """What is behind a name now; it is in the proxy's fleet afterwards."""
+    known: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+
+    def say(netlocs: Iterable[str]) -> None:
+        if not known.done():
+            known.set_result(list(netlocs))
+
+    try:
+        async with asyncio.timeout(_NAME_S), together() as group:
+            watching = group.create_task(finder(endpoint.finder, proxy.settings).watch(endpoint, say))
+            netlocs = await known
+            watching.cancel()
+    except (Unreadable, TimeoutError) as error:
+        said = str(error) or f"nobody says within {_NAME_S:g} s who is behind it"
+        return Finding(source, Verdict.FAILS, said, "mend the name, or --dns-server or --kubernetes-api")
+    proxy.membership.found(source, netlocs)
+    if not netlocs:
+        return Finding(source, Verdict.NOTE, "nobody is behind it now")
+    return Finding(source, Verdict.WELL, ", ".join(netlocs))
 
 
 def _engine(instance: Instance) -> Finding:

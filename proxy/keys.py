@@ -97,6 +97,8 @@ class Keys:
             entries = [] if node is None else loader.construct_document(node)
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
         if not isinstance(entries, list):
             raise ValueError("line 1: a list of keys is needed, each with a name and a hash")
         if len(entries) > MOST:

@@ -27,6 +27,7 @@ T = TypeVar("T")
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 _RESERVED = ("kv_transfer_params", "ec_transfer_params")
 _DEFAULT_OUTPUT_TOKENS = 256  # predicted for balancing, never sent
+_LONGEST_NAME = 1024  # characters of a model's, which stays in receipts and logs
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ def _object(body: Any) -> dict[str, Any]:
         raise BadRequest("the body must be a JSON object")
     if not isinstance(body.get("stream", False), bool | None):
         raise BadRequest("`stream` must be true or false", param="stream")
+    if len(model_of(body)) > _LONGEST_NAME:
+        raise BadRequest(f"`model` has more than {_LONGEST_NAME} characters", param="model")
     return body
 
 

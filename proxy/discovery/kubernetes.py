@@ -50,12 +50,14 @@ class Slices:
             raise Unreadable(f"{self._api} {error}") from None
         except Late:
             raise Unreadable(f"{self._api} did not answer in time") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise Unreadable(f"{self._api} tells of no EndpointSlices: {error!r}") from None
         finally:
             await client.close()
 
     async def _watch(self, client: Client, endpoint: Endpoint, say: Say) -> None:
         said = await self._listed(client, endpoint)
-        slices = {_name(one): one for one in said["items"]}
+        slices = {_name(one): one for one in said["items"] or ()}
         version = said["metadata"]["resourceVersion"]
         say(_netlocs(slices, endpoint))
         while True:

@@ -153,6 +153,7 @@ class Chunks:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._buffer = b""
+        self._at = 0  # how much of it has been read: cutting that off for each chunk would cost the square of it
         self._left = 0  # of the chunk being read; its CRLF is not counted
         self._step = self._size
         self._trailers = 0
@@ -161,21 +162,21 @@ class Chunks:
 
     @property
     def rest(self) -> bytes:
-        return self._buffer if self.done else b""
+        return self._buffer[self._at :] if self.done else b""
 
     def feed(self, data: bytes) -> None:
         """Raises HttpError."""
-        self._buffer = self._buffer + data if self._buffer else data
+        self._buffer, self._at = self._buffer[self._at :] + data, 0
         while not self.done and self._step():
             pass
 
     def _line(self) -> bytes | None:
-        end = self._buffer.find(b"\n")
+        end = self._buffer.find(b"\n", self._at)
         if end < 0:
-            if len(self._buffer) > _LONGEST_LINE:
+            if len(self._buffer) - self._at > _LONGEST_LINE:
                 raise HttpError(400, "a line of the chunked body is too long")
             return None
-        line, self._buffer = self._buffer[: end + 1], self._buffer[end + 1 :]
+        line, self._at = self._buffer[self._at : end + 1], end + 1
         if not line.endswith(b"\r\n"):
             raise HttpError(400, "a line of the chunked body ends without CR")
         return line[:-2]
@@ -194,20 +195,21 @@ class Chunks:
         return True
 
     def _data(self) -> bool:
-        taken = self._buffer[: self._left]
+        taken = self._buffer[self._at : self._at + self._left]
         self.body += taken
         self._left -= len(taken)
-        self._buffer = self._buffer[len(taken) :]
+        self._at += len(taken)
         if not self._left:
             self._step = self._data_end
-        return bool(self._buffer)
+        return self._at < len(self._buffer)
 
     def _data_end(self) -> bool:
-        if not b"\r\n".startswith(self._buffer[:2]):
+        end = self._buffer[self._at : self._at + 2]
+        if not b"\r\n".startswith(end):
             raise HttpError(400, "a chunk is longer than its size")
-        if len(self._buffer) < 2:
+        if len(end) < 2:
             return False
-        self._buffer = self._buffer[2:]
+        self._at += 2
         self._step = self._size
         return True
 

@@ -34,6 +34,8 @@ class Document:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise Unreadable(1 if mark is None else mark.line + 1, str(error.problem or error.context)) from None
+        except RecursionError:
+            raise Unreadable(loader.line + 1, "nested too deeply") from None
         finally:
             loader.dispose()
 

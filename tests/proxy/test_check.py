@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from bench.scripted.names import naming
 from proxy import check
 from proxy.settings import Sources
 from tests.fakes.native import Encoder, Language, Prefill
@@ -69,6 +70,17 @@ async def test_what_would_fail_is_said_with_what_to_do() -> None:
         "engines serve different models",
         "engines hand over by different transports",
     ]
+
+
+async def test_names_are_looked_up_and_what_is_behind_them_is_asked() -> None:
+    async with Language() as engine, naming() as names:
+        names.records["llm.test", "A"] = ["127.0.0.1"]
+        name, nobody = (f"dns+http://{host}:{engine.port}" for host in ("llm.test", "nobody.test"))
+        found = await checked("--decode-servers-urls", f"{name},{nobody}", "--dns-server", names.address)
+    assert of(found, name) == [("well", engine.netloc)]
+    assert of(found, f"both {engine.netloc}") == [("well", "native, version 0, model tiny")]
+    ((verdict, _),) = of(found, nobody)
+    assert verdict != "well"
 
 
 async def test_files_are_judged_before_any_engine_is_asked(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_models_are_allowed_by_pattern(models: str, model: str, allowed: bool) -
     ("text", "says"),
     [
         ("a: 1", "line 1: a list of keys"),
+        ("[" * 10_000, "nested too deeply"),
         ("- name: a\n  hash: 12\n", "line 2: hash: "),
         ("- name: a\n- name: b\n", "line 1: hash: Field required"),
         (f"- name: a\n  hash: {HASH}\n- name: b c\n  hash: {OLD}\n", "line 3: name: "),

@@ -134,6 +134,7 @@ def test_what_only_the_proxy_may_say_is_refused(body: dict[str, Any], param: str
         (b'{"messages":"x"}', "must be a list"),
         (b"{}", "must be a list"),
         (b'{"messages":[],"stream":"yes"}', "true or false"),
+        (orjson.dumps({"messages": [], "model": "m" * 1025}), "more than 1024 characters"),
         (orjson.dumps(chat({"type": "image_url", "image_url": None, "uuid": "cached"})), "must hold the media"),
         (orjson.dumps(chat({"type": "image_url", "image_url": {"url": 3}})), "must hold the media"),
     ],

@@ -167,3 +167,17 @@ async def test_nobody_there_is_no_answer(tmp_path: Path) -> None:
         with pytest.raises(Unreadable, match="cannot be reached"):
             await watch.task
         assert watch.said == []
+
+
+async def test_what_is_no_list_is_not_understood(tmp_path: Path) -> None:
+    """Whatever stands in the way of the API server may answer in JSON as well."""
+    async with api_server() as api:
+        api.answers = {"metadata": {"resourceVersion": "1"}, "items": None}  # as Go writes an empty list
+        async with watching(api, tmp_path) as watch:
+            await watch.says()
+        for odd in ([], {}, {"items": [{"metadata": {}}]}, {"items": [3], "metadata": {"resourceVersion": "1"}}):
+            api.answers = odd
+            async with watching(api, tmp_path) as watch:
+                with pytest.raises(Unreadable, match="tells of no EndpointSlices"):
+                    await watch.task
+                assert watch.said == []

@@ -61,6 +61,7 @@ def test_what_a_message_mentions_has_a_line() -> None:
         ("a: !!python/object:os.system 1\n", 1, "could not determine a constructor"),
         ("a: 1\n---\nb: 2\n", 2, "but found another document"),
         ("a: 1\nb: \x00", 2, "special characters are not allowed"),
+        ("a: 1\nb: " + "[" * 10_000, 2, "nested too deeply"),
     ],
 )
 def test_what_is_no_yaml_is_told_with_its_line(text: str, line: int, says: str) -> None:
