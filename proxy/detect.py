@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +16,9 @@ from proxy.upstream import Upstream
 
 Ask = Callable[[str], Awaitable[Any]]
 """The JSON that a path answers with status 200; None for anything else. Raises EngineFailed if nobody answers."""
+
+_LONGEST = 300  # characters of what an engine says that are kept
+_LARGEST = 1 << 53  # of its numbers: what a float counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,13 @@ def asking(upstream: Upstream, instance: Instance, timeout: float) -> Ask:
     async def ask(path: str) -> Any:
         try:
             status, answer = await upstream.get(instance, path, timeout)
-            return orjson.loads(answer) if status == 200 else None
+            said = orjson.loads(answer) if status == 200 else None
+            orjson.dumps(said)  # what is nested too deeply for that could not be told to anybody
         except Unreachable:
             raise
-        except (EngineFailed, orjson.JSONDecodeError):
+        except (EngineFailed, orjson.JSONDecodeError, orjson.JSONEncodeError):
             return None
+        return said
 
     return ask
 
@@ -49,8 +54,26 @@ async def detect(ask: Ask, family: str | None = None) -> Found | None:
     asked = list(dict.fromkeys(FAMILIES.values())) if family is None else [FAMILIES[family]]
     for recognize in asked:
         if (found := await recognize(ask)) is not None:
-            return found
+            return _modest(found)
     return None
+
+
+def _modest(found: Found) -> Found:
+    """As much of it as all workers can keep and any log can hold, whatever an engine says."""
+    return replace(
+        found,
+        how=found.how[:_LONGEST],
+        model=found.model[:_LONGEST],
+        facts={name: _plain(value) for name, value in found.facts.items()},
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, int):
+        return max(-_LARGEST, min(value, _LARGEST))
+    return value if value is None or isinstance(value, float) else str(value)[:_LONGEST]
 
 
 async def native(ask: Ask) -> Found | None:

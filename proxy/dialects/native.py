@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxy.core import Body, Handle, Item, Job, Order
+from proxy.core import BOTH, Api, Body, Handle, Item, Job, Order, Role
 from proxy.dialects import bodies
-from proxy.dialects.base import BadReply, Dialect, Handles
+from proxy.dialects.base import BadReply, Call, Dialect, Handles
 
+_PICTURE = (  # a white square of 56 pixels
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAADgAAAA4AQAAAACA/QazAAAAFklEQVR42mP8z8DAwMDAwMQwSg9FGgAhHwFvTnfFwwAAAABJ"
+    "RU5ErkJggg=="
+)
 _ENCODER_FIELDS = ("model", "mm_processor_kwargs", "media_io_kwargs", "priority", "session_id")
 
 
@@ -23,6 +27,16 @@ class Native(Dialect):
 
     def __init__(self, order: Order) -> None:
         self.order = order
+
+    def warm_up(self, role: Role, model: str) -> Call | None:
+        """A picture, or a text; prefill and decode serve nobody alone."""
+        named = {"model": model} if model else {}
+        if role is Role.ENCODE:
+            content = [{"type": "image_url", "image_url": {"url": _PICTURE}}]
+            return Api.CHAT, {**named, "messages": [{"role": "user", "content": content}]}
+        if role == BOTH:
+            return Api.COMPLETIONS, {**named, "prompt": "hello", "max_tokens": 1, "temperature": 0}
+        return None
 
     def encode(self, job: Job, items: Sequence[Item]) -> Body:
         kept = {name: job.body[name] for name in _ENCODER_FIELDS if name in job.body}

@@ -203,6 +203,8 @@ class Waiting:
 class Language(Native):
     """`mode`: null, prefill or decode. `embeddings` holds what each request got, `aborts` whom it was told to abort."""
 
+    own = False
+
     def __init__(self, world: World, mode: str) -> None:
         super().__init__()
         self.world = world

@@ -73,6 +73,8 @@ class Dead(Exception):
 
 
 class Vllm(Language):
+    own = False
+
     def __init__(self, world: World) -> None:
         super().__init__()
         self.world = world

@@ -10,6 +10,7 @@ import pytest
 from proxy import detect
 from proxy.core import BOTH, Instance, Role
 from proxy.detect import Found
+from proxy.upstream import Timeouts, Upstream
 from proxy.vision import FAMILIES, Vision
 
 VLLM_CARDS = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 9}]}
@@ -154,3 +155,22 @@ async def test_one_of_our_encoders_tells_how_it_cuts_media() -> None:
     assert found is not None and Vision(**found.facts["vision"]) == FAMILIES["qwen3_vl"]
     assert found.facts["cache_tokens"] == 10
     assert orjson.loads(orjson.dumps(found.facts)) == found.facts, "other workers read it"
+
+
+async def test_little_is_kept_of_what_is_said_at_length() -> None:
+    said = OURS | {"role": "decode", "model": "m" * 10_000, "version": [["1"] * 1000], "num_blocks": 1 << 63}
+    found = await detect.detect(asking({"/info": said | {"block_size": 1 << 63}}))
+    assert found is not None and len(found.model) == len(found.facts["version"]) == 300
+    assert found.facts["kv_tokens"] == 1 << 53 and orjson.dumps(found.facts)
+    labelled = await detect.detect(asking({"/info": OURS | {"role": "r" * 10_000}}))
+    assert labelled is not None and len(labelled.how) == 300
+
+
+@pytest.mark.parametrize("answer", [b"no JSON", b"[" * 300 + b"]" * 300])
+async def test_what_nobody_could_be_told_is_no_answer(answer: bytes) -> None:
+    class Engine(Upstream):
+        async def get(self, instance: Instance, path: str, seconds: float) -> tuple[int, bytes]:
+            return 200, answer
+
+    engine = Instance("http://e", BOTH, "auto")
+    assert await detect.asking(Engine(Timeouts(1, 1, 1, 1, 1, 1)), engine, 1.0)("/info") is None

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from proxy import openai
-from proxy.core import Api, Handle, Job, Order
+from proxy.core import BOTH, Api, Handle, Job, Order, Role
 from proxy.dialects.base import BadReply
 from proxy.dialects.native import Native
 from proxy.errors import BadRequest
@@ -161,3 +161,12 @@ def test_several_prompts_need_a_combined_engine(prompt: list[Any]) -> None:
             shape()
     assert PUSH.whole(j, {})["prompt"] == prompt
     assert PUSH.decode(job({"prompt": [1, 2]}, Api.COMPLETIONS), {}, None, "")["prompt"] == [1, 2]
+
+
+def test_who_serves_alone_is_warmed_up() -> None:
+    call = PUSH.warm_up(BOTH, "tiny")
+    assert call == ("/v1/completions", {"model": "tiny", "prompt": "hello", "max_tokens": 1, "temperature": 0})
+    assert PUSH.warm_up(Role.PREFILL, "tiny") is PUSH.warm_up(Role.DECODE, "tiny") is None
+    path, body = PUSH.warm_up(Role.ENCODE, "") or ("", {})
+    (item,) = openai.parse(orjson.dumps({"model": "m", **body}), Api(path), "id", Identity()).items
+    assert item.modality == "image" and "model" not in body
