@@ -24,7 +24,7 @@ def unpack(data: Data, coding: str, limit: int) -> Data:
         return _gunzip(data, limit)
     if name == "zstd":
         return _unzstd(data, limit)
-    raise HttpError(415, f"Content-Encoding {coding!r}: only gzip and zstd are understood here", "content_encoding")
+    raise HttpError(415, "Content-Encoding: only gzip and zstd are understood here", "content_encoding")
 
 
 def _gunzip(data: Data, limit: int) -> bytearray:
