@@ -165,7 +165,8 @@ class Guard:
             return Identity(f"{rights.salt}\0\0{caller.tenant}".encode(), rights.trust_client)
         if not rights.salt:
             return self._plain
-        tenant = headers.get(rights.tenant_header.lower()) or caller.name
+        # A key's name stands behind what no header can say: nobody tells that of another key.
+        tenant = headers.get(rights.tenant_header.lower()) or f"\0\0{caller.name}"
         return Identity(f"{rights.salt}\0{tenant}".encode(), rights.trust_client)
 
     # ---- credentials
