@@ -100,10 +100,10 @@ class OpenAI:
                     job = await self._job(request, engine_id, trace, caller)
                 job.record.id, job.record.caller = wanted, name
                 return await self._serve(request, job, caller)
-        except ProxyError as error:  # before there was a job
-            now = time.monotonic()
-            self._told(Record(wanted, name, request.path, began=now, ended=now, trace=trace), error)
-            return _failed(error, {})
+        except (ProxyError, HttpError) as error:  # before there was a job
+            now, failure = time.monotonic(), _unread(error) if isinstance(error, HttpError) else error
+            self._told(Record(wanted, name, request.path, began=now, ended=now, trace=trace), failure)
+            return _failed(failure, {})
         finally:
             self._metrics.in_flight.dec()
             self._active.discard(engine_id)
@@ -243,9 +243,13 @@ def edge(router: Router) -> Handler:
 
 def refused(error: HttpError) -> Response:
     """The answer to what could not be read as a request."""
+    return _failed(_unread(error), {})
+
+
+def _unread(error: HttpError) -> BadRequest:
     failure = BadRequest(str(error), code=error.code)
     failure.status = error.status
-    return _failed(failure, {})
+    return failure
 
 
 def _nowhere(error: NoRoute, request: Request) -> Response:

@@ -49,6 +49,7 @@ from proxy.pictures import Pictures
 from proxy.plan import Planner
 from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
+from proxy.prospects import Sight
 from proxy.reading import Reading
 from proxy.receipts import Receipts
 from proxy.resolving import Resolver
@@ -135,7 +136,7 @@ class Proxy:
         """Other settings from now on, where `reloading.LIVE` has them. Requests in flight end as they began. Raises
         ValueError if there are more instances than there is room for."""
         rights = derived.rights(settings)
-        self.settings = settings
+        before, self.settings = self.settings, settings
         self.guard.go_by(rights)
         self.certificates.reread()
         self.balancer.choose_by(derived.policies(settings, self.balancer.rates))
@@ -145,7 +146,8 @@ class Proxy:
         self.health.probing = derived.probing(settings)
         self.introduction.patience = derived.patience(settings)
         self.introduction.forward = settings.forward_authorization
-        self.planner = self._planner(self.balancer)
+        if _drawing(settings) != _drawing(before):  # another one knows no prompt that engines hold, and no freight
+            self.planner = self._planner(self.balancer)
         self.gate.go_by(derived.limits(settings), self._outlooks().of, derived.targets(settings))
         self.dispatcher = self.openai.dispatcher = self._dispatcher(settings)
         self.membership.configure(settings.fleet())
@@ -154,7 +156,7 @@ class Proxy:
         self.health.wake()
 
     def _planner(self, balancer: Balancer) -> Planner:
-        inline, sight = self.settings.inline_encoding, derived.sight(self.settings)
+        inline, sight = _drawing(self.settings)
         return Planner(self.fleet, balancer, self.breakers, inline, self.families, sight)
 
     def _outlooks(self) -> Outlooks:
@@ -210,6 +212,11 @@ class Proxy:
             self.balancer.forget(instance)
         if before is State.DOWN or instance.state is State.GONE:
             self.breakers.forget(instance.url)  # another process, most likely
+
+
+def _drawing(settings: ProxySettings) -> tuple[bool, Sight]:
+    """All of the settings that plans are drawn by."""
+    return settings.inline_encoding, derived.sight(settings)
 
 
 def _tracing(settings: ProxySettings, metrics: Metrics) -> Tracing | None:

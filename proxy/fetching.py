@@ -55,7 +55,7 @@ class Fetching:
         self._bounds = bounds
         self._slots = asyncio.Semaphore(bounds.at_once)
         self._resolver = Resolver(rules, lookup)
-        self._client = Client(bounds.seconds, self._resolver)
+        self._client = Client(bounds.seconds, self._resolver, idle=bounds.at_once)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

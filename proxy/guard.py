@@ -139,8 +139,10 @@ class Guard:
 
     def admin(self, request: Request, *, engines: bool = False) -> None:
         """Whoever sends `request` may change the fleet, where a key is needed for that; `engines`: theirs will do, as
-        it does for all where there is no other. Raises Unauthorized, TriedTooOften."""
+        it does for all where there is no other. Raises Unauthorized, TriedTooOften; Forbidden for what a page of
+        another site has a browser send, where no key would keep it from that."""
         if not self.locked:
+            _check_site(request.headers)
             return
         admin, register = self.rights.admin, self.rights.register
         asked = [key for key in ((admin, register) if engines or admin is None else (admin,)) if key is not None]
@@ -165,7 +167,8 @@ class Guard:
             return Identity(f"{rights.salt}\0\0{caller.tenant}".encode(), rights.trust_client)
         if not rights.salt:
             return self._plain
-        tenant = headers.get(rights.tenant_header.lower()) or caller.name
+        # A key's name stands behind what no header can say: nobody tells that of another key.
+        tenant = headers.get(rights.tenant_header.lower()) or f"\0\0{caller.name}"
         return Identity(f"{rights.salt}\0{tenant}".encode(), rights.trust_client)
 
     # ---- credentials
@@ -202,6 +205,14 @@ class Guard:
         places[where] = None
         if len(places) > _PLACES:
             places.popitem(last=False)
+
+
+def _check_site(headers: Headers) -> None:
+    """Browsers say whose page a call is from: most of them in Sec-Fetch-Site, all in Origin."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    ours = origin is None or origin.partition("://")[2] == headers.get("host")
+    if not (ours if site is None else site in ("same-origin", "none")):
+        raise Forbidden("pages of other sites may change nothing here", code="other_site")
 
 
 def _credential(headers: Headers) -> str:

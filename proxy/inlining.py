@@ -25,6 +25,7 @@ from proxy.openai import Identity, salt
 from proxy.splice import Cut
 from proxy.tasks import together
 
+_AT_ONCE = 8  # URLs of one request: slow ones leave room for others' requests
 _KEPT_S = 60.0
 _OVERHEAD = 1 << 10  # bytes that what is kept costs besides its text and URL, at the most
 _LARGE = 1 << 18  # bytes of base64; hashing more than this takes a millisecond and leaves the loop
@@ -79,11 +80,12 @@ class Inlining:
         if not named:
             return job
         fetched: dict[str, Fetched] = {}
-        left = self._most - job.nbytes
+        left, places = self._most - job.nbytes, asyncio.Semaphore(_AT_ONCE)
 
         async def get(url: str, param: str) -> None:
             nonlocal left
-            fetched[url] = await self._get((identity.salt, url), param)
+            async with places:
+                fetched[url] = await self._get((identity.salt, url), param)
             left -= len(fetched[url].text)
             if left < 0:
                 told = f"with its media, the request has more than {self._most} bytes (--max-body-bytes)"

@@ -42,7 +42,7 @@ class Measuring:
         self._costs = costs
         self._seconds = seconds
         self._resolver = resolver
-        self._client = Client(seconds, resolver)
+        self._client = Client(seconds, resolver, idle=_MOST)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

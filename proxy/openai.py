@@ -27,6 +27,7 @@ T = TypeVar("T")
 _MEDIA = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 _RESERVED = ("kv_transfer_params", "ec_transfer_params")
 _DEFAULT_OUTPUT_TOKENS = 256  # predicted for balancing, never sent
+_MOST_CHOICES = 128  # that a prediction counts: OpenAI's own limit, and a number that sums cannot overflow with
 _LONGEST_NAME = 1024  # characters of a model's, which stays in receipts and logs
 
 
@@ -296,4 +297,4 @@ def _output_tokens(body: Body) -> int:
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     choices = body.get("n")
     per_choice = min(asked, _DEFAULT_OUTPUT_TOKENS) if isinstance(asked, int) and asked > 0 else _DEFAULT_OUTPUT_TOKENS
-    return per_choice * (choices if isinstance(choices, int) and choices > 0 else 1)
+    return per_choice * (min(choices, _MOST_CHOICES) if isinstance(choices, int) and choices > 0 else 1)

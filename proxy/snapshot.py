@@ -72,9 +72,9 @@ class Snapshots:
         """The present one. Who has an earlier one, whose last point was `since`, may get only what is new of points and
         requests."""
         async with self._lock:
-            if self._clock() >= self._due:
-                self._due = self._clock() + _EVERY_S
+            if (now := self._clock()) >= self._due:
                 await self._make()
+                self._due = now + _EVERY_S  # now: whoever asked may have left meanwhile, with nothing made
         if since is not None and self._last - _RECENT <= since <= self._last:
             return self._recent
         if self._whole is None:

@@ -318,10 +318,12 @@ class _Connection(asyncio.Protocol):
         self._exchange = None
         if self._transport is None:
             return
-        if exchange.done and self._reusable and not self._transport.get_write_buffer_size():
+        pool = self._pool
+        usable = exchange.done and self._reusable and not self._transport.get_write_buffer_size()
+        if usable and (pool.keeps is None or pool.keeps()):
             self.resume()
             self.idle_since = loop.time()
-            self._pool.idle.append(self)
+            pool.idle.append(self)
         else:
             self._transport.abort()
 
@@ -467,8 +469,10 @@ def system_trust() -> ssl.SSLContext:
 class _Origin:
     """The connections to one engine."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, keeps: Callable[[], bool] | None) -> None:
+        """`keeps`: whether one more connection may stay idle; None: each may."""
         parts = urlsplit(url)
+        self.keeps = keeps
         self.host = parts.hostname or ""
         self.tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.tls else 80)
@@ -513,9 +517,12 @@ class Client:
         connect_timeout: float,
         resolve: Resolve | None = None,
         tls: Callable[[], ssl.SSLContext] = system_trust,
+        idle: int | None = None,
     ) -> None:
-        """`resolve`: None leaves names to the system. `tls` is asked for each new connection to an https URL."""
+        """`resolve`: None leaves names to the system. `tls` is asked for each new connection to an https URL. `idle`:
+        how many connections wait for another exchange at the most, for where clients choose the hosts; None: any."""
         self.connect_timeout = connect_timeout
+        self._most_idle = idle
         self._resolve = resolve
         self._tls = tls
         self._origins: dict[str, _Origin] = {}
@@ -562,8 +569,11 @@ class Client:
     def origin(self, url: str) -> _Origin:
         found = self._origins.get(url)
         if found is None:
-            found = self._origins[url] = _Origin(url)
+            found = self._origins[url] = _Origin(url, None if self._most_idle is None else self._keeps)
         return found
+
+    def _keeps(self) -> bool:
+        return sum(len(origin.idle) for origin in self._origins.values()) < (self._most_idle or 0)
 
     async def connect(self, origin: _Origin, exchange: Exchange) -> _Connection:
         """A new connection for `exchange`, in the time that it has."""

@@ -12,6 +12,7 @@ _PIECE = 1 << 20
 _GZIP_STEP = 8 << 10  # bytes fed at once; what follows a member's end is copied, and a body may be thousands of members
 _ZSTD_STEP = 1 << 10  # the same; a frame's output cannot be limited, and a step of 1 KiB unpacks to 32 MiB at most
 _GZIP = 16 + zlib.MAX_WBITS
+_MOST_MEMBERS = 1 << 16  # or frames: a client may send a million empty ones, each of which costs as much as 64 KiB
 _ZSTD_WINDOW = 8 << 20  # what RFC 8878 asks every decoder to support; a larger one is memory that a client commands
 
 
@@ -24,13 +25,14 @@ def unpack(data: Data, coding: str, limit: int) -> Data:
         return _gunzip(data, limit)
     if name == "zstd":
         return _unzstd(data, limit)
-    raise HttpError(415, f"Content-Encoding {coding!r}: only gzip and zstd are understood here", "content_encoding")
+    raise HttpError(415, "Content-Encoding: only gzip and zstd are understood here", "content_encoding")
 
 
 def _gunzip(data: Data, limit: int) -> bytearray:
-    out, view, at = bytearray(), memoryview(data), 0
+    out, view, at, members = bytearray(), memoryview(data), 0, 0
     try:
         while at < len(view):  # one member after the other; of each step, what is behind its end is fed again
+            members = _another(members)
             member = zlib.decompressobj(_GZIP)
             while not member.eof:
                 step: Buffer = member.unconsumed_tail
@@ -49,10 +51,11 @@ def _gunzip(data: Data, limit: int) -> bytearray:
 
 
 def _unzstd(data: Data, limit: int) -> bytearray:
-    out, view, at = bytearray(), memoryview(data), 0
+    out, view, at, frames = bytearray(), memoryview(data), 0, 0
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
     try:
         while at < len(view):  # one frame after the other, likewise
+            frames = _another(frames)
             frame = decompressor.decompressobj(write_size=_PIECE)
             while not frame.eof:
                 step = view[at : at + _ZSTD_STEP]
@@ -65,6 +68,12 @@ def _unzstd(data: Data, limit: int) -> bytearray:
     except zstandard.ZstdError as error:
         raise HttpError(400, f"the body is not zstd: {error}") from None
     return out
+
+
+def _another(members: int) -> int:
+    if members == _MOST_MEMBERS:
+        raise HttpError(400, f"the packed body has more than {_MOST_MEMBERS} members")
+    return members + 1
 
 
 def _check(out: bytearray, limit: int) -> None:

@@ -21,9 +21,13 @@ from tests.support.waiting import until
 
 
 class Engine(Toy):
-    """An encoder that a proxy takes for ours: it answers when `finish` is set."""
+    """An encoder that a proxy takes for ours, and that answers what it is asked."""
 
     stage = role = "encode"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finish.set()
 
     def routes(self) -> Any:
         yield web.post("/v1/chat/completions", self.wait)

@@ -163,8 +163,8 @@ class Vllm(Language):
         """Raises Failed for what is no image, or nowhere."""
         value = part.get("image_url")
         url = value.get("url") if isinstance(value, dict) else value
-        if url is not None and url.startswith("http://nowhere"):
-            raise Failed(500, "Cannot connect to host nowhere")
+        if url is not None and url.startswith("http://nowhere.example"):
+            raise Failed(500, "Cannot connect to host nowhere.example")
         if url is not None and url.startswith("data:"):
             data = base64.b64decode(url.partition(",")[2])
             if not data.startswith((b"\x89PNG", b"\xff\xd8")):

@@ -182,3 +182,29 @@ async def test_without_an_admin_key_the_engines_key_locks_all() -> None:
         registration = {"role": "both", "url": "http://h:1"}
         assert (await d.post(registration, "/instances")).status == 401
         assert (await d.post(registration, "/instances", x_api_key="engines")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("site", "status"),
+    [
+        ({"sec_fetch_site": "cross-site", "origin": "http://evil.test"}, 403),
+        ({"sec_fetch_site": "same-site"}, 403),
+        ({"origin": "http://evil.test"}, 403),  # a browser that calls by plain HTTP says no more
+        ({"origin": "null"}, 403),
+        ({"sec_fetch_site": "same-origin", "origin": "https://front.test"}, 404),
+        ({"sec_fetch_site": "none"}, 404),
+        ({}, 404),
+    ],
+)
+async def test_without_keys_pages_of_other_sites_change_nothing(site: dict[str, str], status: int) -> None:
+    async with deployment("1b") as d:
+        answer = await d.post({"url": "http://127.0.0.1:9"}, "/instances/drain", **site)
+        assert answer.status == status
+        own = await d.post({"url": "http://127.0.0.1:9"}, "/instances/drain", origin=d.url)
+        assert own.status == 404
+
+
+async def test_who_has_the_key_may_be_on_any_site() -> None:
+    async with deployment("1b", admin_key="secret") as d:
+        answer = await d.post({"url": "http://x:9"}, "/instances/drain", origin="http://ops.test", x_api_key="secret")
+        assert answer.status == 404

@@ -127,6 +127,18 @@ async def test_bodies_may_be_compressed_and_have_a_limit() -> None:
         assert (answer.status, answer.error["code"]) == (413, "body_too_large")
 
 
+@pytest.mark.parametrize(("size", "coding", "status"), [(20_000, "", 413), (4, "gzip", 400), (4, "br", 415)])
+async def test_a_body_that_cannot_be_read_is_a_request_that_failed(size: int, coding: str, status: int) -> None:
+    async with deployment("1b", max_body_bytes=10_000) as d:
+        headers = {"content_encoding": coding} if coding else {}
+        answer = await d.post(b"x" * size, **headers)
+        name, told = answer.headers["x-request-id"], (await d.get("/requests")).json["requests"]
+        assert [(one["id"], one["status"], one["code"]) for one in told] == [(name, status, answer.error["code"])]
+        assert (
+            f'triptych_requests_total{{path="none",status="{status}"}} 1.0' in (await d.get("/metrics")).body.decode()
+        )
+
+
 async def test_what_is_not_there_is_told_in_the_contract_too() -> None:
     async with deployment("1b") as d:
         for answer, status in ((await d.get("/v2"), 404), (await d.get("/v1/chat/completions"), 405)):

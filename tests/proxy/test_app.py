@@ -96,6 +96,17 @@ async def test_another_policy_chooses_with_the_loads_that_are_there() -> None:
         assert [answer.status for answer in await asyncio.gather(*asking)] == [200] * 4
 
 
+async def test_what_engines_hold_is_known_after_another_configuration_too() -> None:
+    async with deployment("2b", policy="affinity") as d:
+        assert (await d.post(chat(text="all of them know " * 2000))).status == 200
+        planner = d.proxy.planner
+        assert len(planner._drafts._prefixes) > 0
+        d.proxy.go_by(changed(d, answer_timeout=7.0, max_queue=3))
+        assert d.proxy.planner is planner
+        d.proxy.go_by(changed(d, link_rates="rack=1e9"))
+        assert d.proxy.planner is not planner and d.proxy.planner._sight.links.rack == 1e9
+
+
 async def test_everything_may_be_secured_at_once(tmp_path: Path) -> None:
     """Clients with certificates and keys, admins with a key on a port of their own, engines with both."""
     ca, engine = Authority(tmp_path), Language()

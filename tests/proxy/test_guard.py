@@ -157,6 +157,13 @@ async def test_a_salt_keeps_keys_apart_wherever_they_are_sent(tmp_path: Path) ->
         assert len({call.body["messages"][0]["content"][0]["uuid"] for call in d.encoders[0].calls}) == 2
 
 
+async def test_no_header_leads_to_the_embeddings_of_another_key(tmp_path: Path) -> None:
+    async with keyed(tmp_path, "1e1b", settings={"tenant_salt": "pepper"}, acme="", other="") as d:
+        assert (await d.post(chat(part(image())), x_api_key=KEYS["acme"][0])).status == 200
+        assert (await d.post(chat(part(image())), x_api_key=KEYS["other"][0], authorization="acme")).status == 200
+        assert len({call.body["messages"][0]["content"][0]["uuid"] for call in d.encoders[0].calls}) == 2
+
+
 async def test_no_key_of_ours_reaches_an_engine(tmp_path: Path) -> None:
     async with keyed(tmp_path, settings={"forward_authorization": True}, acme="") as d:
         await d.post(chat(), authorization=bearer("acme"))

@@ -144,6 +144,19 @@ async def test_what_its_host_does_not_want_kept_is_not() -> None:
         assert it.host.asked == ["/a", "/a"]
 
 
+async def test_one_request_has_few_urls_on_their_way_at_once() -> None:
+    async with here(most=64 << 20, room=64 << 20) as it:
+        it.host.gate.clear()
+        many = asyncio.create_task(it(*(it.url(f"/{n}") for n in range(20))))
+        await it.host.until_asked(8)
+        other = asyncio.create_task(it(it.url("/other")))
+        await it.host.until_asked(9)
+        assert it.host.asked[-1] == "/other"
+        it.host.gate.set()
+        await asyncio.gather(many, other)
+        assert len(it.host.asked) == 21
+
+
 async def test_tenants_share_nothing() -> None:
     async with here() as it:
         for tenant in (b"a", b"b", b"a"):

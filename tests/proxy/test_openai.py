@@ -220,6 +220,7 @@ def test_output_is_predicted_from_what_is_asked_for() -> None:
     assert parse(chat(max_tokens=16, n=3)).output_tokens == 48
     assert parse(chat(max_completion_tokens=8, max_tokens=99)).output_tokens == 8
     assert parse(chat(max_tokens=100_000)).output_tokens == parse(chat()).output_tokens
+    assert parse(chat(max_tokens=1, n=2**62)).output_tokens == 128
 
 
 json_values = st.recursive(

@@ -78,7 +78,7 @@ async def test_parked_requests_go_on_as_load_drains_the_urgent_first() -> None:
         assert asked == [None, "urgent", None]
 
 
-@pytest.mark.parametrize("ends", ["client", "deadline", "shutdown"])
+@pytest.mark.parametrize("ends", ["client", "deadline"])
 async def test_who_leaves_while_parked_leaves_nothing(ends: str) -> None:
     async with deployment("1e1p1d", ttft_target=60.0) as d:
         held = await hold_an_encoder(d, 40.0)
@@ -88,14 +88,24 @@ async def test_who_leaves_while_parked_leaves_nothing(ends: str) -> None:
             assert (await leaving).status == 504
         else:
             await parked(d, 1)
-            leaving.cancel() if ends == "client" else d.proxy.gate.close()
-            if ends == "shutdown":
-                assert (await leaving).status == 503
+            leaving.cancel()
         await parked(d, 0)
         assert d.proxy.gate.admission.requests == 1
         assert d.encoders[0].gate is not None
         d.encoders[0].gate.set()
         assert (await held).status == 200
+
+
+async def test_who_is_parked_when_the_proxy_begins_to_stop_is_served_and_nobody_new_is() -> None:
+    async with deployment("1e1p1d", ttft_target=60.0) as d:
+        held = await hold_an_encoder(d, 40.0)
+        waiting = asyncio.create_task(d.post(media()))
+        await parked(d, 1)
+        d.proxy.gate.close()
+        assert (await d.post(media())).status == 503
+        assert d.encoders[0].gate is not None
+        d.encoders[0].gate.set()
+        assert [(await held).status, (await waiting).status] == [200, 200]
 
 
 async def test_a_slow_pace_parks_until_somebody_has_ended() -> None:

@@ -116,3 +116,15 @@ async def test_any_worker_tells_of_all(tmp_path: Path) -> None:
             return all(round(max(c["columns"]["served"]) * SPAN_S * WINDOW) == 6 for c in curves)
 
         await eventually(told)
+
+
+async def test_who_leaves_while_it_is_made_leaves_the_next_a_whole_one() -> None:
+    async with deployment("1b") as d:
+        watch = Watch(d)
+        first = asyncio.create_task(watch.look())
+        await asyncio.sleep(0)  # it waits for the plan, which is made in a thread
+        first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled()
+        found = await watch.look()
+        assert len(found["instances"]) == 1 and found["plan"]

@@ -18,8 +18,8 @@ from tests.fakes.vllm import Failed, Vllm, World
 
 TEXT = "".join(PIECES)
 A, B = image(8, 8), image(16, 8)
-VIDEO = {"type": "video_url", "video_url": {"url": "http://media/v.mp4"}}
-SOUND = {"type": "audio_url", "audio_url": {"url": "http://media/a.wav"}}
+VIDEO = {"type": "video_url", "video_url": {"url": "http://media.example/v.mp4"}}
+SOUND = {"type": "audio_url", "audio_url": {"url": "http://media.example/a.wav"}}
 SPEECH = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
 
 
@@ -206,7 +206,7 @@ async def test_a_clients_uuid_reaches_no_engine() -> None:
 async def test_two_hashes_of_one_image_under_processor_settings() -> None:
     async with fleet("1e1b") as d:
         settings = {"mm_processor_kwargs": {"max_pixels": 9}}
-        remote = {"type": "image_url", "image_url": "http://m/i.png"}
+        remote = {"type": "image_url", "image_url": "http://m.example/i.png"}
         for body in (chat(part(A)), chat(part(A), **settings), chat(remote, **settings)):
             assert whole(await d.post(body)) == TEXT
         assert [whence for call in d.combined[0].seen for _, whence in call] == ["fetched"] * 3
@@ -232,10 +232,10 @@ async def test_a_bad_image_is_the_clients_400(stream: bool) -> None:
 @pytest.mark.parametrize("topology", ["2e1b", "2b", "2p1d"])
 async def test_urls_that_lead_nowhere_keep_no_engine_from_others(topology: str) -> None:
     async with fleet(topology, breaker_failures=2) as d:
-        lost = {"type": "image_url", "image_url": {"url": "http://nowhere/i.png"}}
+        lost = {"type": "image_url", "image_url": {"url": "http://nowhere.example/i.png"}}
         for _ in range(6):
             answer = await d.post(chat(lost))
-            assert (answer.status, answer.error["message"]) == (500, "Cannot connect to host nowhere")
+            assert (answer.status, answer.error["message"]) == (500, "Cannot connect to host nowhere.example")
         assert {d.proxy.health.circuit(instance) for instance in d.proxy.fleet} == {Circuit.CLOSED}
         assert whole(await d.post(chat())) == TEXT
 

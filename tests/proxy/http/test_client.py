@@ -7,8 +7,9 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ class Peer:
 
 
 @asynccontextmanager
-async def peer(script: Script) -> AsyncIterator[tuple[Peer, Client]]:
+async def peer(script: Script, **how: Any) -> AsyncIterator[tuple[Peer, Client]]:
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -56,7 +57,7 @@ async def peer(script: Script) -> AsyncIterator[tuple[Peer, Client]]:
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     found = Peer(server.sockets[0].getsockname()[1])
-    client = Client(5.0)
+    client = Client(5.0, **how)
     client.open()
     try:
         yield found, client
@@ -220,6 +221,22 @@ async def test_idle_connections_age(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0.05)
         await whole(p, client)
         assert p.connections == 2
+
+
+async def test_hosts_that_clients_choose_keep_few_connections() -> None:
+    async with peer(says(OK), idle=2) as (p, client), AsyncExitStack() as stack:
+        for host in range(1, 6):
+            server = await asyncio.start_server(_ok, f"127.0.0.{host}", 0)
+            await stack.enter_async_context(server)
+            p.url = f"http://127.0.0.{host}:{server.sockets[0].getsockname()[1]}"
+            assert await whole(p, client) == (200, b"ok")
+        assert repr(client).count("1 idle") == 2
+
+
+async def _ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await says(OK)(reader, writer)
+    await reader.read()
+    writer.close()
 
 
 async def test_leaving_before_the_end_hangs_up() -> None:

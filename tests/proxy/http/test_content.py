@@ -46,6 +46,8 @@ def test_it_is_what_was_packed(packed: bytes, coding: str) -> None:
         (zipped(TEXT) + b"junk", "gzip", 400),
         (b"junk", "zstd", 400),
         (TEXT, "br", 415),
+        (gzip.compress(b"") * 65_537, "gzip", 400),
+        (b"\x50\x2a\x4d\x18\0\0\0\0" * 65_537, "zstd", 400),
         (TEXT, "gzip, gzip", 415),
     ],
 )
