@@ -99,6 +99,7 @@ class Configuration:
         self.settings = sources.settings(self.text)
         self.secrets = verify(self.settings)
         self._before = self._seen = self._signature()
+        self._missed: Path | None = None  # a file that was told to be gone
         self.count(Reloads(bytearray(SIZE)))
 
     def __repr__(self) -> str:
@@ -119,9 +120,12 @@ class Configuration:
         or so."""
         now = self._signature()
         settled, self._before = now == self._before, now
-        if not settled or now == self._seen or None in now:
+        if None in now:
+            if settled:
+                self._miss(self._files()[now.index(None)])
             return False
-        return self.reload()
+        self._missed = None
+        return settled and now != self._seen and self.reload()
 
     def reload(self) -> bool:
         """Read all files again, changed or not; True unless they were refused."""
@@ -152,6 +156,11 @@ class Configuration:
         )
         if fixed:
             log.warning("%s: to change this, the proxy must be started again", _flags(fixed))
+
+    def _miss(self, file: Path) -> None:
+        if file != self._missed:
+            self._missed = file
+            log.warning("%s is gone: nothing is read again until it is back", file)
 
     def _files(self) -> list[Path]:
         """The configuration's, and those that security is made of."""

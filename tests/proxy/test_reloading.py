@@ -78,11 +78,14 @@ def test_a_link_that_is_switched_is_a_change(tmp_path: Path) -> None:
     assert configuration.settings.policy == "random"
 
 
-def test_a_file_that_is_gone_is_waited_for(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_is_told_once_and_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As between the two steps of an editor."""
     source = Source(tmp_path)
     source.file.unlink()
     assert not source.look() and source.metrics()[1] == 0
+    assert not source.look() and [record.message for record in caplog.records] == [
+        f"{source.file} is gone: nothing is read again until it is back"
+    ]
     source.write(D + "max-queue: 5\n")
     assert source.look() and source.settings.max_queue == 5
 
