@@ -72,6 +72,7 @@ class OpenAI:
         self._watchers = watchers
         self._tracing = tracing
         self._active: set[str] = set()  # engine-facing ids in flight
+        self.names_engines = True  # to whoever asks /ready
         self.leaving = False  # whoever looks at /ready is to send nothing more
 
     def routes(self) -> list[Route]:
@@ -182,11 +183,14 @@ class OpenAI:
         return json_response({})
 
     async def ready(self, request: Request) -> Response:
-        """Every stage that this fleet has can be served, and the proxy is not about to stop: 200, else 503; the
-        instances' states either way."""
+        """Every stage that this fleet has can be served, and the proxy is not about to stop: 200, else 503. Either way
+        the instances' states, unless admins alone are to know."""
         ready = router.servable(self._fleet.census()) and not self.leaving
-        states = [{"url": i.url, "role": i.role.label, "state": i.state, "reason": i.reason} for i in self._fleet]
-        told = {"ready": ready, "stopping": self.leaving, "instances": states}
+        told: dict[str, Any] = {"ready": ready, "stopping": self.leaving}
+        if self.names_engines:
+            told["instances"] = [
+                {"url": i.url, "role": i.role.label, "state": i.state, "reason": i.reason} for i in self._fleet
+            ]
         return json_response(told, status=200 if ready else 503)
 
     async def exposition(self, request: Request) -> Response:

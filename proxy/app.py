@@ -128,6 +128,7 @@ class Proxy:
             *(self.fleet, self.sizing, self.dispatcher, self.upstream, self.guard, self.reading),
             *(self.metrics, watchers, self.tracing),
         )
+        self.openai.names_engines = settings.admin_port is None
         self.port = seat.port if seat else settings.port
         self.admin_port = seat.admin_port if seat else settings.admin_port
         self.clients: Server | None = None  # once it listens

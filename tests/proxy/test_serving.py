@@ -155,6 +155,6 @@ async def test_admins_may_have_a_port_of_their_own() -> None:
         for url in (admin, d.url):
             for path in ("/health", "/ready"):
                 async with d.http.get(url + path) as response:
-                    assert response.status == 200
+                    assert response.status == 200 and "127.0.0.1" not in await response.text()
             async with d.http.post(url + "/v1/metaserver", json={"request_id": "cmpl-x-0"}) as response:
                 assert response.status == 404 and "waits for a prefill" in await response.text()
