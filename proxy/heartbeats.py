@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from proxy.balancer.hashing import hash64
+from proxy.balancer.hashing import owner
 
 ROWS = 2048
 SIZE = 3 * 8 * ROWS
@@ -46,14 +46,14 @@ class Heartbeats:
                 row = self._row(url)
                 if row is None:
                     row = self._free()
-                    self._keys[row] = _hashed(url)
-        self._lives[row] = _hashed(life)
+                    self._keys[row] = owner(url)
+        self._lives[row] = owner(life)
         self._until[row] = int(until * _NANO)
 
     def knows(self, url: str, life: str) -> bool:
         """Whether the last heartbeat of this URL came from the same process."""
         row = self._row(url)
-        return row is not None and int(self._lives[row]) == _hashed(life)
+        return row is not None and int(self._lives[row]) == owner(life)
 
     def until(self, url: str) -> float | None:
         """When it is to be alive no more, unless it says otherwise; None if it never said anything."""
@@ -76,7 +76,7 @@ class Heartbeats:
                 self._until[row] = self._lives[row] = self._keys[row] = 0
 
     def _row(self, url: str) -> int | None:
-        found = np.flatnonzero(self._keys == _hashed(url))
+        found = np.flatnonzero(self._keys == owner(url))
         return int(found[0]) if len(found) else None
 
     def _free(self) -> int:
@@ -84,10 +84,6 @@ class Heartbeats:
         if not len(found):
             raise LookupError(f"{ROWS} registered engines are all that one proxy watches")
         return int(found[0])
-
-
-def _hashed(text: str) -> int:
-    return hash64(text) >> 1 | 1  # never 0, never negative
 
 
 def alone() -> Heartbeats:

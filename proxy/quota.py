@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proxy.balancer.hashing import hash64
+from proxy.balancer.hashing import owner
 from proxy.keys import MOST, Key
 
 MINUTE = 60.0
@@ -114,7 +114,7 @@ class Quota:
     def _row(self, name: str, now: float) -> int:
         known = self._rows.get(name)
         if known is None or self._owners[known[1]] != known[0]:
-            hashed = hash64(name) >> 1 | 1  # never 0, never negative
+            hashed = owner(name)
             known = self._rows[name] = hashed, self._assigned(hashed, now)
         return known[1]
 

@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from proxy.balancer.hashing import hash64
+from proxy.balancer.hashing import owner
 
 ROWS = 2048
 _FIRST = 8  # rows below belong to no key: row 0, and a role's own totals at its number
@@ -81,7 +81,7 @@ class Board:
         """The row of `key` in every worker's view. Raises LookupError if all rows are in use."""
         known = self._known.get(key)
         if known is None or self._cells[known[1]] != known[0]:
-            hashed = hash64(key) >> 1 | 1  # never 0, never negative
+            hashed = owner(key)
             with self._lock():
                 known = self._known[key] = hashed, self._assign(hashed)
         return known[1]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from deploy import plan
 from tests.fakes.deployment import deployment
 from tests.fakes.media import chat, image, part
+from tests.support.answering import answering
 
 
 def role(name: str, **numbers: Any) -> dict[str, Any]:
@@ -38,25 +37,8 @@ PLAN = {
 
 @contextmanager
 def proxy(status: int, body: bytes) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    asked: list[str] = []
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(status, body) as (url, asked):
+        yield url
     assert asked and all(path.startswith("/plan") for path in asked)
 
 

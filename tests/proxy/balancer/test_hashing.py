@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from proxy.balancer.hashing import hash64, hashes, highest, rank
+from proxy.balancer.hashing import hash64, hashes, highest, owner, rank
 
 
 def test_hashes_are_those_of_every_process() -> None:
     assert hash64("http://h:1") == int(hashes("http://h:1", 1)[0]) == 0x4945263A678C5A94
     assert len(np.unique(hashes("http://h:1", 64))) == 64
     assert hashes("a", 3)[0] == hash64("a")
+
+
+def test_an_owner_is_a_positive_number_of_a_signed_cell() -> None:
+    found = [owner(f"http://h:{port}") for port in range(1000)]
+    assert len(set(found)) == 1000 and all(0 < one < 1 << 63 for one in found)
+    assert owner("http://h:1") == 0x4945263A678C5A94 >> 1 | 1
 
 
 def test_each_key_orders_the_members_in_its_own_way_and_all_are_first_equally_often() -> None:
