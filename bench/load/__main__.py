@@ -167,21 +167,28 @@ def _tell(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError("a whole number, at least 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    if not (value := float(text)) > 0:
+    if not (value := _number(text)) > 0:
         raise argparse.ArgumentTypeError("more than 0")
     return value
 
 
 def _share(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
+    if not 0 <= (value := _number(text)) <= 1:
         raise argparse.ArgumentTypeError("between 0 and 1")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
