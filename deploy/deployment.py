@@ -18,7 +18,7 @@ import aiohttp
 
 from deploy.processes import Child, StartError
 
-TOPOLOGY = re.compile(r"^(?:(?P<e>\d+)e)?(?:(?P<p>\d+)p(?P<d>\d+)d|(?P<pd>\d+)pd)$")
+TOPOLOGY = re.compile(r"^(?:(?P<e>\d+)e)?(?:(?P<p>\d+)p(?P<d>\d+)d|(?P<pd>\d+)pd)$|^(?P<epd>\d+)epd$")
 RESTART_WINDOW = 60.0
 
 
@@ -29,34 +29,37 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """How many instances of each role; `both` are combined prefill-and-decode engines."""
+    """How many instances of each role; `both` are combined prefill-and-decode engines, `whole` encode as well."""
 
     encode: int = 0
     prefill: int = 0
     decode: int = 0
     both: int = 0
+    whole: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Topology:
         """
         >>> Topology.parse("2e1p1d")
-        Topology(encode=2, prefill=1, decode=1, both=0)
+        Topology(encode=2, prefill=1, decode=1, both=0, whole=0)
 
-        :raises argparse.ArgumentTypeError: not of the form 1e1p1d, 1e1pd, 1p1d or 1pd, or a stage has no instance.
+        :raises argparse.ArgumentTypeError: not of the form 1e1p1d, 1e1pd, 1p1d, 1pd or 1epd, or a stage has no
+        instance.
         """
         found = TOPOLOGY.match(text.lower())
         if not found:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no topology: write 1e1p1d (three stages apart), 1e1pd (P and D in one), 1p1d or 1pd"
+                f"{text!r} is no topology: write 1e1p1d (three stages apart), 1e1pd (P and D in one), 1epd (all in "
+                "one), 1p1d or 1pd"
             )
-        e, p, d, pd = (int(found[name] or 0) for name in ("e", "p", "d", "pd"))
-        if (found["p"] and not (p and d)) or (found["pd"] and not pd) or (found["e"] and not e):
+        counts = found.groupdict()
+        if any(count is not None and not int(count) for count in counts.values()):
             raise argparse.ArgumentTypeError(f"{text!r} leaves a stage without an instance")
-        return cls(e, p, d, pd)
+        return cls(*(int(counts[name] or 0) for name in ("e", "p", "d", "pd", "epd")))
 
     def engines(self) -> list[tuple[str, str]]:
         """(name, role) of every engine, encoders first."""
-        counts = {"encode": self.encode, "prefill": self.prefill, "decode": self.decode, "both": self.both}
+        counts = {name: getattr(self, name) for name in ("encode", "prefill", "decode", "both", "whole")}
         return [(f"{role}-{n}", role) for role, count in counts.items() for n in range(count)]
 
 
@@ -64,8 +67,8 @@ class Topology:
 class Deployment:
     """Engines and a proxy as children of this process.
 
-    :param engine_arguments: passed to every engine, before those of its role ("encode", "prefill", "decode", "both")
-        in `role_arguments`.
+    :param engine_arguments: passed to every engine, before those of its role ("encode", "prefill", "decode", "both",
+        "whole") in `role_arguments`.
     """
 
     model: Path
@@ -145,17 +148,17 @@ class Deployment:
             own += ["--port", "0"]
         if role == "encode":
             return Child(name, "engines.encoder", [*common, *own], self._log)
-        return Child(name, "engines.language", [*common, "--role", role, *own], self._log)
+        stages = ["--role", "both", "--encode"] if role == "whole" else ["--role", role]
+        return Child(name, "engines.language", [*common, *stages, *own], self._log)
 
     def _proxy_arguments(self) -> list[str]:
-        urls = {
-            role: ",".join(child.url for child in self.role(role)) for role in ("encode", "prefill", "decode", "both")
-        }
+        urls = {role: ",".join(child.url for child in self.role(role)) for role in ("encode", "prefill", "decode")}
+        combined = ",".join(child.url for child in (*self.role("both"), *self.role("whole")))
         arguments = ["--host", self.host, "--port", str(self.port), "--kv-handoff", self.kv_handoff]
         if urls["encode"]:
             arguments += ["--encode-servers-urls", urls["encode"]]
-        if urls["both"]:
-            arguments += ["--prefill-servers-urls", "disable", "--decode-servers-urls", urls["both"]]
+        if combined:
+            arguments += ["--prefill-servers-urls", "disable", "--decode-servers-urls", combined]
         else:
             arguments += ["--prefill-servers-urls", urls["prefill"], "--decode-servers-urls", urls["decode"]]
         return [*arguments, *self.proxy_arguments]

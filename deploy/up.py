@@ -35,7 +35,7 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="triptych up",
         description="Start encoder, prefill and decode engines and the proxy on this machine, until Ctrl-C.",
     )
-    parser.add_argument("--topology", type=Topology.parse, default="1e1p1d", help="1e1p1d, 2e1p2d, 1e1pd, 1p1d, 1pd …")
+    parser.add_argument("--topology", type=Topology.parse, default="1e1p1d", help="1e1p1d, 2e1p2d, 1e1pd, 2epd, 1p1d, 1pd …")
     parser.add_argument(
         "--model", type=Path, help="a Hugging Face folder; default: a tiny random checkpoint, made once"
     )

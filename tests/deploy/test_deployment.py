@@ -14,13 +14,14 @@ from deploy.deployment import Deployment, Topology
         ("1e2pd", Topology(1, both=2)),
         ("1p1d", Topology(0, 1, 1)),
         ("1pd", Topology(both=1)),
+        ("2epd", Topology(whole=2)),
     ],
 )
 def test_a_topology_is_read(text: str, topology: Topology) -> None:
     assert Topology.parse(text) == topology
 
 
-@pytest.mark.parametrize("text", ["", "e", "1e", "1p", "1d", "0p1d", "1e0pd", "0e1pd", "1e1p1d1pd", "3", "1p1e1d"])
+@pytest.mark.parametrize("text", ["", "e", "1e", "1p", "1d", "0p1d", "1e0pd", "0e1pd", "1e1p1d1pd", "3", "1p1e1d", "0epd", "1e1epd"])
 def test_a_topology_that_cannot_serve_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         Topology.parse(text)
@@ -40,4 +41,6 @@ def test_the_role_arguments_come_after_the_common_ones() -> None:
     )
     decode = " ".join(deployment._engine("decode-0", "decode")._command)
     assert decode.endswith("--log-level debug --role decode --port 7")
+    whole = " ".join(deployment._engine("whole-0", "whole")._command)
+    assert whole.endswith("--role both --encode --port 0")
     assert deployment._engine("encode-0", "encode")._command[2:4] == ["engines.encoder", "--model"]
