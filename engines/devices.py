@@ -1,0 +1,56 @@
+"""The devices that models run on, and host memory that they copy to and from. It allocates nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from engines.errors import SetupError
+
+log = logging.getLogger(__name__)
+
+PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every device, not for the current one alone."""
+
+
+def devices_of(names: str) -> tuple[torch.device, ...]:
+    """What --device says: one name, or several with commas between them. Raises SetupError for one that is not here."""
+    return tuple(_device(name.strip()) for name in names.split(","))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise SetupError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+@contextmanager
+def pinned(
+    buffer: memoryview, device: torch.device, cudart: Callable[[], Any] = torch.cuda.cudart
+) -> Iterator[memoryview]:
+    """Within, copies between `buffer` (writable, page-aligned) and a CUDA device need no host thread: `non_blocking`
+    ones return at once. For other devices nothing is done.
+
+    Memory that CUDA will not pin stays as it is, which a log line says: copies are as right, and slower. No copy may
+    be under way when the block ends, and `buffer` must still be mapped.
+    """
+    if device.type != "cuda":
+        yield buffer
+        return
+    address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    error = cudart().cudaHostRegister(address, buffer.nbytes, PORTABLE)
+    if int(error) != 0:
+        log.warning("%d bytes could not be pinned for %s (%s): copies are slower", buffer.nbytes, device, error)
+        yield buffer
+        return
+    try:
+        yield buffer
+    finally:
+        cudart().cudaHostUnregister(address)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import mmap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from engines.devices import PORTABLE, devices_of, pinned
+from engines.errors import SetupError
+
+
+def test_several_devices_stand_between_commas() -> None:
+    assert devices_of("cpu, cpu") == (torch.device("cpu"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["abacus", "cpu,", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_by_name(name: str) -> None:
+    with pytest.raises(SetupError, match=f"--device {name.rpartition(',')[2]}"):
+        devices_of(name)
+
+
+class Cudart:
+    """Stands for the CUDA runtime: what is registered, and with which answer."""
+
+    def __init__(self, answer: int = 0) -> None:
+        self.answer = answer
+        self.registered: dict[int, tuple[int, int]] = {}
+
+    def __call__(self) -> Any:
+        return SimpleNamespace(cudaHostRegister=self.register, cudaHostUnregister=self.registered.pop)
+
+    def register(self, address: int, nbytes: int, flags: int) -> int:
+        if self.answer == 0:
+            self.registered[address] = (nbytes, flags)
+        return self.answer
+
+
+def test_memory_is_pinned_as_long_as_the_block_and_can_be_unmapped_after_it() -> None:
+    cudart = Cudart()
+    memory = mmap.mmap(-1, 8192)
+    buffer = memoryview(memory)
+    address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    with pytest.raises(KeyError), pinned(buffer, torch.device("cuda:0"), cudart):
+        assert cudart.registered == {address: (8192, PORTABLE)}
+        raise KeyError
+    assert cudart.registered == {}
+    buffer.release()
+    memory.close()
+
+
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    cudart = Cudart(answer=2)
+    with pinned(memoryview(bytearray(64)), torch.device("cuda:1"), cudart) as buffer:
+        assert buffer.nbytes == 64
+    assert "64 bytes could not be pinned for cuda:1" in caplog.text
+
+
+def test_on_a_cpu_there_is_nothing_to_pin() -> None:
+    cudart = Cudart()
+    with pinned(memoryview(bytearray(64)), torch.device("cpu"), cudart):
+        assert cudart.registered == {}
