@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import aiohttp
 import orjson
@@ -33,6 +34,7 @@ class Outcome:
     pauses: list[float] = field(default_factory=list)  # between two pieces of content
     prompt_tokens: int = 0
     output_tokens: int = 0
+    digest: int = 0  # of what was said; the same for the same words
     error: str = ""  # empty: served whole
     route: str = ""  # what Triptych says of its way
 
@@ -96,6 +98,7 @@ def _content(data: bytes, outcome: Outcome) -> bool:
     choices = event.get("choices") or [{}]
     delta = choices[0].get("delta") or {}
     if any(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls")):
+        outcome.digest = crc32((delta.get("content") or "").encode(), outcome.digest)
         outcome.output_tokens += not event.get("usage")  # a token an event, until usage says better
         return True
     return False

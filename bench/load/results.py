@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from bench.load.asking import Outcome
@@ -60,6 +60,32 @@ def _row(kind: str, outcomes: Sequence[Outcome], seconds: float, targets: Target
 def _spread(name: str, seconds: Sequence[float], quantiles: Sequence[int] = QUANTILES) -> dict[str, float | None]:
     ordered = sorted(seconds)
     return {f"{name} p{q}": round(quantile(ordered, q) * 1000, 2) if ordered else None for q in quantiles}
+
+
+def block(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """The figures that serving benchmarks publish, all of requests that were served. Times in milliseconds; TTFT is of
+    those that produced tokens, TPOT and ITL of those that produced two."""
+    served = [outcome for outcome in outcomes if not outcome.error]
+    read, written = (sum(getattr(outcome, name) for outcome in served) for name in ("prompt_tokens", "output_tokens"))
+    found: dict[str, Any] = {
+        "duration_s": round(seconds, 1),
+        "completed": len(served),
+        "failed": len(outcomes) - len(served),
+        "input_tokens": read,
+        "output_tokens": written,
+        "req/s": round(len(served) / seconds, 3),
+        "in_tok/s": round(read / seconds, 1),
+        "out_tok/s": round(written / seconds, 1),
+        "concurrency": round(sum(outcome.ended for outcome in served) / seconds, 2),
+    }
+    for name, times in (
+        ("ttft", [outcome.first for outcome in served if outcome.first is not None]),
+        ("tpot", [outcome.pace for outcome in served if outcome.pace is not None]),
+        ("itl", [pause for outcome in served for pause in outcome.pauses]),
+        ("e2e", [outcome.ended for outcome in served]),
+    ):
+        found |= {f"{name} {which}": round(1000 * of(times), 2) if times else None for which, of in _BLOCK.items()}
+    return found
 
 
 def quantile(ordered: Sequence[float], percent: float) -> float:
@@ -124,6 +150,13 @@ def _cumulative(panel: Any, values: Sequence[float], label: str, colour: str) ->
     if values:
         ordered = sorted(values)
         panel.step(ordered, [(n + 1) / len(ordered) for n in range(len(ordered))], color=colour, label=label)
+
+
+_BLOCK: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "mean": fmean,
+    "median": median,
+    "p99": lambda times: quantile(sorted(times), 99),
+}
 
 
 def picture(outcomes: Sequence[Outcome]) -> Any:

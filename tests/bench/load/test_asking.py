@@ -81,6 +81,13 @@ async def test_refusals_say_why() -> None:
     assert (await outcome_of(answer)).error == "429 too much"
 
 
+async def test_the_same_words_have_the_same_digest_however_they_are_cut() -> None:
+    other = TOKEN.replace(b'"a"', b'"b"')
+    both = TOKEN.replace(b'"a"', b'"ab"')
+    found = [(await outcome_of(streamed(*events, END))).digest for events in ([TOKEN, other], [both], [other, TOKEN])]
+    assert found[0] == found[1] != found[2]
+
+
 async def test_a_whole_answer_has_its_usage() -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         return web.json_response({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 9}})

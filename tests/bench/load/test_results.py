@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from bench.load.asking import Outcome
-from bench.load.results import Targets, draw, failures, quantile, routes, rows, summary
+from bench.load.results import Targets, block, draw, failures, quantile, routes, rows, summary
 
 SERVED = [
     Outcome("text", 0.0, 0.1, 1.1, [0.5, 0.5], output_tokens=3, route="P-D; x"),
@@ -34,6 +34,16 @@ def test_good_requests_keep_both_targets() -> None:
     assert [row["good/s"] for row in rows([*SERVED, LOST], 1.0, Targets(first=0.2))] == [1.0, 0.0, 1.0]
     assert rows(SERVED, 1.0, Targets(pace=0.45))[0]["good/s"] == 1.0
     assert rows([LOST], 1.0, Targets(first=9.0))[0]["good/s"] == 0.0
+
+
+def test_a_block_is_of_served_requests_and_first_tokens_of_those_that_had_one() -> None:
+    silent = Outcome("text", 0.0, None, 2.0, prompt_tokens=7)
+    found = block([*SERVED, LOST, silent], 10.0)
+    assert (found["completed"], found["failed"], found["input_tokens"], found["output_tokens"]) == (3, 1, 7, 5)
+    assert (found["req/s"], found["in_tok/s"], found["out_tok/s"], found["concurrency"]) == (0.3, 0.7, 0.5, 0.38)
+    assert (found["ttft mean"], found["ttft median"], found["ttft p99"]) == (200, 200, 300)
+    assert (found["tpot mean"], found["itl median"], found["e2e p99"]) == (450, 500, 2000)
+    assert block([LOST], 1.0)["ttft p99"] is None
 
 
 def test_a_quantile_is_a_value_that_was_seen() -> None:
