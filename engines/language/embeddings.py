@@ -33,6 +33,16 @@ class Expected(Protocol):
     def num_tokens(self) -> int: ...
 
 
+class Fallback(Protocol):
+    """Another place where embeddings may be, for those whose encoder is gone."""
+
+    async def get(self, mm_hash: str, target: memoryview) -> bool:
+        """Fill `target`, which has the embedding's length in bytes, with its rows. False: it is not there.
+
+        Never raises, and returns within a deadline of its own. What it leaves in `target` is garbage where it is False.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Handle:
     """What an encoder told of one item, checked against what this model needs."""
@@ -87,14 +97,20 @@ class Embeddings:
 
 
 class EmbeddingReceiver:
-    """All embeddings of one engine. `width` is the model's: columns of an embedding."""
+    """All embeddings of one engine. `width` is the model's: columns of an embedding.
 
-    def __init__(self, transfer: Transfer, arena: Arena, width: int, timeout: float) -> None:
+    What cannot be fetched from its encoder is asked of `fallback`.
+    """
+
+    def __init__(
+        self, transfer: Transfer, arena: Arena, width: int, timeout: float, fallback: Fallback | None = None
+    ) -> None:
         self.ranges = Ranges(arena.nbytes)
         self._transfer = transfer
         self._arena = arena
         self._width = width
         self._timeout = timeout
+        self._fallback = fallback
         self._turn = asyncio.Lock()  # first come, first served: only its holder waits for room
         self._freed = asyncio.Event()
 
@@ -135,15 +151,23 @@ class EmbeddingReceiver:
     async def _bring(
         self, held: Embeddings, handle: Handle, offset: int, ticket: Ticket, arrived: Callable[[], None]
     ) -> None:
+        tensor = None
         try:
             await ticket.fetch(handle.where)
         except TransferError as error:
-            if held.released:
-                return
-            raise lost_embedding(error, handle.mm_hash) from error
+            tensor = None if held.released else await self._elsewhere(handle)
+            if tensor is None and not held.released:
+                raise lost_embedding(error, handle.mm_hash) from error
         if not held.released:
-            held.tensors[handle.mm_hash] = self._tensor(handle, offset)
+            held.tensors[handle.mm_hash] = self._tensor(handle, offset) if tensor is None else tensor
             arrived()
+
+    async def _elsewhere(self, handle: Handle) -> torch.Tensor | None:
+        """The embedding from the fallback, in memory of its own: a lost writer may still write into the arena."""
+        rows = bytearray(handle.nbytes)
+        if self._fallback is None or not await self._fallback.get(handle.mm_hash, memoryview(rows)):
+            return None
+        return torch.frombuffer(rows, dtype=handle.dtype).view(handle.shape)
 
     def _reserve(self, held: Embeddings, handle: Handle, offset: int) -> Ticket:
         on_free = partial(self._give_back, offset)

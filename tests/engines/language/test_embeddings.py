@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engines.errors import BadRequest, EngineError, Overloaded
-from engines.language.embeddings import EmbeddingReceiver
+from engines.language.embeddings import EmbeddingReceiver, Fallback
 from engines.language.sequence import Item
 from engines.transfer import create
 from engines.transfer.base import Arena, Transfer
@@ -44,14 +44,14 @@ class World:
 
 
 @asynccontextmanager
-async def world(nbytes: int = 4096, timeout: float = 5.0) -> AsyncIterator[World]:
+async def world(nbytes: int = 4096, timeout: float = 5.0, fallback: Fallback | None = None) -> AsyncIterator[World]:
     encoder, language = create("memory", timeout=2.0), create("memory", timeout=2.0)
     source, target = encoder.allocate("embeddings", 1 << 16), language.allocate("embeddings", nbytes)
     await encoder.start()
     await language.start()
     try:
         async with asyncio.timeout(30):
-            yield World(encoder, source, EmbeddingReceiver(language, target, WIDTH, timeout), language)
+            yield World(encoder, source, EmbeddingReceiver(language, target, WIDTH, timeout, fallback), language)
     finally:
         await language.close()
         await encoder.close()
@@ -91,6 +91,34 @@ async def test_one_lost_item_fails_the_request_and_frees_the_others() -> None:
         with pytest.raises(EngineError) as raised:
             await here.receiver.receive(items, entries)
         assert (raised.value.code, raised.value.stage, raised.value.retryable) == ("embedding_gone", "encode", True)
+        await here.at_rest()
+
+
+class Elsewhere:
+    """A fallback that has some embeddings."""
+
+    def __init__(self, rows: dict[str, torch.Tensor]) -> None:
+        self._rows = rows
+
+    async def get(self, mm_hash: str, target: memoryview) -> bool:
+        await asyncio.sleep(0)
+        if mm_hash in self._rows:
+            target[:] = self._rows[mm_hash].numpy().tobytes()
+        return mm_hash in self._rows
+
+
+async def test_what_its_encoder_has_lost_comes_from_the_fallback_where_that_has_it() -> None:
+    async with world(fallback=Elsewhere({"b": values(2)})) as here:
+        items = [item("a"), item("b")]
+        entries = {one.mm_hash: await here.publish(one, values(1)) for one in items}
+        here.encoder.withdraw("b")
+        held = await here.receiver.receive(items, entries)
+        assert torch.equal(held.tensors["a"], values(1)) and torch.equal(held.tensors["b"], values(2))
+        held.release()
+        await here.at_rest()
+        here.encoder.withdraw("a")
+        with pytest.raises(EngineError, match="the embedding of a is lost"):
+            await here.receiver.receive(items, entries)
         await here.at_rest()
 
 
