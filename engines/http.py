@@ -40,7 +40,7 @@ _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", 
 _REQUEST_ID = re.compile(r"[!-~]{1,256}")
 _ID = web.RequestKey("request_id", str)
 _PREPARED = web.RequestKey("prepared", web.StreamResponse)
-_QUIET = frozenset({"/health", "/metrics", "/info"})
+_QUIET = frozenset({"/health", "/metrics", "/info", "/audit"})
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
@@ -53,6 +53,7 @@ class Engine(Protocol):
     routes:   the engine's own routes, asked once.
     info:     the engine's part of /info; cheap, JSON-able.
     drain:    returns when nothing is owed to other engines any more; cancelled when the grace time ends.
+    check:    compares the books of memory with who holds it, at any time; RuntimeError says what does not balance.
     """
 
     stage: str
@@ -62,6 +63,7 @@ class Engine(Protocol):
     def routes(self) -> Iterable[web.RouteDef]: ...
     def info(self) -> Mapping[str, Any]: ...
     async def drain(self) -> None: ...
+    async def check(self) -> None: ...
 
 
 # ---- for handlers
@@ -130,6 +132,7 @@ class Scaffold:
         app.on_response_prepare.append(_on_prepare)
         app.router.add_get("/health", self._health)
         app.router.add_get("/info", self._info)
+        app.router.add_get("/audit", self._audit)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_routes(self.engine.routes())
@@ -159,6 +162,13 @@ class Scaffold:
             "resident_bytes": resident_bytes(),
         }
         return json_response({**common, **self.engine.info()})
+
+    async def _audit(self, _request: web.Request) -> web.Response:
+        try:
+            await self.engine.check()
+        except RuntimeError as error:
+            raise EngineError(f"memory is not accounted for: {error}", code="books_do_not_balance") from error
+        return json_response({"balanced": True})
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self.engine.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -52,6 +52,13 @@ class Ranges:
         insort(self._holes, (offset, self._taken.pop(offset)))
         self._holes = merged(self._holes)
 
+    def check(self) -> None:
+        """Raise RuntimeError unless ranges and holes cover the arena exactly once."""
+        spans = sorted([*self._holes, *self._taken.items()])
+        ends = [0, *(end for _, end in spans)]
+        if [begin for begin, _ in spans] != ends[:-1] or ends[-1] != self.capacity:
+            raise RuntimeError(f"ranges and holes do not cover {self.capacity} bytes exactly once: {spans}")
+
     def would_fit(self, nbytes: int, offsets: Iterable[int]) -> bool:
         """Whether `take` would succeed once the ranges at `offsets` are given back too."""
         holes = sorted([*self._holes, *((offset, self._taken[offset]) for offset in offsets)])

@@ -111,6 +111,9 @@ class EncoderApp:
             "vision": self._vision,
         }
 
+    async def check(self) -> None:
+        self._encoder.cache.check()
+
     async def drain(self) -> None:
         """Nothing: handles die with this process, and whoever holds one is told so and asks another encoder."""
 

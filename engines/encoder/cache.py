@@ -175,11 +175,14 @@ class EmbeddingCache:
         }
 
     def check(self) -> None:
-        """Raises AssertionError unless the entries and the holes cover the arena exactly once."""
+        """Raises RuntimeError unless the entries and the holes cover the arena exactly once."""
+        self.ranges.check()
         used = [*self._ready.values(), *self._filling, *self._leaving]
         spans = sorted((entry.offset, rounded(entry.nbytes)) for entry in used)
-        assert all(a + n <= b for (a, n), (b, _) in pairwise(spans)), f"ranges overlap: {spans}"
-        assert sum(length for _, length in spans) + self.ranges.free == self.ranges.capacity, "bytes are lost"
+        if any(a + n > b for (a, n), (b, _) in pairwise(spans)):
+            raise RuntimeError(f"embeddings overlap: {spans}")
+        if sum(length for _, length in spans) + self.ranges.free != self.ranges.capacity:
+            raise RuntimeError(f"{len(spans)} embeddings and {self.ranges.free} free bytes do not fill the arena")
 
     def __repr__(self) -> str:
         return (

@@ -96,6 +96,10 @@ class LanguageApp:
         while (audit := self._audit())["publications"] or audit["pushes"]:  # noqa: ASYNC110 - nobody tells when
             await asyncio.sleep(DRAIN_POLL)
 
+    async def check(self) -> None:
+        await self._parts.engine.check()
+        self._parts.receiver.ranges.check()
+
     async def chat(self, request: web.Request) -> web.StreamResponse:
         return await self._generate(request, chat=True)
 

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 GOING = "this engine is shutting down: send the request to another"
 
+CHECK_S = 30.0
+"""Until the step that runs is over, and nobody is told anything before its end: longer than any step takes."""
+
 Sink = Callable[[Scheduled, int, int], None]
 """`(entry, first, last)`: the KV of layers first to last - 1 is written for the entry's tokens. In the model thread."""
 
@@ -141,6 +144,15 @@ class LanguageEngine:
     def unpin(self, seq: Sequence) -> None:
         """No transfer can touch the blocks of a sequence that is handed over. Idempotent."""
         self._commands.put(partial(self._scheduler.unpin, seq))
+
+    async def check(self) -> None:
+        """Between two steps: whether every block belongs to exactly those who say so. Raises RuntimeError if not."""
+        if self._closed:
+            raise ShuttingDown(GOING)
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._commands.put(partial(self._check, told))
+        async with asyncio.timeout(CHECK_S):
+            await told
 
     @property
     def queued(self) -> int:
@@ -283,6 +295,14 @@ class LanguageEngine:
         if seq.status is not Status.FINISHED:
             seq.embeddings, seq.held_at = embeddings, held_at
 
+    def _check(self, told: asyncio.Future[None]) -> None:
+        try:
+            self._scheduler.check()
+        except RuntimeError as error:
+            self._emit(partial(_settle, told, error))
+        else:
+            self._emit(partial(_settle, told))
+
     def _abort(self, request: Request) -> None:
         for seq in list(request.choices):
             self._drop(request, seq)
@@ -332,6 +352,15 @@ class LanguageEngine:
         if self._outbox and self._loop is not None:
             calls, self._outbox = self._outbox, []
             self._loop.call_soon_threadsafe(_call_all, calls)
+
+
+def _settle(told: asyncio.Future[None], error: Exception | None = None) -> None:
+    if told.done():
+        return  # nobody waits any more
+    if error is None:
+        told.set_result(None)
+    else:
+        told.set_exception(error)
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:

@@ -26,6 +26,7 @@ class Toy:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.lost = ""
         self.entered = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -39,6 +40,10 @@ class Toy:
 
     def info(self) -> Mapping[str, Any]:
         return {"toy": True}
+
+    async def check(self) -> None:
+        if self.lost:
+            raise RuntimeError(self.lost)
 
     async def drain(self) -> None:
         pass
@@ -149,6 +154,17 @@ async def test_common_routes() -> None:
         await post(f"{url}/bad", json={})
         _, metrics = await get(f"{url}/metrics")
     assert 'triptych_http_request_seconds_count{route="/bad",status="400"} 1.0' in metrics
+
+
+async def test_books_that_do_not_balance_are_an_error() -> None:
+    toy = Toy()
+    async with running(toy, settings()) as url:
+        assert await get(f"{url}/audit") == (200, '{"balanced":true}')
+        toy.lost = "block 3 belongs to nobody"
+        status, body = await get(f"{url}/audit")
+    assert status == 500
+    assert "books_do_not_balance" in body
+    assert "block 3 belongs to nobody" in body
 
 
 async def test_a_broken_stream_is_cut_not_ended() -> None:

@@ -42,6 +42,17 @@ def test_what_leaves_may_make_room() -> None:
     assert ranges.free == 0
 
 
+def test_books_that_do_not_balance_are_told() -> None:
+    ranges = Ranges(4 * ALIGNMENT)
+    ranges.take(ALIGNMENT)
+    ranges._holes[0] = (2 * ALIGNMENT, 4 * ALIGNMENT)
+    with pytest.raises(RuntimeError, match="exactly once"):
+        ranges.check()
+    ranges._holes[0] = (0, 4 * ALIGNMENT)
+    with pytest.raises(RuntimeError, match="exactly once"):
+        ranges.check()
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 400)), max_size=50))
 def test_ranges_never_overlap(operations: list[tuple[bool, int]]) -> None:
     ranges = Ranges(20 * ALIGNMENT)
@@ -57,6 +68,7 @@ def test_ranges_never_overlap(operations: list[tuple[bool, int]]) -> None:
             ranges.give_back(offset)
         ends = [0, *(end for _, end in sorted(held.items()))]
         assert all(end <= begin for end, begin in zip(ends, sorted(held), strict=False))
+        ranges.check()
     for offset in held:
         ranges.give_back(offset)
     assert ranges.take(20 * ALIGNMENT) == 0

@@ -40,6 +40,9 @@ class Toy:
     def info(self) -> Mapping[str, Any]:
         return {}
 
+    async def check(self) -> None:
+        pass
+
     async def drain(self) -> None:
         self.drained = True
 
@@ -111,6 +114,7 @@ class Toy:
     stage, role, registry = "prefill", "both", CollectorRegistry()
     def routes(self): return []
     def info(self): return {}
+    async def check(self): pass
     async def drain(self): pass
 
 @asynccontextmanager

@@ -238,3 +238,21 @@ async def test_closing_the_engine_fails_what_is_open() -> None:
             await collect(stream)
         with pytest.raises(ShuttingDown):
             engine.submit(make())
+
+
+async def test_books_are_compared_between_two_steps() -> None:
+    async with running() as (engine, runner):
+        runner.gate.clear()
+        stream = engine.submit(make(max_tokens=20))
+        checked = asyncio.ensure_future(engine.check())
+        runner.gate.set()
+        await checked
+        stream.close()
+        await all_free(engine)
+        (lost,) = engine._scheduler.blocks.allocate(1)
+        with pytest.raises(RuntimeError, match="block references"):
+            await engine.check()
+        engine._scheduler.blocks.release([lost])
+        await engine.check()
+    with pytest.raises(ShuttingDown):
+        await engine.check()
