@@ -36,8 +36,8 @@ class Expected(Protocol):
 class Fallback(Protocol):
     """Another place where embeddings may be, for those whose encoder is gone."""
 
-    async def get(self, mm_hash: str, target: memoryview) -> bool:
-        """Fill `target`, which has the embedding's length in bytes, with its rows. False: it is not there.
+    async def get(self, mm_hash: str, dtype: str, target: memoryview) -> bool:
+        """Fill `target`, which has the embedding's length in bytes, with its rows of `dtype`. False: it is not there.
 
         Never raises, and returns within a deadline of its own. What it leaves in `target` is garbage where it is False.
         """
@@ -164,8 +164,10 @@ class EmbeddingReceiver:
 
     async def _elsewhere(self, handle: Handle) -> torch.Tensor | None:
         """The embedding from the fallback, in memory of its own: a lost writer may still write into the arena."""
-        rows = bytearray(handle.nbytes)
-        if self._fallback is None or not await self._fallback.get(handle.mm_hash, memoryview(rows)):
+        if self._fallback is None:
+            return None
+        rows, dtype = bytearray(handle.nbytes), str(handle.dtype).removeprefix("torch.")
+        if not await self._fallback.get(handle.mm_hash, dtype, memoryview(rows)):
             return None
         return torch.frombuffer(rows, dtype=handle.dtype).view(handle.shape)
 

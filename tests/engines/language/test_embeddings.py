@@ -100,8 +100,9 @@ class Elsewhere:
     def __init__(self, rows: dict[str, torch.Tensor]) -> None:
         self._rows = rows
 
-    async def get(self, mm_hash: str, target: memoryview) -> bool:
+    async def get(self, mm_hash: str, dtype: str, target: memoryview) -> bool:
         await asyncio.sleep(0)
+        assert dtype == "float32"
         if mm_hash in self._rows:
             target[:] = self._rows[mm_hash].numpy().tobytes()
         return mm_hash in self._rows
