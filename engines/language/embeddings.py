@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -30,7 +30,7 @@ class Expected(Protocol):
     @property
     def mm_hash(self) -> str: ...
     @property
-    def num_tokens(self) -> int: ...
+    def num_rows(self) -> int: ...
 
 
 class Fallback(Protocol):
@@ -41,6 +41,18 @@ class Fallback(Protocol):
 
         Never raises, and returns within a deadline of its own. What it leaves in `target` is garbage where it is False.
         """
+
+
+@runtime_checkable
+class Loan(Protocol):
+    """An embedding that lies in this process already, where an encoder beside this engine wrote it or will: an entry
+    of `ec_transfer_params` that no JSON can be. It is read in place."""
+
+    async def rows(self) -> torch.Tensor:
+        """[tokens, width], once it is there; good until `release`. Raises EngineError."""
+
+    def release(self) -> None:
+        """Idempotent, at any time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +78,13 @@ class Handle:
                 f"there is no embedding of item {item.mm_hash}: this engine has no encoder", param=param, stage="encode"
             )
         shape, where = entry.get("shape"), entry.get("where")
-        if shape != [item.num_tokens, width]:
-            message = f"the embedding of {item.mm_hash} has shape {shape}, this model needs {[item.num_tokens, width]}"
+        if shape != [item.num_rows, width]:
+            message = f"the embedding of {item.mm_hash} has shape {shape}, this model needs {[item.num_rows, width]}"
             raise BadRequest(message, param=f"{param}.shape", stage="encode", code="embedding_mismatch")
         dtype = DTYPES.get(str(entry.get("dtype")))
         if dtype is None or not isinstance(where, Mapping):
             raise BadRequest(f"dtype must be one of {', '.join(DTYPES)} and where an object", param=param)
-        return cls(item.mm_hash, dtype, (item.num_tokens, width), where)
+        return cls(item.mm_hash, dtype, (item.num_rows, width), where)
 
 
 class Embeddings:
@@ -81,9 +93,9 @@ class Embeddings:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.released = False
-        self._tickets: list[Ticket] = []
+        self._tickets: list[Ticket | Loan] = []
 
-    def hold(self, ticket: Ticket) -> None:
+    def hold(self, ticket: Ticket | Loan) -> None:
         self._tickets.append(ticket)
 
     def of(self, items: Iterable[Expected]) -> list[torch.Tensor | None]:
@@ -136,7 +148,8 @@ class EmbeddingReceiver:
         after that nothing comes any more, and nothing is waited for.
         """
         distinct = {item.mm_hash: item for item in items}
-        handles = [Handle.read(item, entries, self._width) for item in distinct.values()]
+        loans = {name: loan for name in distinct if isinstance(loan := entries.get(name), Loan)}
+        handles = [Handle.read(item, entries, self._width) for name, item in distinct.items() if name not in loans]
         held = Embeddings()
         offsets = await self._room([handle.nbytes for handle in handles]) if handles else []
         tickets = [self._reserve(held, handle, at) for handle, at in zip(handles, offsets, strict=True)]
@@ -144,6 +157,9 @@ class EmbeddingReceiver:
             async with asyncio.TaskGroup() as group:
                 for handle, at, ticket in zip(handles, offsets, tickets, strict=True):
                     group.create_task(self._bring(held, handle, at, ticket, arrived))
+                for mm_hash, loan in loans.items():
+                    held.hold(loan)
+                    group.create_task(self._borrow(held, mm_hash, loan, arrived))
                 yield held
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one lost item is enough to say
@@ -160,6 +176,12 @@ class EmbeddingReceiver:
                 raise lost_embedding(error, handle.mm_hash) from error
         if not held.released:
             held.tensors[handle.mm_hash] = self._tensor(handle, offset) if tensor is None else tensor
+            arrived()
+
+    async def _borrow(self, held: Embeddings, mm_hash: str, loan: Loan, arrived: Callable[[], None]) -> None:
+        rows = await loan.rows()
+        if not held.released:
+            held.tensors[mm_hash] = rows
             arrived()
 
     async def _elsewhere(self, handle: Handle) -> torch.Tensor | None:

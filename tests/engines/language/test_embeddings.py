@@ -201,3 +201,50 @@ async def test_no_room_in_time_is_overload_and_no_room_ever_is_a_bad_request() -
             await here.receiver.receive([item("a"), item("b")], entries)
         held.release()
         await here.at_rest()
+
+
+class Borrowed:
+    """A `Loan`: the rows of an encoder beside us, once they are `written`."""
+
+    def __init__(self, rows: torch.Tensor | EngineError) -> None:
+        self._rows = rows
+        self.written = asyncio.Event()
+        self.released = 0
+
+    async def rows(self) -> torch.Tensor:
+        await self.written.wait()
+        if isinstance(self._rows, EngineError):
+            raise self._rows
+        return self._rows
+
+    def release(self) -> None:
+        self.released += 1
+
+
+async def test_what_lies_here_already_is_read_in_place_beside_what_is_fetched() -> None:
+    async with world() as w:
+        ours, theirs = item("ours"), item("theirs")
+        rows, wanted = values(1), values(2)
+        loan, arrived = Borrowed(rows), asyncio.Queue[None]()
+        entries = {"ours": loan, "theirs": await w.publish(theirs, wanted)}
+        async with w.receiver.receiving([ours, theirs, ours], entries, lambda: arrived.put_nowait(None)) as held:
+            await arrived.get()
+            assert held.of([ours]) == [None], "it is not written yet"
+            loan.written.set()
+            await arrived.get()
+            got, fetched = held.of([ours, theirs])
+            assert got is rows and fetched is not None and fetched.equal(wanted)
+        assert not loan.released
+        held.release()
+        assert loan.released == 1
+        await w.at_rest()
+
+
+async def test_a_loan_that_fails_is_raised_and_given_back() -> None:
+    async with world() as w:
+        loan = Borrowed(EngineError("the vision model failed", code="encode_failed"))
+        loan.written.set()
+        with pytest.raises(EngineError, match="the vision model failed"):
+            await w.receiver.receive([item("ours")], {"ours": loan})
+        assert loan.released == 1
+        await w.at_rest()
