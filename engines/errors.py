@@ -8,6 +8,7 @@
     │   └── TooLarge       413                          over a limit that the message names
     ├── Overloaded         503  overloaded              no room now; the same request may succeed later
     ├── ShuttingDown       503  shutting_down           ask another engine
+    ├── OtherRole          503  other_role              the same: it is turning to another role, or has turned
     ├── PeerFailed         502  peer_failed             another engine or a remote host let us down
     └── DeadlineExceeded   504  deadline_exceeded       a wait ended; the message names its flag
 
@@ -112,6 +113,13 @@ class ShuttingDown(EngineError):
     status = 503
     type = "unavailable_error"
     default_code = "shutting_down"
+    can_retry = True
+
+
+class OtherRole(EngineError):
+    status = 503
+    type = "unavailable_error"
+    default_code = "other_role"
     can_retry = True
 
 

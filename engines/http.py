@@ -48,7 +48,7 @@ class Engine(Protocol):
     """What the scaffold needs of an engine. All of it is called on the event loop.
 
     stage:    encode, prefill or decode: put into errors that name none.
-    role:     encode, prefill, decode or both, for /info.
+    role:     encode, prefill, decode or both, for /info, /health and registration; may change while it serves.
     registry: holds the engine's own metrics (`triptych_…`); `serve` adds those of HTTP.
     routes:   the engine's own routes, asked once.
     info:     the engine's part of /info; cheap, JSON-able.
@@ -56,8 +56,11 @@ class Engine(Protocol):
     check:    compares the books of memory with who holds it, at any time; RuntimeError says what does not balance.
     """
 
-    stage: str
-    role: str
+    @property
+    def stage(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
     registry: CollectorRegistry
 
     def routes(self) -> Iterable[web.RouteDef]: ...
@@ -150,7 +153,7 @@ class Scaffold:
             log.warning("%d requests were not finished within --grace %g s", self._in_flight, self.settings.grace)
 
     async def _health(self, _request: web.Request) -> web.Response:
-        return json_response({})
+        return json_response({"role": self.engine.role})
 
     async def _info(self, _request: web.Request) -> web.Response:
         common = {

@@ -13,8 +13,8 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ from engines.settings import WILDCARDS, EngineSettings
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 5.0
-_LOOK_S = 0.1  # how often a proxy is asked whether it has forgotten
+_LOOK_S = 0.1  # how often a proxy is asked whether it has forgotten, and the engine which role it has
 _BEATS = 3  # within the time to live
 _NOT_FOUND = 404
 
@@ -37,18 +37,18 @@ class Unheard(Exception):
 
 
 @asynccontextmanager
-async def registered(settings: EngineSettings, role: str, url: str) -> AsyncIterator[None]:
-    """Within, proxies know the engine with this role that serves at `url`, if there are any to be told. Raises
-    SetupError."""
+async def registered(settings: EngineSettings, role: Callable[[], str], url: str) -> AsyncIterator[None]:
+    """Within, proxies know the engine that serves at `url`, with the role that it has now, if there are any to be told.
+    Raises SetupError."""
     if not settings.proxies:
         yield
         return
     trust = tls.calls(settings)
-    said = {"role": role, "key": settings.key, "ttl": settings.register_ttl, "life": uuid.uuid4().hex}
+    said = {"key": settings.key, "ttl": settings.register_ttl, "life": uuid.uuid4().hex}
     timeout = aiohttp.ClientTimeout(total=_ANSWER_S)
     async with aiohttp.ClientSession(timeout=timeout) as http, asyncio.TaskGroup() as group:
         calls = Calls(http, settings.register_key, trust)
-        proxies = [Proxy(calls, one.rstrip("/"), settings, url, said) for one in settings.proxies]
+        proxies = [Proxy(calls, one.rstrip("/"), settings, url, role, said) for one in settings.proxies]
         beats = [group.create_task(proxy.beat()) for proxy in proxies]
         try:
             yield
@@ -87,12 +87,21 @@ class Calls:
 class Proxy:
     """One that is told."""
 
-    def __init__(self, calls: Calls, proxy: str, settings: EngineSettings, url: str, said: Mapping[str, Any]) -> None:
-        """`said`: what it is told beside where the engine is."""
+    def __init__(
+        self,
+        calls: Calls,
+        proxy: str,
+        settings: EngineSettings,
+        url: str,
+        role: Callable[[], str],
+        said: Mapping[str, Any],
+    ) -> None:
+        """`said`: what it is told beside where the engine is, and its role."""
         self._calls = calls
         self._proxy = proxy
         self._settings = settings
         self._url = url
+        self._role = role
         self._said = said
 
     async def beat(self) -> None:
@@ -108,7 +117,15 @@ class Proxy:
                 if str(error) != trouble:
                     log.warning("%s does not know this engine: %s", self._proxy, error)
                 known, trouble = False, str(error)
-            await asyncio.sleep(self._settings.register_ttl / _BEATS)
+            await self._pause(self._settings.register_ttl / _BEATS)
+
+    async def _pause(self, seconds: float) -> None:
+        """Until the next word is due, which another role is at once."""
+        role = self._role()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._role() == role:  # noqa: ASYNC110 - roles change once in hours: a look costs less than an event
+                    await asyncio.sleep(_LOOK_S)
 
     async def leave(self) -> None:
         """Until it has nothing left here. One that cannot be reached will find out by itself."""
@@ -122,7 +139,8 @@ class Proxy:
 
     async def _register(self) -> Mapping[str, Any]:
         """Raises Unheard, OSError."""
-        return await self._calls.post(f"{self._proxy}/instances", {**self._said, "url": await self._advertised()})
+        where = {"role": self._role(), "url": await self._advertised()}
+        return await self._calls.post(f"{self._proxy}/instances", {**self._said, **where})
 
     async def _advertised(self) -> str:
         """Where this proxy reaches the engine."""

@@ -96,7 +96,7 @@ async def _main(settings: SettingsT, build: Build[SettingsT]) -> None:
     async with build(settings) as engine, running(engine, settings) as url:
         ready = True
         print(f"READY {url}", flush=True)
-        async with registered(settings, engine.role, url):
+        async with registered(settings, lambda: engine.role, url):
             await stop.wait()
 
 

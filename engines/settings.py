@@ -206,10 +206,17 @@ class EncoderSettings(EngineSettings):
 class LanguageSettings(EngineSettings):
     """`triptych language`: continuous batching over a paged KV cache, alone or as prefill or decode."""
 
-    role: Literal["both", "prefill", "decode"] = Field("both", description="which stages this engine runs")
+    role: Literal["both", "prefill", "decode"] = Field(
+        "both", description="which stages this engine runs; POST /role changes it"
+    )
     block_size: Count = Field(16, description="tokens in one KV block; the same on prefill and decode")
     kv_blocks: Count | None = Field(None, description="KV blocks to allocate; default: what --kv-bytes holds")
     kv_bytes: Bytes = Field(ByteSize(1 << 30), description="memory for KV blocks where --kv-blocks is not given")
+    kv_mirror: bool = Field(
+        False,
+        description="keep the KV cache apart from the memory that transfers read and write, and copy between the two, "
+        "on the CPU too; on other devices it is always so",
+    )
     max_model_len: Count | None = Field(
         None, description="longest prompt plus answer in tokens; default: the checkpoint's"
     )
@@ -227,6 +234,11 @@ class LanguageSettings(EngineSettings):
     )
     handoff_timeout: Seconds = Field(60.0, description="seconds for KV to arrive once blocks are reserved for it")
     request_timeout: Seconds = Field(600.0, description="seconds from request to last token")
+    switch_timeout: Seconds = Field(
+        120.0,
+        description="seconds that POST /role waits for what is in flight, refusing what is new; then the role stays as "
+        "it was",
+    )
 
 
 SettingsT = TypeVar("SettingsT", bound=EngineSettings)

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from engines.errors import EngineError
 from engines.http import DONE, check_model, json_response, read_json, request_id, sse
-from engines.language import descriptors
+from engines.language import descriptors, roles
 from engines.language.answers import Answer, usage_of
 from engines.language.choices import Choice, Piece
 from engines.language.descriptors import Publish, Push
@@ -25,6 +25,7 @@ from engines.language.engine import LanguageEngine
 from engines.language.handoff import Leg
 from engines.language.metrics import Metrics
 from engines.language.requests import Generation, Served, parse
+from engines.language.roles import Roles
 from engines.language.service import Service
 from engines.settings import LanguageSettings
 from engines.transfer.base import Transfer
@@ -51,17 +52,26 @@ class LanguageApp:
     """An `engines.http.Engine`."""
 
     def __init__(self, settings: LanguageSettings, served: Served, service: Service, parts: Parts) -> None:
-        self.role: str = settings.role
-        self.stage = "prefill" if settings.role == "prefill" else "decode"
+        self._roles = Roles(settings.role, self.drain)
+        parts.metrics.follow(self._roles)
         self.registry = parts.metrics.registry
         self._settings = settings
         self._served = served
         self._service = service
         self._parts = parts
 
+    @property
+    def role(self) -> str:
+        return self._roles.now
+
+    @property
+    def stage(self) -> str:
+        return self._roles.stage
+
     def routes(self) -> Iterable[web.RouteDef]:
         yield web.post("/v1/chat/completions", self.chat)
         yield web.post("/v1/completions", self.completions)
+        yield web.post("/role", self.switch)
 
     def info(self) -> Mapping[str, Any]:
         stats, limits = self._parts.engine.stats, self._parts.engine.limits
@@ -74,6 +84,8 @@ class LanguageApp:
                 "nonce": transfer.address.nonce,
                 "audit": self._audit(),
             },
+            "started_as": self._roles.started_as,
+            "turning_to": self._roles.next,
             "block_size": limits.block_size,
             "num_blocks": limits.num_blocks,
             "free_blocks": stats.free_blocks,
@@ -101,16 +113,25 @@ class LanguageApp:
         self._parts.receiver.ranges.check()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, chat=True)
+        with self._roles.serving():
+            return await self._generate(request, chat=True)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, chat=False)
+        with self._roles.serving():
+            return await self._generate(request, chat=False)
+
+    async def switch(self, request: web.Request) -> web.Response:
+        """Another role, once everything in flight is over. Whoever hangs up before the answer leaves it as it was."""
+        role, seconds = roles.asked(await read_json(request), self._settings.switch_timeout)
+        was = self.role
+        await self._roles.switch(role, seconds)
+        return json_response({"role": self.role, "was": was})
 
     async def _generate(self, request: web.Request, chat: bool) -> web.StreamResponse:
         began = time.monotonic()
         body = await read_json(request)
         check_model(body, self._settings)
-        plan = descriptors.read(body.get(descriptors.FIELD), self.role)
+        plan = self._roles.plan(body.get(descriptors.FIELD))
         sends = isinstance(plan, Push | Publish)
         if (request.content_length or 0) > LARGE:
             generation = await asyncio.to_thread(parse, body, chat, self._served, sends)

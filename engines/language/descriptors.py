@@ -18,6 +18,8 @@ from typing import Any
 from engines.errors import BadRequest
 
 FIELD = "kv_transfer_params"
+WRONG_ROLE = "role"
+"""The code of the error for a plan that the engine's role excludes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ def read(params: Any, role: str) -> Plan:
             "prefill": "it serves requests whose kv_transfer_params say do_remote_decode",
             "decode": "it serves requests whose kv_transfer_params say do_remote_prefill",
         }[role]
-        raise BadRequest(f"this engine's role is {role}: {hint}; send it through the proxy", param=FIELD, code="role")
+        raise BadRequest(
+            f"this engine's role is {role}: {hint}; send it through the proxy", param=FIELD, code=WRONG_ROLE
+        )
     return plan
 
 

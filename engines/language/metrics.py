@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from engines.language.engine import Stats
+from engines.language.roles import ROLES, Roles
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -66,6 +67,16 @@ class Metrics:
             ("kind",),
             registry=registry,
         )
+
+    def follow(self, roles: Roles) -> None:
+        """Tell of these, too."""
+        role = Gauge("triptych_role", "1 for the role that this engine has now", ("role",), registry=self.registry)
+        for name in ROLES:
+            role.labels(name).set_function(partial(_is, roles, name))
+
+
+def _is(roles: Roles, name: str) -> float:
+    return float(roles.now == name)
 
 
 def _field(stats: Callable[[], Stats], name: str) -> float:

@@ -146,7 +146,7 @@ async def test_another_model_is_a_404() -> None:
 
 async def test_common_routes() -> None:
     async with running(Toy(), settings()) as url:
-        assert await get(f"{url}/health") == (200, "{}")
+        assert await get(f"{url}/health") == (200, '{"role":"both"}')
         _, info = await get(f"{url}/info")
         assert '"engine":"triptych"' in info
         assert '"toy":true' in info

@@ -43,6 +43,10 @@ async def proxies(count: int, **changes: Any) -> AsyncIterator[list[Deployment]]
         yield [d, *more]
 
 
+def encode() -> str:
+    return "encode"
+
+
 def state(d: Deployment, url: str) -> State | None:
     instance = d.proxy.fleet.get(url)
     return None if instance is None else instance.state
@@ -55,7 +59,7 @@ def said(*at: Deployment, **changes: Any) -> EngineSettings:
 async def test_every_proxy_knows_an_engine_while_it_serves() -> None:
     async with proxies(2) as (one, other):
         ours = said(one, other)
-        async with running(Engine(), ours) as url, registered(ours, "encode", url):
+        async with running(Engine(), ours) as url, registered(ours, encode, url):
             await until(lambda: state(one, url) is State.READY and state(other, url) is State.READY)
             instance = one.proxy.fleet.get(url)
             assert instance is not None and instance.role is Role.ENCODE
@@ -66,7 +70,7 @@ async def test_every_proxy_knows_an_engine_while_it_serves() -> None:
         port = int(url.rpartition(":")[2])
         async with running(Engine(), said(one).model_copy(update={"port": port})) as again:
             assert again == url
-            async with registered(said(one), "encode", url):
+            async with registered(said(one), encode, url):
                 await until(lambda: state(one, url) is State.READY)
 
 
@@ -74,7 +78,7 @@ async def test_leaving_waits_for_what_proxies_have_under_way() -> None:
     async with proxies(1) as (d,):
         ours = said(d)
         async with running(Engine(), ours) as url:
-            leaving = registered(ours, "encode", url)
+            leaving = registered(ours, encode, url)
             await leaving.__aenter__()
             await until(lambda: state(d, url) is State.READY)
             instance = d.proxy.fleet.get(url)
@@ -94,7 +98,7 @@ async def test_leaving_does_not_wait_beyond_the_grace(caplog: pytest.LogCaptureF
     async with proxies(1) as (d,):
         ours = settings(proxies=(d.url,), grace=0.1)
         async with running(Engine(), ours) as url:
-            async with registered(ours, "encode", url):
+            async with registered(ours, encode, url):
                 await until(lambda: state(d, url) is State.READY)
                 instance = d.proxy.fleet.get(url)
                 assert instance is not None
@@ -108,7 +112,7 @@ async def test_a_proxy_that_starts_late_or_again_learns_of_it(caplog: pytest.Log
     async with proxies(1) as (d,):
         port = d.proxy.port
     ours = settings(proxies=(f"http://127.0.0.1:{port}",), register_ttl=0.3, grace=1)
-    async with running(Engine(), ours) as url, registered(ours, "encode", url):
+    async with running(Engine(), ours) as url, registered(ours, encode, url):
         await until(lambda: "does not know this engine" in caplog.text)
         async with deployment("1b", probe_interval=0.05, port=port) as d:
             await until(lambda: state(d, url) is State.READY)
@@ -121,10 +125,10 @@ async def test_the_right_key_is_asked_for_and_its_own_is_told(caplog: pytest.Log
     async with proxies(1, admin_key="s3cret", register_key="engines") as (d,):
         wrong, right = said(d, register_key="wrong"), said(d, register_key="engines", key="k1")
         async with running(Engine(), right) as url:
-            async with registered(wrong, "encode", url):
+            async with registered(wrong, encode, url):
                 await until(lambda: "answers 401" in caplog.text)
             assert state(d, url) is None
-            async with registered(right, "encode", url):
+            async with registered(right, encode, url):
                 await until(lambda: state(d, url) is State.READY)
                 instance = d.proxy.fleet.get(url)
                 assert instance is not None and instance.secret == "k1"
@@ -134,7 +138,7 @@ async def test_an_admins_drain_lasts_as_long_as_the_process(caplog: pytest.LogCa
     caplog.set_level(logging.INFO)
     async with proxies(1) as (d,):
         ours = said(d)
-        async with running(Engine(), ours) as url, registered(ours, "encode", url):
+        async with running(Engine(), ours) as url, registered(ours, encode, url):
             await until(lambda: state(d, url) is State.READY)
             await d.post({"url": url}, "/instances/drain")
             await until(lambda: "was told to do without this engine" in caplog.text)
@@ -144,10 +148,10 @@ async def test_an_admins_drain_lasts_as_long_as_the_process(caplog: pytest.LogCa
 async def test_it_is_reached_where_it_says() -> None:
     async with proxies(1) as (d,):
         everywhere = said(d, host="0.0.0.0")
-        async with running(Engine(), everywhere) as url, registered(everywhere, "encode", url):
+        async with running(Engine(), everywhere) as url, registered(everywhere, encode, url):
             await until(lambda: state(d, url) is State.READY)  # packets to the proxy leave from 127.0.0.1
         advertised = said(d, advertise="native+http://h.test:1/?weight=2&rack=r1")
-        async with registered(advertised, "encode", "http://127.0.0.1:9"):
+        async with registered(advertised, encode, "http://127.0.0.1:9"):
             await until(lambda: d.proxy.fleet.get("http://h.test:1"))
             instance = d.proxy.fleet.get("http://h.test:1")
             assert instance is not None
@@ -166,5 +170,27 @@ async def test_what_is_no_json_is_no_proxy(caplog: pytest.LogCaptureFixture) -> 
 
     async with running(Page(), settings()) as stranger:
         ours = settings(proxies=(stranger,), register_ttl=0.1)
-        async with registered(ours, "both", "http://e:1"):
+        async with registered(ours, lambda: "both", "http://e:1"):
             await until(lambda: "does not know this engine" in caplog.text)
+
+
+async def test_proxies_hear_of_another_role_at_once() -> None:
+    heard: list[str] = []
+
+    class Ear(Toy):
+        def routes(self) -> Any:
+            yield web.post("/instances", self.hear)
+            yield web.post("/instances/drain", self.hear)
+
+        async def hear(self, request: web.Request) -> web.Response:
+            heard.append(str((await request.json()).get("role")))
+            return web.json_response({"registered": True})
+
+    roles = ["prefill"]
+    async with (
+        running(Ear(), settings()) as url,
+        registered(settings(proxies=(url,), register_ttl=600), lambda: roles[-1], "http://e:1"),
+    ):
+        await until(lambda: heard == ["prefill"])
+        roles.append("decode")
+        await until(lambda: heard == ["prefill", "decode"])
