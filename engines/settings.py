@@ -241,6 +241,35 @@ class LanguageSettings(EngineSettings):
     )
 
 
+class ColocatedSettings(LanguageSettings, EncoderSettings):
+    """`triptych language`: with --encode it holds an encoder too, whose flags count then."""
+
+    encode: bool = Field(
+        False, description="hold an encoder too: take requests with media as they are, and read embeddings in place"
+    )
+    encoder_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="with --encode: port of the encoder's own routes, for engines that have none; default: not served",
+    )
+    encoder_device: str | None = Field(
+        None, description="with --encode: torch device of the vision tower; default: that of --device"
+    )
+
+    @model_validator(mode="after")
+    def _check_encode(self) -> ColocatedSettings:
+        for name in ("encoder_port", "encoder_device"):
+            if getattr(self, name) is not None and not self.encode:
+                raise ValueError(f"--{name.replace('_', '-')} needs --encode")
+        return self
+
+    def of_encoder(self) -> EncoderSettings:
+        """Those of the encoder within."""
+        port, device = self.encoder_port or 0, self.encoder_device or self.device
+        return self.model_copy(update={"port": port, "device": device})
+
+
 SettingsT = TypeVar("SettingsT", bound=EngineSettings)
 
 

@@ -12,6 +12,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import AutoConfig
 
+from engines.devices import pinned
 from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
 from engines.language.embeddings import EmbeddingReceiver
@@ -47,7 +48,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         # POST, which nobody may repeat.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
-        cache = KVCache(layout, kv_arena.buffer)
+        arena = stack.enter_context(pinned(kv_arena.buffer, model.device))
+        cache = KVCache(layout, arena, settings.device, apart=settings.kv_mirror)
         runner = Runner(model, cache, settings.layers_per_push)
         limits = limits_of(settings, facts, layout)
         engine = LanguageEngine(limits, runner, cache, facts.eos_token_ids)
@@ -56,7 +58,7 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits = Waits(settings.handoff_timeout, settings.kv_lease)
         metaserver = Metaserver(session, settings.metaserver_timeout, calls(settings))
-        handoffs = Handoffs(engine, transfers[0], (kv_arena, layout), waits, metrics, metaserver)
+        handoffs = Handoffs(engine, transfers[0], (kv_arena, cache), waits, metrics, metaserver)
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)

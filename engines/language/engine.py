@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from engines.errors import ShuttingDown
 from engines.language.failures import broken
+from engines.language.mirror import Ready
 from engines.language.scheduler import Limits, NeverFits, Scheduler, Step
 from engines.language.sequence import Scheduled, Sequence, Status
 from engines.language.stopping import finish_reason
@@ -54,6 +55,9 @@ class Runner(Protocol):
 
 class Cache(Protocol):
     """Where the KV lies. `restore` puts back, into any blocks, what `save` returned."""
+
+    def load(self, blocks: Listing[int]) -> None:
+        """A transfer has brought the KV of these blocks to where transfers write."""
 
     def copy_block(self, source: int, target: int) -> None: ...
     def save(self, blocks: Listing[int]) -> Any: ...
@@ -135,15 +139,17 @@ class LanguageEngine:
 
     def arrived(self, seq: Sequence) -> None:
         """The KV of a sequence with Handoff.RECEIVE is in its blocks."""
-        self._commands.put(partial(self._scheduler.arrived, seq))
+        self._commands.put(partial(self._arrived, seq))
 
     def embedded(self, seq: Sequence, embeddings: object, held_at: int | None) -> None:
         """More of its embeddings are here: from now on it has these, and runs as far as `held_at`. At any time."""
         self._commands.put(partial(self._embedded, seq, embeddings, held_at))
 
-    def unpin(self, seq: Sequence) -> None:
-        """No transfer can touch the blocks of a sequence that is handed over. Idempotent."""
-        self._commands.put(partial(self._scheduler.unpin, seq))
+    def unpin(self, seq: Sequence, copies: Listing[Ready] = ()) -> None:
+        """No transfer can touch the blocks of a sequence that is handed over, once these `copies` of them are over,
+        as they are unless it failed. Idempotent.
+        """
+        self._commands.put(partial(self._unpin, seq, copies))
 
     async def check(self) -> None:
         """Between two steps: whether every block belongs to exactly those who say so. Raises RuntimeError if not."""
@@ -290,6 +296,16 @@ class LanguageEngine:
             self._scheduler.add(request.first)
         except NeverFits as error:
             self._fail(request, error)
+
+    def _arrived(self, seq: Sequence) -> None:
+        if seq.status is Status.REMOTE:
+            self._cache.load(seq.block_table)
+            self._scheduler.arrived(seq)
+
+    def _unpin(self, seq: Sequence, copies: Listing[Ready]) -> None:
+        for ready in copies:
+            ready()
+        self._scheduler.unpin(seq)
 
     def _embedded(self, seq: Sequence, embeddings: object, held_at: int | None) -> None:
         if seq.status is not Status.FINISHED:

@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Sequence as Listing
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from engines.errors import BadRequest
 from engines.language import descriptors
@@ -24,6 +25,7 @@ from engines.language.failures import lost_kv
 from engines.language.kv import KVLayout
 from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
+from engines.language.mirror import Ready
 from engines.language.sequence import Handoff, Scheduled, Sequence
 from engines.language.stream import Stream
 from engines.transfer.base import Arena, LayoutMismatch, Ticket, Transfer, TransferError
@@ -33,6 +35,14 @@ from engines.transfer.base import Push as Sender
 log = logging.getLogger(__name__)
 
 LAST_WORDS = 1.0  # seconds
+
+
+class Cache(Protocol):
+    """The KV cache as transfers see it: see `KVCache`."""
+
+    @property
+    def layout(self) -> KVLayout: ...
+    def stage(self, layers: range, blocks: Listing[int]) -> Ready | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +82,15 @@ class Handoffs:
         self,
         engine: LanguageEngine,
         transfer: Transfer,
-        kv: tuple[Arena, KVLayout],
+        kv: tuple[Arena, Cache],
         waits: Waits,
         metrics: Metrics,
         metaserver: Metaserver,
     ) -> None:
         self._engine = engine
         self._transfer = transfer
-        self._arena, self._layout = kv
+        self._arena, self._cache = kv
+        self._layout = self._cache.layout
         self._waits = waits
         self._metrics = metrics
         self._metaserver = metaserver
@@ -136,8 +147,9 @@ class Handoffs:
     async def _push(self, plan: Push, job: Job) -> AsyncIterator[Leg]:
         """Write each group of layers into the decode engine's blocks while the next is computed."""
         sender = await self._transfer.open(plan.offer, timeout=self._waits.handoff_timeout)
+        copies: list[Ready] = []
         try:
-            sink = self._sink(sender, plan.blocks, job.seq)
+            sink = self._sink(sender, plan.blocks, job.seq, copies)
             stream = self._submit(job, Handoff.SEND, sink)
             try:
                 yield Leg(stream, partial(self._finish_push, sender))
@@ -150,16 +162,15 @@ class Handoffs:
             await sender.abort(f"prefill failed: {error}")
             raise
         finally:
-            sender.release(partial(self._engine.unpin, job.seq))
+            sender.release(partial(self._engine.unpin, job.seq, copies))
 
     async def _finish_push(self, sender: Sender) -> None:
         began = time.monotonic()
         await sender.finish()
         self._metrics.kv_transfer.labels("sent").observe(time.monotonic() - began)
 
-    def _sink(self, sender: Sender, blocks: tuple[int, ...], seq: Sequence) -> Sink:
-        """Sends the blocks that a chunk completes, with the first chunk those that were here before it, and with the
-        prompt's last chunk the one it leaves unfinished."""
+    def _sink(self, sender: Sender, blocks: tuple[int, ...], seq: Sequence, copies: list[Ready]) -> Sink:
+        """Sends what each chunk completes."""
         self._layout.check(sender.facts)
         remote = replace(self._layout, num_blocks=int(sender.facts["num_blocks"]))
         size = self._layout.block_size
@@ -170,26 +181,45 @@ class Handoffs:
             )
 
         def sink(entry: Scheduled, first: int, last: int) -> None:
-            start = 0 if entry.start == seq.num_cached else entry.start
-            end = entry.start + entry.count
-            done = slice(start // size, end // size if end < seq.num_prompt_tokens else len(blocks))
-            layers = range(first, last)
+            done, layers = self._completed(entry), range(first, last)
             ours, theirs = seq.block_table[done], blocks[done]
             if ours:
-                sender.write(self._arena, self._layout.spans(layers, ours), remote.spans(layers, theirs))
+                ready = self._stage(layers, ours, copies)
+                sender.write(self._arena, self._layout.spans(layers, ours), remote.spans(layers, theirs), ready)
 
         return sink
+
+    def _completed(self, entry: Scheduled) -> slice:
+        """The blocks that a chunk completes, with the first chunk those that were here before it, and with the
+        prompt's last chunk the one it leaves unfinished."""
+        seq, size = entry.seq, self._layout.block_size
+        start = 0 if entry.start == seq.num_cached else entry.start
+        end = entry.start + entry.count
+        return slice(start // size, end // size if end < seq.num_prompt_tokens else -(-seq.num_prompt_tokens // size))
+
+    def _stage(self, layers: range, blocks: Listing[int], copies: list[Ready]) -> Ready | None:
+        ready = self._cache.stage(layers, blocks)
+        if ready is not None:
+            copies.append(ready)
+        return ready
 
     @asynccontextmanager
     async def _publish(self, job: Job) -> AsyncIterator[Leg]:
         """Keep the prompt's blocks readable until the decode engine has read them, or the lease ends."""
-        stream = self._submit(job, Handoff.SEND)
-        unpin = partial(self._engine.unpin, job.seq)
+        copies: list[Ready] = []
+
+        def sink(entry: Scheduled, first: int, last: int) -> None:
+            self._stage(range(first, last), job.seq.block_table[self._completed(entry)], copies)
+
+        stream = self._submit(job, Handoff.SEND, sink)
+        unpin = partial(self._engine.unpin, job.seq, copies)
         is_published = False
 
         async def finish() -> dict[str, Any]:
             nonlocal is_published
             blocks = await stream.admitted()
+            for ready in copies:
+                await asyncio.to_thread(ready)
             where = await self._transfer.publish(
                 job.seq.id, self._arena, self._spans(blocks), ttl=self._waits.kv_lease, once=True, on_free=unpin
             )

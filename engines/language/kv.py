@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engines.language.mirror import Mirror, Ready
 from engines.transfer.base import LayoutMismatch
 
 
@@ -105,27 +106,48 @@ def coalesce(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 class KVCache:
     """The tensors of a cache, on a transfer's arena or on memory of their own.
 
-    `layers[i]` is layer i as `[2 * num_blocks, block_size, kv_heads, head_dim]`: row `2b` holds block b's keys, row
-    `2b + 1` its values. `rows[i]` is the same memory by token, `[2 * num_blocks * block_size, kv_heads, head_dim]`;
-    see `key_row`.
+    `layers[i]` is layer i as `[2 * blocks, block_size, kv_heads, head_dim]`: row `2b` holds block b's keys, row
+    `2b + 1` its values. `rows[i]` is the same memory by token, `[2 * blocks * block_size, kv_heads, head_dim]`;
+    see `key_row`. Memory of its own has one block more than the layout: `scratch_block`, which holds no sequence.
     """
 
-    def __init__(self, layout: KVLayout, buffer: memoryview | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, layout: KVLayout, buffer: memoryview | None = None, device: str = "cpu", apart: bool = False
+    ) -> None:
+        """`buffer` is the arena that transfers read and write. A cache on another device than the host, or kept
+        `apart`, is mirrored there: `stage` and `load` copy between the two.
+        """
         self.layout = layout
-        self.pool = self._on(layout, buffer, device).view(
-            layout.num_layers, layout.num_blocks, 2, *layout.half_shape
-        )  # one tensor over everything, for copies of whole blocks
-        self.layers = list(self.pool.view(layout.num_layers, -1, *layout.half_shape).unbind(0))
+        self.scratch_block: int | None = None
+        self._mirror: Mirror | None = None
+        host = None if buffer is None else self._on(layout, buffer)
+        if host is not None and torch.device(device).type == "cpu" and not apart:
+            self.pool = host
+        else:
+            self.scratch_block = layout.num_blocks
+            shape = (layout.num_layers, layout.num_blocks + 1, 2, *layout.half_shape)
+            self.pool = torch.zeros(shape, dtype=layout.dtype, device=device)
+            self._mirror = None if host is None else Mirror(self.pool, host)
+        self.layers = list(self.pool.flatten(1, 2).unbind(0))
         self.rows = [layer.view(-1, layout.num_kv_heads, layout.head_dim) for layer in self.layers]
 
     @staticmethod
-    def _on(layout: KVLayout, buffer: memoryview | None, device: str) -> torch.Tensor:
+    def _on(layout: KVLayout, buffer: memoryview) -> torch.Tensor:
+        """One tensor over everything, `[layers, blocks, 2, …]`, for copies of whole blocks."""
         count = layout.nbytes // layout.dtype.itemsize
-        if buffer is None:
-            return torch.zeros(count, dtype=layout.dtype, device=device)
         if buffer.nbytes < layout.nbytes:
             raise ValueError(f"the arena has {buffer.nbytes} bytes, the KV cache needs {layout.nbytes}")
-        return torch.frombuffer(buffer, dtype=layout.dtype, count=count)
+        whole = torch.frombuffer(buffer, dtype=layout.dtype, count=count)
+        return whole.view(layout.num_layers, layout.num_blocks, 2, *layout.half_shape)
+
+    def stage(self, layers: range, blocks: Sequence[int]) -> Ready | None:
+        """Have the arena hold what is in these blocks now, soon: a sender waits for what is returned, if anything."""
+        return self._mirror.stage(layers, coalesce((block, 1) for block in blocks)) if self._mirror else None
+
+    def load(self, blocks: Sequence[int]) -> None:
+        """Let the model see what a transfer has brought into the arena."""
+        if self._mirror:
+            self._mirror.load(coalesce((block, 1) for block in blocks))
 
     def key_row(self, block: int, offset: int) -> int:
         """Where the keys of the token at `offset` in `block` lie in `rows`; its values lie `block_size` rows later."""

@@ -107,11 +107,14 @@ class Ticket(Protocol):
     @property
     def state(self) -> TicketState: ...
 
-    async def fetch(self, where: Mapping[str, Any]) -> None:
+    async def fetch(self, where: Mapping[str, Any], *, start: int | None = None, more: bool = False) -> int:
         """Ask the owner of `where` to write the published bytes into our spans; return when all are there.
 
-        Raises GoneError, LayoutMismatch (total lengths differ), PeerUnreachable, PeerFailed, TransferTimeout, and
-        TransferCancelled if the ticket is released meanwhile. A ticket fetches once.
+        With `start`, those from that byte on, as many as the spans hold; the answer is how many are left behind them,
+        which another ticket may fetch. `more` tells the owner that we come back: a read as `once` and `on_read` mean
+        it is our last. Raises GoneError, LayoutMismatch (total lengths differ; with `start`: the spans hold more than
+        there is), PeerUnreachable, PeerFailed, TransferTimeout, and TransferCancelled if the ticket is released
+        meanwhile. A ticket fetches once.
         """
 
     def offer(self) -> dict[str, Any]:
@@ -135,12 +138,13 @@ class Push(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """The receiver's `Transfer.facts`."""
 
-    def write(self, arena: Arena, source: Spans, target: Spans) -> None:
+    def write(self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None) -> None:
         """Queue a copy of `source` (ours) to `target` (the receiver's); returns at once, from any thread.
 
-        Writes of one push are done in order, by one thread per peer. The source bytes must stay unchanged until
-        `finish` returns. Raises LayoutMismatch if the total lengths differ or a span lies outside the arena or the
-        offer, TransferCancelled once the push has ended. A write that fails later makes `finish` raise.
+        Writes of one push are done in order, by one thread per peer, which calls `ready` first: it returns once the
+        source bytes are there. They must stay unchanged until `finish` returns. Raises LayoutMismatch if the total
+        lengths differ or a span lies outside the arena or the offer, TransferCancelled once the push has ended. A write
+        that fails later makes `finish` raise.
         """
 
     async def finish(self) -> None:

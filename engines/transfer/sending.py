@@ -43,6 +43,7 @@ class Write:
     push: OutgoingPush
     source: Arena
     moves: Moves
+    ready: Callable[[], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class PeerSender:
             push.check()
             if channel is None:
                 channel = self._plane.connect(self.peer, min(self._timeout, push.deadline - time.monotonic()))
+            if job.ready is not None:
+                job.ready()
             channel.write(job.source, push.region, job.moves, push)
         except TransferError as error:
             push.failed(error, lost=False)
@@ -175,7 +178,7 @@ class OutgoingPush:
 
     # -- any thread
 
-    def write(self, arena: Arena, source: Spans, target: Spans) -> None:
+    def write(self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None) -> None:
         goal = table(target, self._target_nbytes, "receiver's arena")
         moves = pair(table(source, arena.nbytes), goal)
         if not self._granted.holds(goal):
@@ -183,7 +186,7 @@ class OutgoingPush:
         with self._lock:
             if self._closed:
                 raise TransferCancelled(f"{self!r} takes no more writes")
-            self._sender.put(Write(self, arena, moves))
+            self._sender.put(Write(self, arena, moves, ready))
 
     @property
     def halted(self) -> bool:

@@ -45,14 +45,15 @@ def expected(prompt: Sequence[int], count: int) -> list[int]:
 class FakeCache:
     """Token ids where the real cache has keys and values, in its very layout: every layer and half must agree."""
 
-    def __init__(self, num_blocks: int, block_size: int, buffer: memoryview | None = None) -> None:
+    def __init__(self, num_blocks: int, block_size: int, buffer: memoryview | None = None, apart: bool = False) -> None:
         self.layout = layout(num_blocks, block_size)
-        self._pool = KVCache(self.layout, buffer)
-        memory = self._pool.pool.numpy()
-        memory[:] = -1
-        self._memory = memory.reshape(LAYERS, num_blocks, 2, block_size)
+        self._pool = KVCache(self.layout, buffer, apart=apart)
+        self._memory = self._pool.pool.numpy()[..., 0, 0]
+        self._memory[:] = -1
         self.copy_block = self._pool.copy_block
         self.restore = self._pool.restore
+        self.stage = self._pool.stage
+        self.load = self._pool.load
 
     def save(self, blocks: Sequence[int]) -> Any:
         return self._pool.save(blocks)

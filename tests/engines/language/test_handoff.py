@@ -17,6 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from engines.errors import BadRequest, DeadlineExceeded, EngineError
+from engines.language import mirror
 from engines.language.descriptors import Ask, Fetch, Keep, Plan, Publish, Push, read
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Job, Waits
@@ -27,6 +28,7 @@ from engines.language.sequence import SamplingParams, Sequence
 from engines.transfer import create
 from engines.transfer.base import Transfer
 from tests.support.fake_runner import FakeCache, FakeRunner, expected, layout
+from tests.support.lanes import Late
 from tests.support.metaserver import metaserver
 from tests.support.waiting import until
 
@@ -66,20 +68,29 @@ class Side:
 NUMBERS = itertools.count()
 
 
+@pytest.fixture(params=[False, True], ids=["in place", "apart"])
+def apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the KV cache lies elsewhere than where transfers read and write; it is copied there as late as can be."""
+    monkeypatch.setattr(mirror, "lane_of", Late)
+    return bool(request.param)
+
+
 @asynccontextmanager
-async def side(name: str, num_blocks: int, waits: Waits = WAITS, block_size: int = 4) -> AsyncIterator[Side]:
+async def side(
+    name: str, num_blocks: int, waits: Waits = WAITS, block_size: int = 4, apart: bool = False
+) -> AsyncIterator[Side]:
     shape = layout(num_blocks, block_size)
     transfer = create("memory", timeout=2.0)
     transfer.facts = shape.facts()
     arena = transfer.allocate("kv", shape.nbytes)
     await transfer.start()
-    cache = FakeCache(num_blocks, block_size, arena.buffer)
+    cache = FakeCache(num_blocks, block_size, arena.buffer, apart)
     runner = FakeRunner(cache)
     engine = LanguageEngine(Limits(num_blocks, block_size, 64, 4, 8), runner, cache)
     engine.start()
     async with aiohttp.ClientSession() as session:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
-        handoffs = Handoffs(engine, transfer, (arena, shape), waits, metrics, Metaserver(session, timeout=5.0))
+        handoffs = Handoffs(engine, transfer, (arena, cache), waits, metrics, Metaserver(session, timeout=5.0))
         try:
             async with asyncio.timeout(30):
                 yield Side(name, transfer, engine, runner, handoffs, [])
@@ -91,9 +102,14 @@ async def side(name: str, num_blocks: int, waits: Waits = WAITS, block_size: int
 
 
 @asynccontextmanager
-async def pair(waits: Waits = WAITS, decode_block_size: int = 4) -> AsyncIterator[tuple[Side, Side]]:
+async def pair(
+    waits: Waits = WAITS, decode_block_size: int = 4, apart: bool = False
+) -> AsyncIterator[tuple[Side, Side]]:
     """Prefill and decode, with caches of different sizes: block numbers and offsets never agree by luck."""
-    async with side("p", 12, waits) as prefill, side("d", 17, waits, decode_block_size) as decode:
+    async with (
+        side("p", 12, waits, apart=apart) as prefill,
+        side("d", 17, waits, decode_block_size, apart) as decode,
+    ):
         # Push the decode engine's blocks away from those of the same number at prefill.
         keeper = decode.engine.submit(decode.job([1, 2, 3]).seq)
         async for _ in keeper:
@@ -129,8 +145,8 @@ async def test_plain_runs_here() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_push(n: int) -> None:
-    async with pair() as (prefill, decode), metaserver(prefill_for(prefill)) as url:
+async def test_push(n: int, apart: bool) -> None:
+    async with pair(apart=apart) as (prefill, decode), metaserver(prefill_for(prefill)) as url:
         tokens, params = await decode.answer(Ask(url), decode.job(n=n))
         assert tokens == {index: expected(PROMPT, 6) for index in range(n)}
         assert params is None
@@ -140,24 +156,24 @@ async def test_push(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-async def test_pull(n: int) -> None:
-    async with pair() as (prefill, decode):
+async def test_pull(n: int, apart: bool) -> None:
+    async with pair(apart=apart) as (prefill, decode):
         tokens, _ = await decode.answer(await publish(prefill), decode.job(n=n))
         assert tokens == {index: expected(PROMPT, 6) for index in range(n)}
         await prefill.at_rest()
         await decode.at_rest()
 
 
-async def test_many_pushes_at_once() -> None:
-    async with pair() as (prefill, decode), metaserver(prefill_for(prefill)) as url:
+async def test_many_pushes_at_once(apart: bool) -> None:
+    async with pair(apart=apart) as (prefill, decode), metaserver(prefill_for(prefill)) as url:
         answers = await asyncio.gather(*(decode.answer(Ask(url), decode.job()) for _ in range(12)))
         assert answers == [({0: expected(PROMPT, 6)}, None)] * 12
         await prefill.at_rest()
         await decode.at_rest()
 
 
-async def test_many_pulls_at_once() -> None:
-    async with pair() as (prefill, decode):
+async def test_many_pulls_at_once(apart: bool) -> None:
+    async with pair(apart=apart) as (prefill, decode):
 
         async def pulled() -> Any:
             return await decode.answer(await publish(prefill), decode.job())
@@ -282,9 +298,9 @@ async def test_decode_is_cancelled_while_it_decodes() -> None:
         await decode.at_rest()
 
 
-async def test_prefill_is_cancelled_in_a_step() -> None:
+async def test_prefill_is_cancelled_in_a_step(apart: bool) -> None:
     """The step goes on writing into a push that has ended; decode hears of it at once, and not after a deadline."""
-    async with pair() as (prefill, decode):
+    async with pair(apart=apart) as (prefill, decode):
         legs: list[asyncio.Task[Any]] = []
 
         async def handle(descriptor: dict[str, Any]) -> tuple[int, Any]:

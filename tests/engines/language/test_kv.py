@@ -17,7 +17,7 @@ block_ids = st.lists(st.integers(0, 9), unique=True, max_size=10)
 
 
 def numbered(layout: KVLayout = LAYOUT) -> KVCache:
-    cache = KVCache(layout)
+    cache = KVCache(layout, memoryview(bytearray(layout.nbytes)))
     cache.pool.copy_(torch.arange(cache.pool.numel()).view_as(cache.pool))
     return cache
 
@@ -29,7 +29,8 @@ def bytes_at(cache: KVCache, spans: list[tuple[int, int]]) -> bytes:
 
 def test_the_region_is_as_large_as_its_blocks():
     assert LAYOUT.block_nbytes == 2 * 4 * 2 * 8 * 4
-    assert LAYOUT.nbytes == 3 * 10 * LAYOUT.block_nbytes == KVCache(LAYOUT).pool.nbytes
+    assert LAYOUT.nbytes == 3 * 10 * LAYOUT.block_nbytes
+    assert KVCache(LAYOUT, memoryview(bytearray(LAYOUT.nbytes))).pool.nbytes == LAYOUT.nbytes
 
 
 @given(block_ids, st.integers(0, 3), st.integers(0, 3))
@@ -124,3 +125,34 @@ def test_what_is_saved_can_be_restored_elsewhere():
 
 def test_repr_tells_the_size():
     assert repr(KVCache(LAYOUT)) == f"<KVCache 3 layers × 10 blocks, {LAYOUT.nbytes} bytes>"
+
+
+def test_memory_of_its_own_has_a_block_that_no_sequence_holds():
+    cache = KVCache(LAYOUT)
+    assert cache.scratch_block == 10
+    cache.rows[2][cache.key_row(10, 3)] = 1.0
+    assert not cache.pool[:, :10].any()
+    assert KVCache(LAYOUT, memoryview(bytearray(LAYOUT.nbytes))).scratch_block is None
+
+
+def test_a_cache_on_its_arena_has_nothing_to_copy():
+    cache = KVCache(LAYOUT, memoryview(bytearray(LAYOUT.nbytes)))
+    assert cache.stage(range(3), [1]) is None
+    cache.load([1])
+
+
+def test_a_cache_apart_is_copied_block_by_block():
+    arena = memoryview(bytearray(LAYOUT.nbytes))
+    here, there = KVCache(LAYOUT, arena, apart=True), KVCache(LAYOUT, arena)
+    here.pool.copy_(torch.arange(here.pool.numel()).view(here.pool.shape))
+    assert not there.pool.any()
+    ready = here.stage(range(1, 3), [4, 5, 2])
+    assert ready is not None
+    ready()
+    seen = there.pool.flatten(2).any(2).nonzero().tolist()
+    assert seen == [[layer, block] for layer in (1, 2) for block in (2, 4, 5)]
+    assert torch.equal(there.pool[1:, [2, 4, 5]], here.pool[1:, [2, 4, 5]])
+    there.pool[:, 7] = 5.0
+    here.load([7])
+    assert (here.pool[:, 7] == 5.0).all()
+    assert (here.pool == 5.0).sum() == there.pool[:, 7].numel() + 1  # one of the numbers above is a 5 too

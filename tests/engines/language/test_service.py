@@ -47,7 +47,7 @@ async def world(
     async with aiohttp.ClientSession() as session:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits, metaserver = Waits(5.0, 5.0), Metaserver(session, 5.0)
-        handoffs = Handoffs(engine, transfer, (kv, shape), waits, metrics, metaserver)
+        handoffs = Handoffs(engine, transfer, (kv, cache), waits, metrics, metaserver)
         receiver = EmbeddingReceiver(transfer, embeddings, 4, 5.0)
         try:
             async with asyncio.timeout(30):

@@ -71,6 +71,24 @@ async def test_finish_settles_before_it_delivers(bench):
     assert bench.push.settled
 
 
+async def test_bytes_are_read_once_they_are_ready(bench):
+    def come():
+        bench.arena.buffer[:10] = b"0123456789"
+
+    bench.push.write(bench.arena, [(0, 10)], [(10, 10)], come)
+    await bench.push.finish()
+    assert bytes(bench.target.buffer[10:20]) == b"0123456789"
+
+
+async def test_bytes_that_never_come_fail_the_push(bench):
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    bench.push.write(bench.arena, [(0, 10)], [(10, 10)], fail)
+    with pytest.raises(PeerFailed, match="the device is lost"):
+        await bench.push.finish()
+
+
 async def test_writes_after_the_end_are_refused(bench):
     await bench.push.finish()
     with pytest.raises(TransferCancelled, match="no more writes"):
