@@ -1,11 +1,17 @@
 """M-RoPE positions: the (temporal, height, width) index of every token, from the grids alone. It reads no token ids
 and runs no model.
 
-Text counts up, the same in all three rows. An image of t × h × w merged patches starts at the next free number `p`:
-its tokens have (p + t, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w). The numbers
-therefore run behind the token index by `delta` from the last image on, decoded tokens included. Qwen2-VL, Qwen2.5-VL
-and Qwen3-VL agree on this for images (`get_rope_index` in transformers); they differ only in how they interleave the
-three rows, which is the model's business.
+Text counts up, the same in all three rows. An item of t × h × w merged patches starts at the next free number `p`: its
+tokens have (p + t · interval, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w). What is
+generated goes on behind the highest number of the whole prompt:
+
+    prompt     text  │ video of 12 steps, 2 × 4          │ text        ┊ generated
+    temporal   0 1 2 │ 3 3 3 3 3 3 3 3 4 4 …  14 14 14 14 │ 7 8 9 10 11 ┊ 15 16 17
+    width      0 1 2 │ 3 4 5 6 3 4 5 6 3 4 …   3  4  5  6 │ 7 8 9 10 11 ┊ 15 16 17
+
+An image has one step in time, and nothing of it is higher than the text behind it. Qwen2-VL, Qwen2.5-VL and Qwen3-VL
+agree on this (`get_rope_index` in transformers); they differ in how far apart the steps of a video are, and in how they
+interleave the three rows, which is the model's business.
 """
 
 from __future__ import annotations
@@ -25,19 +31,21 @@ Indices = npt.NDArray[np.int64]
 class Positions:
     """The positions of one sequence, for every token it has or ever will have. Immutable; forks share it.
 
-    `prefix` covers the tokens up to the end of the last image, `[3, n]`; from there on a token's position is its
-    index + `delta`.
+    `prefix` covers the tokens up to the end of the last item, `[3, n]`; from there on a token's position is its
+    index + `delta`, and from `length`, the end of the prompt, on its index + `beyond`.
     """
 
     prefix: Indices
     delta: int
+    length: int
+    beyond: int
 
     @classmethod
-    def build(cls, items: Sequence[Item], merge_size: int, mrope: bool = True) -> Positions:
-        """Positions from the items of a prompt, in the order of their offsets; without `mrope` all rows are the index.
+    def build(cls, items: Sequence[Item], length: int, merge_size: int, mrope: bool = True) -> Positions:
+        """Positions from the items of a prompt of `length` tokens, in the order of their offsets; without `mrope` all
+        rows are the index.
 
-        :raises ValueError: an item is no image, overlaps the one before it, or its grid does not make its number of
-        tokens.
+        :raises ValueError: an item overlaps the one before it, or its grid does not make its number of tokens.
         """
         parts: list[Indices] = []
         index, position = 0, 0  # of the next token
@@ -45,13 +53,19 @@ class Positions:
             if item.offset < index:
                 raise ValueError(f"item {item.mm_hash} begins at token {item.offset}, inside the item before it")
             gap = item.offset - index
-            image = image_positions(item, merge_size)
-            parts += [count_up(position, gap), image + (position + gap)]
+            own = item_positions(item, merge_size)
+            parts += [count_up(position, gap), own + (position + gap)]
             position += gap + max(item.grid[1], item.grid[2]) // merge_size
             index = item.offset + item.num_tokens
         if not (mrope and parts):
-            return cls(np.zeros((3, 0), np.int64), 0)
-        return cls(np.concatenate(parts, axis=1), position - index)
+            return cls(np.zeros((3, 0), np.int64), 0, length, 0)
+        prefix, delta = np.concatenate(parts, axis=1), position - index
+        return cls(prefix, delta, length, max(delta, int(prefix.max()) + 1 - length))
+
+    @property
+    def even(self) -> bool:
+        """Whether a token's position is the same whether it is the prompt's or was generated."""
+        return self.beyond == self.delta
 
     def fill(self, out: Indices, start: int) -> None:
         """Write the positions of the tokens from `start` on into `out`, `[3, n]`; n may reach beyond the prompt."""
@@ -60,8 +74,11 @@ class Positions:
         middle = min(max(held, start), stop)
         if start < middle:
             out[:, : middle - start] = self.prefix[:, start:middle]
-        if middle < stop:
-            out[:, middle - start :] = np.arange(middle + self.delta, stop + self.delta)
+        last = min(max(self.length, middle), stop)
+        if middle < last:
+            out[:, middle - start : last - start] = np.arange(middle + self.delta, last + self.delta)
+        if last < stop:
+            out[:, last - start :] = np.arange(last + self.beyond, stop + self.beyond)
 
     def slice(self, start: int, stop: int) -> Indices:
         """The positions of tokens `start` to `stop`, `[3, stop - start]`."""
@@ -74,13 +91,14 @@ def count_up(start: int, count: int) -> Indices:
     return np.tile(np.arange(start, start + count, dtype=np.int64), (3, 1))
 
 
-def image_positions(item: Item, merge_size: int) -> Indices:
-    """The positions of one image's tokens, counted from its own start."""
-    if item.modality != "image":
-        raise ValueError(f"item {item.mm_hash} is {item.modality}; this engine has positions for images only")
+def item_positions(item: Item, merge_size: int) -> Indices:
+    """The positions of one item's tokens, counted from its own start."""
     t, h, w = item.grid[0], item.grid[1] // merge_size, item.grid[2] // merge_size
     if t * h * w != item.num_tokens:
         raise ValueError(
             f"item {item.mm_hash}: grid {item.grid} makes {t * h * w} tokens, its prompt holds {item.num_tokens}"
         )
-    return np.indices((t, h, w), dtype=np.int64).reshape(3, -1)
+    found = np.indices((t, h, w), dtype=np.int64).reshape(3, -1)
+    if item.interval != 1:
+        found[0] = (found[0].astype(np.float32) * np.float32(item.interval)).astype(np.int64)  # as torch rounds
+    return found

@@ -39,10 +39,12 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens ready to run: every image's placeholder stands as often as the image has tokens."""
+    """Tokens ready to run: every item's placeholder stands as often as the item has tokens. The last `generated` of
+    them are the beginning of an answer."""
 
     token_ids: list[int]
     items: tuple[Item, ...]
+    generated: int = 0
 
 
 def count_images(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -114,7 +114,8 @@ class Runner:
 
     def _positions(self, seq: Sequence) -> Positions:
         if seq.positions is None:
-            seq.positions = Positions.build(seq.items, self.model.facts.merge_size, self.model.facts.mrope)
+            facts = self.model.facts
+            seq.positions = Positions.build(seq.items, seq.num_prompt_tokens, facts.merge_size, facts.mrope)
         return cast(Positions, seq.positions)
 
     def _embed(self, pack: Pack) -> tuple[torch.Tensor, list[Deepstack]]:
@@ -157,10 +158,11 @@ def patches_of(entry: Scheduled, first: int, width: int) -> Iterator[Patch]:
             raise BadEmbeddings(
                 seq, f"tokens {begin} to {end - 1} belong to item {item.mm_hash}, whose embedding is not here"
             )
-        if embedding.shape != (item.num_tokens, width):
-            told = f"is {list(embedding.shape)}, the model needs {[item.num_tokens, width]}"
+        if embedding.shape != (item.num_rows, width):
+            told = f"is {list(embedding.shape)}, the model needs {[item.num_rows, width]}"
             raise BadEmbeddings(seq, f"the embedding of item {item.mm_hash} {told}")
-        rows = embedding[begin - item.offset : end - item.offset]
+        at = item.row - item.offset
+        rows = embedding[at + begin : at + end]
         # A NaN here would stay in the freed blocks and, through the masked tail of a block, reach the next sequence
         # that gets them.
         if not bool(torch.isfinite(rows).all()):

@@ -33,9 +33,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image or video in a prompt: its placeholder tokens are `token_ids[offset : offset + num_tokens]`.
+    """One image or video in a prompt, or one of a video's pieces where text stands between these: its placeholder
+    tokens are `token_ids[offset : offset + num_tokens]`, and its embedding's rows from `row` on stand there.
 
-    `grid` is (t, h, w) in patches, before the spatial merge.
+    `grid` is (t, h, w) in patches, before the spatial merge. `interval`: positions from one of its t to the next.
+    `rows`: all that the embedding of `mm_hash` has, where other pieces have some of them; 0: it has `num_tokens`.
     """
 
     mm_hash: str
@@ -43,6 +45,14 @@ class Item:
     grid: tuple[int, int, int]
     offset: int
     num_tokens: int
+    row: int = 0
+    rows: int = 0
+    interval: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        """Of the whole embedding."""
+        return self.rows or self.num_tokens
 
 
 class Status(Enum):
@@ -88,6 +98,7 @@ class Sequence:
     embeddings: object | None = None  # list of tensors, one per item, [num_tokens, width]; None for what is to come
     held_at: int | None = None  # where the first item begins whose embedding is not here; None: nothing is missing
     positions: object | None = None  # engines.language.positions.Positions
+    shareable: int | None = None  # tokens whose KV may be another prompt's too; None: all of them
     generator: object | None = None  # the sampler's dice
     index: int = 0  # which of the request's n choices
     handoff: Handoff = Handoff.NONE
@@ -141,6 +152,7 @@ class Sequence:
             items=self.items,
             embeddings=self.embeddings,
             positions=self.positions,
+            shareable=self.shareable,
             index=index,
             names=list(self.names),
         )

@@ -32,7 +32,8 @@ def test_a_name_depends_on_all_tokens_up_to_its_block_and_on_none_behind() -> No
 def test_an_item_is_part_of_every_block_it_reaches_into_and_of_those_behind() -> None:
     plain = named(TOKENS, IMAGE)
     assert alike(plain, named(TOKENS)) == [True, False, False]
-    for other in (replace(IMAGE, mm_hash="dog"), replace(IMAGE, grid=(1, 2, 8)), replace(IMAGE, offset=7)):
+    others = ({"mm_hash": "dog"}, {"grid": (1, 2, 8)}, {"offset": 7}, {"row": 4}, {"interval": 2.0})
+    for other in (replace(IMAGE, **changes) for changes in others):
         assert alike(plain, named(TOKENS, other)) == [True, False, False]
     assert alike(plain, named(TOKENS, IMAGE, replace(IMAGE, offset=10, mm_hash="dog"))) == [True, True, False]
 
@@ -43,3 +44,9 @@ def test_names_are_made_once_and_more_are_added() -> None:
     assert names(seq, 3, 4)[:1] == first
     assert seq.names == named(TOKENS)
     assert names(seq, 2, 4) == seq.names[:2]
+
+
+def test_what_is_not_shareable_has_no_name() -> None:
+    seq = Sequence("s", TOKENS, 12, SamplingParams(1), shareable=9)
+    assert names(seq, 3, 4) == named(TOKENS)[:2]
+    assert seq.fork(1).shareable == 9
