@@ -75,12 +75,17 @@ class Claim(msgspec.Struct, frozen=True, tag="claim"):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """Receiver to owner: write this publication into my offer; you hold its ticket already."""
+    """Receiver to owner: write this publication into my offer; you hold its ticket already.
+
+    start: the publication's byte that comes first; None: all of it, which the offer must fit. more: I fetch it again.
+    """
 
     key: Text
     secret: Hex
     timeout: Seconds
     offer: Offer
+    start: Size | None = None
+    more: bool = False
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

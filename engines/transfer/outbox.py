@@ -28,7 +28,7 @@ from engines.transfer.liveness import Deaths
 from engines.transfer.messages import Close, Fetch, Offer, Refused, Stopped, as_error
 from engines.transfer.plane import Plane
 from engines.transfer.sending import OutgoingPush, PeerSender
-from engines.transfer.spans import Table, as_list
+from engines.transfer.spans import Table, as_list, part, total
 from engines.transfer.tasks import Tasks
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,14 @@ class Publication:
     readers: int = 0
     withdrawn: bool = False
     expiry: asyncio.TimerHandle | None = None
+
+    def asked(self, fetch: Fetch) -> Table:
+        """The bytes that a fetch wants. Raises LayoutMismatch unless they fill what it offers."""
+        wanted = sum(length for _, length in fetch.offer.spans)
+        spans = self.spans if fetch.start is None else part(self.spans, fetch.start, wanted)
+        if total(spans) != wanted:
+            raise LayoutMismatch(f"{total(spans)} source bytes do not fill {wanted} target bytes")
+        return spans
 
     def end(self) -> None:
         self.withdrawn = True
@@ -137,6 +145,7 @@ class SendingSide:
             return
         if peer.nonce != fetch.offer.address.nonce:
             raise LayoutMismatch("an offer fetches only for the process that made it")
+        publication.asked(fetch)
         push = self.push(fetch.offer, {}, fetch.timeout)
         if publication.promised:
             publication.waiting.append((push, fetch))
@@ -145,16 +154,18 @@ class SendingSide:
 
     def _write(self, publication: Publication, push: OutgoingPush, fetch: Fetch) -> None:
         try:
-            push.write(publication.arena, as_list(publication.spans), fetch.offer.spans)
+            push.write(publication.arena, as_list(publication.asked(fetch)), fetch.offer.spans)
         except (LayoutMismatch, TransferCancelled):
             push.release(_nothing)
             raise
         publication.readers += 1
-        self._tasks.spawn(self._serve(publication, push))
+        self._tasks.spawn(self._serve(publication, push, fetch.more))
 
-    async def _serve(self, publication: Publication, push: OutgoingPush) -> None:
+    async def _serve(self, publication: Publication, push: OutgoingPush, more: bool) -> None:
         try:
             await push.finish()
+            if more:
+                return
             if publication.on_read is not None:
                 publication.on_read()
             if publication.once:

@@ -115,12 +115,12 @@ class IncomingTicket:
     def offer(self) -> dict[str, Any]:
         return cast(dict[str, Any], msgspec.to_builtins(self.wire_offer()))
 
-    async def fetch(self, where: Mapping[str, Any]) -> None:
+    async def fetch(self, where: Mapping[str, Any], *, start: int | None = None, more: bool = False) -> int:
         source = parse(where, Where, self._inbox.plane.name)
-        if source.nbytes != self.nbytes:
-            raise LayoutMismatch(f"{source.key!r} has {source.nbytes} bytes, the ticket {self.nbytes}")
-        await self._inbox.fetch(self, source)
+        left = left_behind(source.nbytes, start, self.nbytes)
+        await self._inbox.fetch(self, source, start, more)
         await self.wait()
+        return left
 
     async def wait(self) -> None:
         await self._ended.wait()
@@ -160,13 +160,13 @@ class ReceivingSide:
     def forget(self, ticket: IncomingTicket) -> None:
         del self._tickets[ticket.id]
 
-    async def fetch(self, ticket: IncomingTicket, source: Where) -> None:
+    async def fetch(self, ticket: IncomingTicket, source: Where, start: int | None, more: bool) -> None:
         """Ask the owner; returns when it agreed to write, or has left the ticket in a state that says why not."""
         if not ticket.fire(TicketEvent.CLAIM):
             raise ticket.error or TransferCancelled(f"{ticket!r} cannot fetch: a ticket is used once")
         ticket.writer = source.address.address()
         left = max(0.0, ticket.deadline - asyncio.get_running_loop().time())
-        question = Fetch(source.key, source.secret, left, ticket.wire_offer())
+        question = Fetch(source.key, source.secret, left, ticket.wire_offer(), start, more)
         try:
             answer = await self._control.request(ticket.writer, question, timeout=min(left, self._timeout))
         except TransferError as error:
@@ -255,3 +255,14 @@ class ReceivingSide:
         """End every wait; what may still be written stays in quarantine for good."""
         for ticket in list(self._tickets.values()):
             ticket.fire(TicketEvent.EXPIRE, TransferCancelled("the receiver is shutting down"))
+
+
+def left_behind(published: int, start: int | None, wanted: int) -> int:
+    """How many of so many published bytes come after the `wanted` ones from `start` on, or after all of them.
+
+    Raises LayoutMismatch if these are not there, or not all where they must be.
+    """
+    left = published - (start or 0) - wanted
+    if left < 0 or (start is None and left):
+        raise LayoutMismatch(f"{published} bytes are published, the ticket holds {wanted} from byte {start or 0} on")
+    return left

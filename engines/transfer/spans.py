@@ -67,6 +67,17 @@ def total(spans: Table) -> int:
     return int(spans[:, 1].sum())
 
 
+def part(spans: Table, start: int, length: int) -> Table:
+    """The spans of logical bytes `start` to `start + length`. Raises LayoutMismatch if there are not so many."""
+    if start + length > total(spans):
+        raise LayoutMismatch(f"there are no {length} bytes from byte {start} on: it has {total(spans)}")
+    ends = np.cumsum(spans[:, 1])
+    first = np.maximum(ends - spans[:, 1], start)
+    left = np.minimum(ends, start + length) - first
+    cut: Table = np.stack((spans[:, 0] + first - (ends - spans[:, 1]), left), axis=1)[left > 0]
+    return cut
+
+
 def as_list(spans: Table) -> list[tuple[int, int]]:
     return [(offset, length) for offset, length in spans.tolist()]
 

@@ -36,6 +36,7 @@ from engines.transfer.base import (
 from engines.transfer.lifecycle import TicketEvent, TicketState, ticket_machine
 from engines.transfer.liveness import here
 from engines.transfer.outbox import Publication
+from engines.transfer.receiving import left_behind
 from engines.transfer.spans import Table, table, total
 from engines.transfer.tasks import Tasks
 
@@ -96,11 +97,22 @@ def save(path: Path, buffer: memoryview, spans: Table, dtype: str, shape: Sequen
         partial_path.unlink(missing_ok=True)
 
 
-def load(path: Path, buffer: memoryview, spans: Table, stopped: Callable[[], bool]) -> None:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a fetch reads: a file whose tensor must have `nbytes`, from its byte `start` on."""
+
+    path: Path
+    nbytes: int
+    start: int
+
+
+def load(source: Source, buffer: memoryview, spans: Table, stopped: Callable[[], bool]) -> None:
     """Read the tensor's bytes into the spans. Raises GoneError, LayoutMismatch, TransferCancelled."""
+    path = source.path
     try:
         with path.open("rb") as file:
-            _seek_tensor(file, total(spans), path)
+            _seek_tensor(file, source.nbytes, path)
+            file.seek(source.start, os.SEEK_CUR)
             for offset, length in spans.tolist():
                 if stopped():
                     raise TransferCancelled("the receiver released the ticket")
@@ -180,17 +192,20 @@ class StorageTicket:
     def _expire(self) -> None:
         self._fire(TicketEvent.EXPIRE, TransferTimeout("reading the embedding took too long"))
 
-    async def fetch(self, where: Mapping[str, Any]) -> None:
-        path = self._owner.path_of(where, self.nbytes)
+    async def fetch(self, where: Mapping[str, Any], *, start: int | None = None, more: bool = False) -> int:
+        handle = self._owner.read(where)
+        left = left_behind(handle.nbytes, start, self.nbytes)
+        source = Source(self._owner.file(handle.key), handle.nbytes, start or 0)
         if not self._fire(TicketEvent.CLAIM):
             raise self.error or TransferCancelled("a ticket is used once")
-        self._owner.tasks.spawn(self._read(path))
+        self._owner.tasks.spawn(self._read(source))
         await self.wait()
+        return left
 
-    async def _read(self, path: Path) -> None:
+    async def _read(self, source: Source) -> None:
         try:
             # the thread outlives a cancelled fetch; the ticket stays in quarantine until it has ended
-            await asyncio.to_thread(load, path, self._arena.buffer, self.spans, self._ended.is_set)
+            await asyncio.to_thread(load, source, self._arena.buffer, self.spans, self._ended.is_set)
         except TransferError as error:
             _ = self._fire(TicketEvent.FAIL, error) or self._fire(TicketEvent.SETTLE)
         else:
@@ -259,7 +274,7 @@ class Storage:
         checked = table(spans, arena.nbytes)
         if dtype not in DTYPES or math.prod(shape) * WIDTHS[DTYPES[dtype]] != total(checked):
             raise LayoutMismatch(f"{dtype}{list(shape)} does not describe {total(checked)} bytes")
-        path = self._file(key)
+        path = self.file(key)
         if key in self._published:
             raise ValueError(f"{key!r} is published already: withdraw it first")
         publication = Publication(key, arena, checked, on_free, once=False)
@@ -323,17 +338,18 @@ class Storage:
     def forget(self, ticket: StorageTicket) -> None:
         del self._tickets[ticket.id]
 
-    def path_of(self, where: Mapping[str, Any], nbytes: int) -> Path:
-        """The file that a handle means: always in our own folder, whatever the handle says."""
+    def read(self, where: Mapping[str, Any]) -> Where:
+        """A handle of ours. Raises LayoutMismatch."""
         try:
             handle = msgspec.convert(where, Where)
         except msgspec.ValidationError as error:
             raise LayoutMismatch(f"malformed handle: {error}") from None
-        if handle.transport != self.name or handle.nbytes != nbytes:
-            raise LayoutMismatch(f"the handle is of {handle.nbytes} bytes by {handle.transport}, the ticket {nbytes}")
-        return self._file(handle.key)
+        if handle.transport != self.name:
+            raise LayoutMismatch(f"the handle is for {handle.transport}, this transfer reads files")
+        return handle
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
+        """Where the tensor of that key is: always in our own folder, whatever a handle says."""
         if not KEY.fullmatch(key):
             raise LayoutMismatch(f"{key!r} is no mm_hash: storage keys are 64 lowercase hex digits")
         return self._path / key / FILE

@@ -107,6 +107,58 @@ async def test_the_owner_is_told_of_each_read_that_succeeded(pair):
     assert len(reads) == 2
 
 
+async def test_a_publication_is_fetched_part_by_part(pair, freed):
+    sender, receiver = pair
+    data, reads = pattern(8 * KIB), []
+    spans = [(6 * KIB, 3 * KIB), (0, 5 * KIB)]
+    for at, (offset, length) in zip((0, 3 * KIB), spans, strict=True):
+        sender.fill(offset, data[at : at + length])
+    where = await sender.transfer.publish(
+        *("k", sender.arena, spans), ttl=None, on_free=freed("k"), on_read=lambda: reads.append("k"), once=True
+    )
+    got, begin, left = b"", 0, len(data)
+    for number, (first, second) in enumerate([(KIB, 16), (3 * KIB, KIB), (1000, 0), (0, len(data) - 5 * KIB - 1016)]):
+        ticket = reserve(receiver, [(64 * KIB, first), (16 * KIB, second)])
+        left = await ticket.fetch(where, start=begin, more=number < 3)
+        got += receiver.read(64 * KIB, first) + receiver.read(16 * KIB, second)
+        begin += first + second
+        assert left == len(data) - begin
+        ticket.release()
+        assert not reads, "it is read with the last part"
+    assert (got, left) == (data, 0)
+    await until(lambda: (reads, freed.names) == (["k"], ["k"]))
+
+
+async def test_a_part_that_is_not_there_is_refused(pair):
+    sender, receiver = pair
+    where = await publish(sender, "k", pattern(KIB))
+    ticket = reserve(receiver, [(0, KIB)])
+    with pytest.raises(LayoutMismatch, match="1024 from byte 1 on"):
+        await ticket.fetch(where, start=1)
+    with pytest.raises(LayoutMismatch, match="there are no 1024 bytes from byte 1 on"):
+        await ticket.fetch(where | {"nbytes": 2 * KIB}, start=1)
+    ticket.release()
+    sender.transfer.withdraw("k")
+
+
+async def test_a_promise_is_fetched_part_by_part_and_who_asks_for_too_much_harms_nobody(pair):
+    sender, receiver = pair
+    data = pattern(KIB)
+    where = await publish(sender, "k", bytes(KIB), promised=True)
+    greedy, modest = reserve(receiver, [(0, KIB)]), reserve(receiver, [(KIB, 24)])
+    with pytest.raises(LayoutMismatch, match="there are no 1024 bytes"):
+        await greedy.fetch(where | {"nbytes": 2 * KIB}, start=KIB)
+    fetching = asyncio.ensure_future(modest.fetch(where, start=KIB - 24))
+    await until(lambda: sender.transfer.audit()["pushes"] == 1)
+    sender.fill(0, data)
+    sender.transfer.fulfil("k")
+    assert await fetching == 0
+    assert receiver.read(KIB, 24) == data[-24:]
+    greedy.release()
+    modest.release()
+    sender.transfer.withdraw("k")
+
+
 async def test_a_promise_is_fetched_before_it_is_fulfilled_and_after(pair, freed):
     sender, receiver = pair
     data, reads = pattern(KIB), []

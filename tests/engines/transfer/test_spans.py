@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.transfer.base import LayoutMismatch
-from engines.transfer.spans import Region, as_list, pack, pair, table, total, unpack
+from engines.transfer.spans import Region, as_list, pack, pair, part, table, total, unpack
 
 SIZE = 64
 SPANS = st.lists(
@@ -32,6 +32,16 @@ def test_merging_keeps_every_byte_in_order(spans):
 def test_packed_spans_are_read_like_a_list_of_them(spans):
     packed = pack(np.array(spans, dtype=np.int64).reshape(-1, 2))
     assert unpack(packed, SIZE).tolist() == table(spans, SIZE).tolist()
+
+
+@given(SPANS, st.integers(0, 8 * SIZE), st.integers(0, 8 * SIZE))
+def test_a_part_is_the_logical_bytes_asked_for(spans, start, length):
+    whole = table(spans, SIZE)
+    if start + length > total(whole):
+        with pytest.raises(LayoutMismatch, match=f"it has {total(whole)}"):
+            part(whole, start, length)
+    else:
+        assert logical(as_list(part(whole, start, length))) == logical(spans)[start : start + length]
 
 
 @given(SPANS, SPANS)

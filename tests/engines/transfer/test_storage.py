@@ -66,6 +66,24 @@ async def test_files_of_other_writers_are_read_and_outlive_withdrawal(pair, tmp_
     assert [path.name for path in folder.iterdir()] == ["encoder_cache.safetensors"]
 
 
+async def test_a_tensor_is_read_part_by_part(pair):
+    sender, receiver = pair
+    tensor = torch.randn(6, 16)
+    where = await publish(sender, tensor)
+    got = b""
+    for begin, length in ((0, 100), (100, 284)):
+        ticket = reserve(receiver, [(0, length)])
+        assert await ticket.fetch(where, start=begin, more=not begin) == 384 - begin - length
+        got += receiver.read(0, length)
+        ticket.release()
+    assert got == tensor.numpy().tobytes()
+    ticket = reserve(receiver, [(0, 100)])
+    with pytest.raises(LayoutMismatch, match="from byte 300 on"):
+        await ticket.fetch(where, start=300)
+    ticket.release()
+    sender.transfer.withdraw(KEY)
+
+
 @pytest.mark.parametrize("key", ["", "../../../etc/passwd", "AB" * 32, "ab" * 31, "ab" * 32 + "/", "ab" * 32 + "\n"])
 async def test_only_hashes_are_keys(pair, key):
     sender, receiver = pair
