@@ -89,6 +89,20 @@ class EngineSettings(BaseSettings):
     rdma: bool = Field(False, description="with --transfer mooncake: use RDMA, and refuse to start without it")
     storage_path: Path | None = Field(None, description="with --transfer storage: folder that all engines share")
 
+    embedding_store: Names = Field(
+        (),
+        description="master of a Mooncake Store, or several of which one answers, as HOST:PORT,HOST:PORT: encoders put "
+        "embeddings there and look there before they compute, language engines look there for what an encoder has "
+        "lost; see triptych store",
+    )
+    embedding_store_timeout: Seconds = Field(
+        1.0,
+        description="seconds for one embedding to come from there or to go there; after that it is left alone a while",
+    )
+    embedding_store_buffer: Bytes = Field(
+        ByteSize(256 << 20), description="memory for embeddings on their way there and back; holds the largest of them"
+    )
+
     key: str | None = Field(
         None, min_length=1, description="bearer token that every request but /health needs; none: open to all"
     )
@@ -128,6 +142,14 @@ class EngineSettings(BaseSettings):
             raise ValueError(f"--storage-path needs --transfer storage, not {self.transfer}")
         if self.rdma and self.transfer != "mooncake":
             raise ValueError(f"--rdma needs --transfer mooncake, not {self.transfer}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_store(self) -> EngineSettings:
+        for master in self.embedding_store:
+            host, _, port = master.rpartition(":")
+            if not host or not port.isdecimal():
+                raise ValueError(f"--embedding-store: {master} should look like HOST:PORT")
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ class EncoderApp:
         """`vision`: the numbers of its tower and its processor."""
         self.registry = encoder.metrics.registry
         self._settings = settings
-        self._encoder = encoder
+        self.encoder = encoder
         self._transfer = transfer
         self._weights = weights
         self._vision = vision
@@ -101,8 +101,8 @@ class EncoderApp:
                 "nonce": address.nonce,
                 "audit": self._transfer.audit(),
             },
-            "cache": self._encoder.cache_info(),
-            "queue": self._encoder.queue(),
+            "cache": self.encoder.cache_info(),
+            "queue": self.encoder.queue(),
             "weights": {
                 "tensors": len(self._weights.names),
                 "bytes": self._weights.nbytes,
@@ -112,7 +112,7 @@ class EncoderApp:
         }
 
     async def check(self) -> None:
-        self._encoder.cache.check()
+        self.encoder.cache.check()
 
     async def drain(self) -> None:
         """Nothing: handles die with this process, and whoever holds one is told so and asks another encoder."""
@@ -138,13 +138,13 @@ class EncoderApp:
 
     def _release(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            self._encoder.release(entry)
+            self.encoder.release(entry)
 
     def _named(self, items: Sequence[MediaItem], places: Places) -> dict[str, Any]:
         """The answer, which keeps what it names for its readers: one for each content, however often it is named."""
         found = places.ordered()
         for entry in dict.fromkeys(entry for entry, _ in found):
-            self._encoder.named(entry)
+            self.encoder.named(entry)
         created = int(time.time())  # noqa: TID251 - a date for clients, no interval
         said = [(entry.key, entry.value, cached) for entry, cached in found]
         return answer(request_id(), self._settings.name, created, items, said)
@@ -171,9 +171,9 @@ class EncoderApp:
 
         async def settle(item: MediaItem) -> None:
             try:
-                outcomes[item.index] = await self._encoder.encode(item, partial(places.add, item.index))
+                outcomes[item.index] = await self.encoder.encode(item, partial(places.add, item.index))
             except EngineError as error:  # neighbours go on: their embeddings are cached for the next attempt
-                self._encoder.metrics.failed(error.code)
+                self.encoder.metrics.failed(error.code)
                 outcomes[item.index] = error.at(item.param)
 
         try:

@@ -157,6 +157,11 @@ class Encoder:
         self.cache.not_named(entry)
         return bytes(self._arena.buffer[entry.offset : entry.offset + entry.nbytes])
 
+    def rows(self, entry: Entry) -> torch.Tensor:
+        """The same where they lie, [tokens, width], good as long as the pin."""
+        self.cache.not_named(entry)
+        return self._on_arena(entry)
+
     async def _find(self, key: str, item: MediaItem, data: bytes | None, placed: Placed) -> Entry:
         if (entry := self.cache.find(key)) is not None:
             self.metrics.cache("hit")
@@ -209,11 +214,13 @@ class Encoder:
 
     async def _compute(self, flight: Flight[Entry], entry: Entry, prepared: Prepared) -> None:
         """From the moment the model begins, the flight is not cancelled any more."""
-        shape = (prepared.tokens, self._model.width)
-        output = self._bytes[entry.offset : entry.offset + entry.nbytes].view(self._model.dtype).view(shape)
         started = time.monotonic()
-        await self._thread.encode(prepared, output, flight.commit)
+        await self._thread.encode(prepared, self._on_arena(entry), flight.commit)
         self.metrics.stage("forward", time.monotonic() - started)
+
+    def _on_arena(self, entry: Entry) -> torch.Tensor:
+        data = self._bytes[entry.offset : entry.offset + entry.nbytes]
+        return data.view(self._model.dtype).view(-1, self._model.width)
 
     async def _publish(self, entry: Entry, prepared: Prepared, promised: bool = False) -> Embedding:
         shape = (prepared.tokens, self._model.width)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from engines.http import DONE, check_model, json_response, read_json, request_id
 from engines.language import descriptors, roles
 from engines.language.answers import Answer, usage_of
 from engines.language.choices import Choice, Piece
-from engines.language.descriptors import Publish, Push
+from engines.language.descriptors import Plan, Publish, Push
 from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Leg
@@ -48,10 +48,15 @@ class Parts:
     metrics: Metrics
 
 
+Lend = Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Mapping[str, Any]]]
+"""A request's body as this engine reads it, with media that an encoder in this process has taken over."""
+
+
 class LanguageApp:
-    """An `engines.http.Engine`."""
+    """An `engines.http.Engine`. `lend`: of the encoder in this process; without one, bodies are read as they come."""
 
     def __init__(self, settings: LanguageSettings, served: Served, service: Service, parts: Parts) -> None:
+        self.lend: Lend = nullcontext
         self._roles = Roles(settings.role, self.drain)
         parts.metrics.follow(self._roles)
         self.registry = parts.metrics.registry
@@ -133,15 +138,19 @@ class LanguageApp:
         check_model(body, self._settings)
         plan = self._roles.plan(body.get(descriptors.FIELD))
         sends = isinstance(plan, Push | Publish)
-        if (request.content_length or 0) > LARGE:
-            generation = await asyncio.to_thread(parse, body, chat, self._served, sends)
-        else:
-            generation = parse(body, chat, self._served, sends)
+        async with self.lend(body) as read:
+            if (request.content_length or 0) > LARGE:
+                generation = await asyncio.to_thread(parse, read, chat, self._served, sends)
+            else:
+                generation = parse(read, chat, self._served, sends)
+            return await self._run(request, generation, plan, began)
+
+    async def _run(self, request: web.Request, generation: Generation, plan: Plan, began: float) -> web.StreamResponse:
         reply = _Reply(self._served, generation, self._answer(generation), self._parts.metrics, began)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
             async with self._service.run(generation, plan, request_id()) as leg:
-                if not generation.stream or sends:
+                if not generation.stream or isinstance(plan, Push | Publish):
                     return json_response(await reply.whole(leg))
                 async with aclosing(reply.events(leg)) as events:
                     async for event in events:

@@ -1,0 +1,172 @@
+"""Puts a language engine's own encoder before its prompts: media of a request are encoded here, and lent to prefill.
+
+    body with media ─▶ a loan per item ─ its place is known ─▶ body with `image_embeds`, entries are the loans
+                              └─ forward (the encoder's thread) ─▶ rows, read in place ─ prefilled ─▶ given back
+
+An embedding is pinned in the encoder's cache while it is lent, and stays there afterwards as long as there is room:
+what comes again is not computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+
+from engines.encoder.cache import Entry
+from engines.encoder.request import OTHER_MEDIA, MediaItem, answer, parse
+from engines.encoder.service import Encoder
+from engines.errors import BadRequest, DeadlineExceeded, EngineError
+
+MEDIA = OTHER_MEDIA | {"image_url", "image", "input_image"}
+"""Types of parts that the encoder is to judge; what it does not take it refuses with the reason."""
+
+EXTRAS = ("mm_processor_kwargs", "media_io_kwargs")
+
+
+class Loan:
+    """One item of one request, encoded here. An `engines.language.embeddings.Loan`."""
+
+    def __init__(self, encoder: Encoder, item: MediaItem) -> None:
+        self.item = item
+        self._encoder = encoder
+        self._placed: asyncio.Future[tuple[Entry, bool]] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._encode())  # noqa: TID251 - ends in `release`
+        self._task.add_done_callback(self._ended)
+        self._released = False
+
+    async def place(self) -> tuple[Entry, bool]:
+        """Where the embedding is or will be, and whether it was there already. Raises EngineError."""
+        await asyncio.wait((self._task, self._placed), return_when=asyncio.FIRST_COMPLETED)
+        if not self._placed.done():
+            await self._task
+        return self._placed.result()
+
+    async def rows(self) -> torch.Tensor:
+        return self._encoder.rows(await asyncio.shield(self._task))
+
+    def release(self) -> None:
+        """Nothing is read any more: an embedding that nobody else waits for need not be computed."""
+        if self._released:
+            return
+        self._released = True
+        if self._task.done():
+            self._give_back()
+        else:
+            self._task.cancel()
+
+    def _ended(self, task: asyncio.Task[Entry]) -> None:
+        if not task.cancelled():
+            task.exception()  # `place` or `rows` raises it, if anybody waits there
+        if self._released:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if not self._task.cancelled() and self._task.exception() is None:
+            self._encoder.release(self._task.result())
+
+    def _place(self, entry: Entry, cached: bool) -> None:
+        if not self._placed.done():
+            self._placed.set_result((entry, cached))
+
+    async def _encode(self) -> Entry:
+        limit = self._encoder.settings.encode_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await self._encoder.encode(self.item, self._place)
+        except TimeoutError:
+            message = f"not encoded within {limit:g} s (--encode-timeout)"
+            failure: EngineError = DeadlineExceeded(message, code="encode_timeout")
+        except EngineError as error:
+            failure = error
+        self._encoder.metrics.failed(failure.code)
+        told = failure.at(self.item.param)
+        told.stage = told.stage or "encode"
+        raise told
+
+
+class Lender:
+    """What stands before the prompts of one language engine."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    @asynccontextmanager
+    async def lend(self, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+        """The body as this engine reads it, its media encoded or about to be. Raises EngineError, naming the item.
+
+        The end of the block takes back what has not been given back: nothing of it may be read any more.
+        """
+        media = _media(body)
+        if not media:
+            yield body
+            return
+        items = parse(_asked(body, media), self._encoder.settings.max_items)
+        loans = [Loan(self._encoder, item) for item in items]
+        try:
+            places = await _all(loans)
+            yield _lent(body, media, loans, places)
+        finally:
+            for loan in loans:
+                loan.release()
+
+
+async def _all(loans: list[Loan]) -> list[tuple[Entry, bool]]:
+    """The places of all of them. Raises what no retry can mend rather than what a retry may."""
+    places = await asyncio.gather(*(loan.place() for loan in loans), return_exceptions=True)
+    failures = [place for place in places if isinstance(place, BaseException)]
+    if failures:
+        raise min(failures, key=lambda error: not isinstance(error, EngineError) or error.retryable)
+    return [place for place in places if not isinstance(place, BaseException)]
+
+
+def _media(body: Mapping[str, Any]) -> dict[tuple[int, int], Any]:
+    """The parts that are media, by message and place in it, in reading order."""
+    messages = body.get("messages")
+    return {
+        (number, index): part
+        for number, message in enumerate(messages if isinstance(messages, list) else ())
+        for index, part in enumerate(_content(message))
+        if isinstance(part, Mapping) and part.get("type") in MEDIA
+    }
+
+
+def _content(message: Any) -> list[Any]:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    return content if isinstance(content, list) else []
+
+
+def _asked(body: Mapping[str, Any], media: Mapping[tuple[int, int], Any]) -> dict[str, Any]:
+    """What an encoder would be asked: media at the places where they stand, and nothing else."""
+    messages = [
+        {"content": [media.get((number, index), {"type": "text"}) for index in range(len(_content(message)))]}
+        for number, message in enumerate(body["messages"])
+    ]
+    return {"messages": messages, **{name: body[name] for name in EXTRAS if name in body}}
+
+
+def _lent(
+    body: Mapping[str, Any], where: Iterable[tuple[int, int]], loans: list[Loan], places: list[tuple[Entry, bool]]
+) -> dict[str, Any]:
+    """The body with what each item became in its place, and the loans among the entries, one for each content."""
+    messages, entries = list(body["messages"]), _entries(body)
+    for (number, index), loan, (entry, cached) in zip(where, loans, places, strict=True):
+        told = answer("", "", 0, [loan.item], [(entry.key, entry.value, cached)])["ec_transfer_params"][entry.key]
+        kind = f"{told['modality']}_embeds"
+        content = list(messages[number]["content"])
+        content[index] = {"type": kind, kind: told["metadata"], "uuid": entry.key}
+        messages[number] = {**messages[number], "content": content}
+        if entries.setdefault(entry.key, loan) is not loan:
+            loan.release()
+    return {**body, "messages": messages, "ec_transfer_params": entries}
+
+
+def _entries(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Handles that came with the request. Raises BadRequest."""
+    given = body.get("ec_transfer_params")
+    if given is not None and not isinstance(given, Mapping):
+        raise BadRequest("ec_transfer_params must be an object", param="ec_transfer_params")
+    return dict(given or {})
