@@ -5,6 +5,8 @@ Qwen2-VL files of 2024, `model.visual.*` and `model.language_model.*` since; tow
 stand beside each other, and keep their names). Both are mapped to the names that the
 part's own module uses. Tensors of the other part are never read: safetensors reads by name.
 
+Of a tensor that several processes share, only the process's own part is read: safetensors slices by name, too.
+
 Quantised weights are not read here: a folder that holds them is refused by name.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -50,6 +52,16 @@ class LoadReport:
         return tuple(sorted({".".join(re.split(r"\.", name)[:2]) for name in self.names}))
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a tensor from `first` to `last` - 1 along `dim`, where all of it is `whole` long."""
+
+    dim: int
+    first: int
+    last: int
+    whole: int
+
+
 def shards(folder: Path) -> dict[str, Path]:
     """Tensor name → file. Reads only the index or the file's header.
 
@@ -83,8 +95,12 @@ def module_name(name: str, part: Part) -> str | None:
     return f"model.{found['name']}" if found else None
 
 
-def read(folder: Path, part: Part) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yield (checkpoint name, module name, tensor) of one part, file by file."""
+def read(folder: Path, part: Part, cuts: Mapping[str, Cut] | None = None) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield (checkpoint name, module name, tensor) of one part, file by file; of the tensors in `cuts`, by module name,
+    that much.
+
+    :raises WeightsError: a tensor is of another size than its cut supposes.
+    """
     wanted: dict[Path, list[tuple[str, str]]] = {}
     for name, path in shards(folder).items():
         if (mapped := module_name(name, part)) is not None:
@@ -92,7 +108,17 @@ def read(folder: Path, part: Part) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, names in wanted.items():
         with safe_open(path, framework="pt") as file:
             for name, mapped in names:
-                yield name, mapped, file.get_tensor(name)
+                cut = cuts.get(mapped) if cuts else None
+                yield name, mapped, file.get_tensor(name) if cut is None else cut_out(file, folder, name, cut)
+
+
+def cut_out(file: Any, folder: Path, name: str, cut: Cut) -> torch.Tensor:
+    part = file.get_slice(name)
+    shape: list[int] = part.get_shape()
+    if len(shape) <= cut.dim or shape[cut.dim] != cut.whole:
+        raise WeightsError(f"{folder}: {name} is {tuple(shape)}, expected {cut.whole} along dimension {cut.dim}")
+    found: torch.Tensor = part[(*[slice(None)] * cut.dim, slice(cut.first, cut.last))]
+    return found
 
 
 def on_meta(build: Callable[[], Built]) -> Built:
@@ -101,8 +127,15 @@ def on_meta(build: Callable[[], Built]) -> Built:
         return build()
 
 
-def load(module: nn.Module, folder: Path, part: Part, dtype: torch.dtype, device: str = "cpu") -> LoadReport:
-    """Fill `module` (built `on_meta`) with one part's tensors.
+def load(
+    module: nn.Module,
+    folder: Path,
+    part: Part,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    cuts: Mapping[str, Cut] | None = None,
+) -> LoadReport:
+    """Fill `module` (built `on_meta`) with one part's tensors, or with what `cuts` leaves of them.
 
     For `language` the module has a text model as `.model` and the head as `.lm_head`; a checkpoint without a head
     tensor is one that ties it to the embedding.
@@ -113,7 +146,7 @@ def load(module: nn.Module, folder: Path, part: Part, dtype: torch.dtype, device
     expected = module.state_dict()
     state: dict[str, torch.Tensor] = {}
     names: list[str] = []
-    for name, mapped, tensor in read(folder, part):
+    for name, mapped, tensor in read(folder, part, cuts):
         if mapped not in expected:
             raise WeightsError(f"{folder}: tensor {name} has no place in {type(module).__name__}")
         if tensor.shape != expected[mapped].shape:

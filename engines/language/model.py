@@ -5,7 +5,7 @@ loads no tensor of the vision tower, keeps no KV, and samples nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from engines import weights
 from engines.errors import SetupError
 from engines.families import family_of, merge_size
 from engines.language import attention
+from engines.language.parallel.group import Alone, Group
+from engines.language.parallel.sharding import refuse_unequal, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,10 @@ class ModelFacts:
     def embedding_width(self) -> int:
         """Columns of an item's embedding: the main one first, then one per deepstack level."""
         return self.hidden_size * (1 + self.deepstack_levels)
+
+    def shared_by(self, ranks: int) -> ModelFacts:
+        """The facts of one rank's share."""
+        return replace(self, num_heads=self.num_heads // ranks, num_kv_heads=self.num_kv_heads // ranks)
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
@@ -96,7 +102,8 @@ def eos_token_ids(folder: Path, text: Any) -> tuple[int, ...]:
 
 
 class LanguageModel(nn.Module):
-    """A text model and its head. `facts` describes it, `report` tells which tensors were read."""
+    """A text model and its head, or one rank's share of them. `facts` describes it, `report` tells which tensors were
+    read."""
 
     facts: ModelFacts
     report: weights.LoadReport
@@ -107,17 +114,21 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
     @classmethod
-    def load(cls, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LanguageModel:
-        """Read the language tensors of a Hugging Face folder.
+    def load(
+        cls, folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", group: Group | None = None
+    ) -> LanguageModel:
+        """Read the language tensors of a Hugging Face folder, or what this rank of the `group` needs of them.
 
-        :raises SetupError: the model is of another kind.
+        :raises SetupError: the model is of another kind, or the ranks cannot share it.
         :raises engines.weights.WeightsError: tensors are missing or misshapen.
         """
         folder = Path(folder)
         facts = ModelFacts.read(folder)
-        model = weights.on_meta(lambda: cls(AutoConfig.from_pretrained(folder)))
-        model.facts = facts
-        model.report = weights.load(model, folder, "language", dtype, device)
+        config, group = AutoConfig.from_pretrained(folder), group or Alone()
+        refuse_unequal(config.text_config, group.size)
+        model = weights.on_meta(lambda: cls(config))
+        model.facts = facts.shared_by(group.size)
+        model.report = weights.load(model, folder, "language", dtype, device, cuts=shard(model, group))
         return model
 
     @property

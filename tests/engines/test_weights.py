@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engines.weights import WeightsError, load, module_name, on_meta, read, shards
+from engines.weights import Cut, WeightsError, load, module_name, on_meta, read, shards
 from tests.support.checkpoints import FAMILIES, checkpoint
 from tests.support.reference import reference
 
@@ -109,3 +109,22 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, damage: str, messa
 def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"neither model\.safetensors"):
         shards(tmp_path)
+
+
+def test_of_a_tensor_that_is_cut_a_part_is_read() -> None:
+    folder, name = checkpoint("qwen3_vl"), "model.layers.1.self_attn.o_proj.weight"
+    whole = {mapped: tensor for _, mapped, tensor in read(folder, "language")}
+    rows, columns = whole[name].shape
+    for cut, wanted in (
+        (Cut(0, 8, 24, rows), whole[name][8:24]),
+        (Cut(1, 16, columns, columns), whole[name][:, 16:]),
+    ):
+        found = {mapped: tensor for _, mapped, tensor in read(folder, "language", {name: cut})}
+        assert found[name].equal(wanted)
+        assert all(found[other].equal(tensor) for other, tensor in whole.items() if other != name)
+
+
+def test_a_cut_of_a_tensor_of_another_size_is_refused() -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    with pytest.raises(WeightsError, match="expected 12 along dimension 1"):
+        list(read(checkpoint("qwen3_vl"), "language", {name: Cut(1, 0, 6, 12)}))
