@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from bench.soak import busy_parts
 from deploy.deployment import Deployment, Topology
 from deploy.processes import Child
 from tests.support.checkpoints import checkpoint
@@ -133,20 +134,6 @@ class Cluster(Client):
             if busy:
                 held[name] = busy
         return held
-
-
-def busy_parts(info: dict[str, Any]) -> dict[str, Any]:
-    """What an engine's `/info` says is still in use; an encoder's handles, readable for a while, do not count."""
-    busy = {name: count for name, count in info["transfer"]["audit"].items() if count}
-    if info["role"] == "encode":
-        busy.pop("publications", None)
-        return busy
-    busy |= {name: info[name] for name in ("waiting", "running", "remote") if info[name]}
-    if info["free_blocks"] != info["num_blocks"]:
-        busy["blocks"] = info["num_blocks"] - info["free_blocks"]
-    if info["embeddings"]["free"] != info["embeddings"]["capacity"]:
-        busy["embeddings"] = info["embeddings"]
-    return busy
 
 
 @asynccontextmanager
