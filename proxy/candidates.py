@@ -23,13 +23,15 @@ NOBODY: Collection[str] = frozenset()
 class _View:
     """What planning finds out of the fleet again and again, between two changes of it."""
 
-    __slots__ = ("fitting", "listed", "routes", "version")
+    __slots__ = ("encoding", "fitting", "listed", "routes", "version")
 
     def __init__(self, fleet: Fleet) -> None:
         self.version = fleet.version
         # Of all that prefill or decode.
         self.listed = {instance.dialect for instance in fleet if instance.role is not Role.ENCODE} - {UNKNOWN}
-        self.fitting: dict[tuple[Role, str], Pool] = {}  # READY ones, by role and family
+        self.encoding = {instance.dialect for instance in fleet if _encodes(instance)}
+        # READY ones, by role, family, and whether they are to encode.
+        self.fitting: dict[tuple[Role, str, bool], Pool] = {}
         self.routes: dict[tuple[str, int], router.Route] = {}  # by family and number of items
 
 
@@ -44,19 +46,29 @@ class Candidates:
         self._families = families
         self._view = _View(fleet)
 
-    def pool(self, role: Role, now: float, tried: Collection[str], family: str) -> Pool:
-        """Those with this role that may be given a leg of `family` now, but for `tried`. Perhaps empty."""
-        fitting, key = self._seen().fitting, (role, family)
-        ready = fitting.get(key)
+    def pool(self, role: Role, now: float, tried: Collection[str], family: str, inline: bool = False) -> Pool:
+        """Those with this role that may be given a leg of `family` now, but for `tried`. Perhaps empty.
+
+        `inline`: with media as they are.
+        """
+        view = self._seen()
+        key = role, family, inline
+        ready = view.fitting.get(key)
         if ready is None:
-            ready = fitting[key] = Pool(i for i in self._fleet.ready(role) if self._fits(i, family))
+            fitting = (i for i in self._fleet.ready(role) if self._fits(i, family))
+            ready = view.fitting[key] = Pool(i for i in fitting if not inline or self.takes_media(i))
         if not tried and self._breakers.all_allowed(now):
             return ready
         return Pool(i for i in ready.by_url.values() if i.url not in tried and self._breakers.allows(i.url, now))
 
-    def some(self, role: Role, now: float, tried: Collection[str], family: str) -> Pool:
+    def takes_media(self, instance: Instance) -> bool:
+        """Whether media may be sent to it as they are: to those that say that they encode, where any of its family
+        does."""
+        return _encodes(instance) or instance.dialect not in self._seen().encoding
+
+    def some(self, role: Role, now: float, tried: Collection[str], family: str, inline: bool = False) -> Pool:
         """The same. Raises NoInstance where there is nobody."""
-        pool = self.pool(role, now, tried, family)
+        pool = self.pool(role, now, tried, family, inline)
         if not pool:
             raise NoInstance(f"no {role.label} engine is ready", retry_after=self.wait(now))
         return pool
@@ -138,7 +150,8 @@ class Candidates:
 
     def _inlines(self, family: str, census: router.Census) -> tuple[Path, ...]:
         if family not in self._families.inline:
-            return (Path.EPD,) if self._inline else ()
+            alone = family in self._seen().encoding and Role.ENCODE not in census
+            return (Path.EPD,) if self._inline or alone else ()
         return paths.INLINE if self._inline or Role.ENCODE not in census else ()
 
     def _census(self, now: float, tried: Collection[str], family: str) -> dict[Role, Counter[str]]:
@@ -157,3 +170,8 @@ class Candidates:
         if self._breakers.allows(instance.url, now):
             return State.READY
         return "BUSY" if self._breakers.circuit(instance.url, now) is Circuit.CLOSED else "OPEN"
+
+
+def _encodes(instance: Instance) -> bool:
+    """Whether this one says that it has an encoder of its own."""
+    return bool(instance.facts.get("encodes"))

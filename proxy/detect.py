@@ -84,6 +84,8 @@ async def native(ask: Ask) -> Found | None:
     blocks, size = info.get("num_blocks"), info.get("block_size")
     if isinstance(blocks, int) and isinstance(size, int):
         facts["kv_tokens"] = blocks * size
+    if info.get("encodes") is True:
+        facts["encodes"] = True
     if (cut := vision.told(info.get("vision"))) is not None:
         facts["vision"] = asdict(cut)
         cache = info.get("cache")

@@ -183,10 +183,10 @@ class Planner:
             return None
         if family in self._families.inline:
             return replace(plan, path=paths.inline(plan.path), reason=_INLINE)
+        kept = [leg for leg in plan.legs if leg.role == BOTH and self._candidates.takes_media(leg.instance)]
         for leg in plan.legs:
-            if leg.role not in (Role.ENCODE, BOTH):
+            if leg.role is not Role.ENCODE and leg not in kept:
                 _close(leg)
-        kept = [leg for leg in plan.legs if leg.role == BOTH]
         legs = kept or self._generation(Path.EPD, job, now, NOBODY, family, holds)
         return replace(plan, path=Path.EPD, reason=_INLINE, legs=(*plan.encodes, *legs))
 
@@ -195,7 +195,7 @@ class Planner:
         family = family_of(plan)
         if not self._inline or family in self._families.inline:
             return self._inline
-        return bool(self._candidates.pool(BOTH, now, NOBODY, family))
+        return bool(self._candidates.pool(BOTH, now, NOBODY, family, inline=True))
 
     def encoder(
         self, items: Sequence[Item], now: float, tried: Collection[str], family: str, holds: Holds
@@ -230,7 +230,7 @@ class Planner:
         """One whose legs are chosen by what is foreseen of the others."""
         path = route.path
         role = path.generation[0]
-        readers = self._some(role, now, family)
+        readers = self._candidates.some(role, now, NOBODY, family, path in paths.INLINE)
         if path.encodes:
             readers = self._with_room(readers, _nbytes(unique(job.items)))
         encoders = self._some(Role.ENCODE, now, family) if path.encodes else None
@@ -272,7 +272,7 @@ class Planner:
         legs = []
         cargo = _nbytes(item for leg in encodes for item in leg.items) if encodes else 0
         for role in path.generation:
-            pool = self._candidates.some(role, now, tried, family)
+            pool = self._candidates.some(role, now, tried, family, path in paths.INLINE)
             if cargo:
                 pool = self._with_room(pool, cargo)
             lease = self._balancer.take(role, pool, self._prospects.demand(path, role, job))

@@ -45,7 +45,8 @@ class Dialect(Protocol):
     Facts of an instance (`Instance.facts`) are JSON, and absent where nobody has found them:
     `version` "0.32.0"; of an engine that prefills `ec_port`, where embeddings are pushed to, `bootstrap_port`, its URL
     `bootstrap`, and `engine_ids` by data-parallel rank; `kv_tokens`, the KV it has room for; of one of our encoders
-    `vision`, the fields of `vision.Vision`, and `cache_tokens`, the embeddings that it has room for.
+    `vision`, the fields of `vision.Vision`, and `cache_tokens`, the embeddings that it has room for; `encodes`, true of
+    one of our language engines that has an encoder of its own.
     """
 
     name: str

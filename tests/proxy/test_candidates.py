@@ -84,3 +84,36 @@ def test_an_encoder_beside_engines_of_its_own_feeds_no_others() -> None:
         assert set(asked.pool(Role.ENCODE, 0.0, NOBODY, family)) == {f"http://{family}-encode0"}
     asked, _ = candidates(mixture(a="encode both", b="both"), rules)
     assert asked.route(job(10), 0.0, NOBODY, "b").path is Path.EPD, "as if nobody listed an encoder"
+
+
+def encoding(found: Fleet, *urls: str) -> Fleet:
+    """The same, where those say that they have an encoder of their own."""
+    for url in urls:
+        instance = found.get(url)
+        assert instance is not None
+        instance.facts = {"encodes": True}
+        found.apply(instance, Event.FAILED, "")
+        found.apply(instance, Event.HEALTHY, "")
+    return found
+
+
+def test_media_go_to_those_who_say_that_they_encode_where_no_encoder_is_listed() -> None:
+    able, other = "http://a-both0", "http://a-both1"
+    found = encoding(mixture(a="both both"), able)
+    asked, _ = candidates(found)
+    route = asked.route(job(10), 0.0, NOBODY, "a")
+    assert (route.path, route.reason) == (Path.EPD, "1 item, encoded inline because no encoder is listed")
+    assert set(asked.pool(BOTH, 0.0, NOBODY, "a", inline=True)) == {able}
+    assert set(asked.pool(BOTH, 0.0, NOBODY, "a")) == {able, other}, "text goes to all"
+    instance = found.get(able)
+    assert instance is not None
+    found.apply(instance, Event.FAILED, "")
+    with pytest.raises(NoInstance):
+        asked.some(BOTH, 0.0, NOBODY, "a", inline=True)
+
+
+def test_an_encoder_that_is_listed_goes_before_those_who_encode_themselves() -> None:
+    asked, _ = candidates(encoding(mixture(a="encode both"), "http://a-both1"))
+    assert asked.route(job(10), 0.0, NOBODY, "a").others == ()
+    asked, _ = candidates(encoding(mixture(a="encode both"), "http://a-both1"), inline=True)
+    assert asked.route(job(10), 0.0, NOBODY, "a").others == (Path.EPD,)

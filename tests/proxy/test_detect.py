@@ -45,6 +45,7 @@ OLD_SGLANG = {
             Role.PREFILL,
             {"version": "1", "kv_tokens": 8192},
         ),
+        ({"/info": OURS | {"role": "both", "encodes": True}}, "native", BOTH, {"version": "1", "encodes": True}),
         ({"/info": OURS | {"role": "chef"}}, "native", None, {"version": "1"}),
         ({"/v1/models": VLLM_CARDS, "/version": {"version": "0.33.0"}}, "vllm", None, {"version": "0.33.0"}),
         ({"/v1/models": VLLM_CARDS}, "vllm", None, {}),
@@ -61,7 +62,16 @@ OLD_SGLANG = {
             {"version": "0.5.10", "language_only": True, "bootstrap_port": 8998},
         ),
     ],
-    ids=["native", "native with KV", "native of no role", "vllm", "vllm of no version", "sglang", "sglang prefill"],
+    ids=[
+        "native",
+        "native with KV",
+        "native that encodes",
+        "native of no role",
+        "vllm",
+        "vllm of no version",
+        "sglang",
+        "sglang prefill",
+    ],
 )
 async def test_each_family_is_known_by_its_own_words(
     answers: dict[str, Any], family: str, role: Role | None, facts: dict[str, Any]

@@ -144,6 +144,22 @@ def test_inline_is_for_those_who_asked_for_it(balancer: Balancer, inline: bool) 
             assert (balancer.ledger.leases(role=Role.PREFILL), balancer.ledger.leases(role=BOTH)) == (0, 1)
 
 
+@pytest.mark.parametrize("able", [1, 2])
+def test_media_without_encoders_go_where_media_are_taken(balancer: Balancer, able: int) -> None:
+    found = mixture(a="encode both both")
+    instance = found.get(f"http://a-both{able}")
+    assert instance is not None
+    instance.facts = {"encodes": True}
+    drawing = Planner(found, balancer, Breakers(Thresholds(2, 10.0)), True)
+    for _ in range(4):  # the balancer sends them here and there
+        with Holds() as holds:
+            j = job(part(image()))
+            drawn = drawing.draw(j, 0.0, holds)
+            inline = drawing.inline(drawn, j, 0.0, holds)
+            assert inline is not None and inline.leg(BOTH).instance is instance
+            assert balancer.ledger.leases(role=BOTH) == 1
+
+
 def test_a_plan_never_mixes_families_and_follows_the_model(balancer: Balancer) -> None:
     drawing = mixed(balancer, a="encode both", b="encode prefill decode")
     seen = set()
