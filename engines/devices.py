@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engines.errors import SetupError
@@ -29,6 +31,13 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
         raise SetupError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def onto(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array as a tensor on `device`, in the array's own memory on the CPU. Never waits for what a CUDA device has
+    still to do: the copy leaves from pinned memory, behind it."""
+    held = torch.from_numpy(np.ascontiguousarray(array))
+    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
 @contextmanager

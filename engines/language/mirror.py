@@ -62,7 +62,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, moves: Moves) -> Copied:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -70,7 +70,8 @@ class SideStream:
             for target, source in moves:
                 target.copy_(source, non_blocking=True)
         # blocking: a sender's thread that waits sleeps, and leaves its core to the model thread
-        return Recorded(self._stream.record_event(torch.cuda.Event(blocking=True)), self._device)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        return Recorded(self._stream.record_event(event), self._device)
 
 
 class Recorded:

@@ -12,8 +12,10 @@ from typing import cast
 import numpy as np
 import torch
 
+from engines.devices import onto
 from engines.errors import SetupError
-from engines.language.attention import Query, Scratch, plan
+from engines.language.attention import Backend, Indices, Query, Written
+from engines.language.gathering import Gathering
 from engines.language.kv import KVCache
 from engines.language.model import Deepstack, LanguageModel
 from engines.language.positions import Positions
@@ -41,13 +43,13 @@ class Patch:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One step's inputs, in pack order.
+    """One step's inputs, in pack order and host memory: `token_ids` `[T]`, `positions` `[3, T]`.
 
     `last_rows[i]` is the row whose logits the i-th sampling sequence of the batch needs.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
+    token_ids: Indices
+    positions: Indices
     queries: tuple[Query, ...]
     patches: tuple[Patch, ...]
     last_rows: tuple[int, ...]
@@ -57,7 +59,12 @@ class Runner:
     """Owns the use of one model and one cache. Not thread safe: one step at a time, in one thread."""
 
     def __init__(
-        self, model: LanguageModel, cache: KVCache, layers_per_push: int = 1, sampler: Sampler | None = None
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        layers_per_push: int = 1,
+        sampler: Sampler | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if cache.pool.device.type != model.device.type:
             raise SetupError(
@@ -65,11 +72,10 @@ class Runner:
             )
         self.model = model
         self.cache = cache
-        self.scratch = Scratch(cache)
+        self.backend = backend or Gathering(cache)
         self.layers_per_push = layers_per_push
         self.sampler = sampler or Sampler(model.facts.eos_token_ids)
 
-    @torch.inference_mode()
     def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None = None) -> list[Sampled]:
         """Compute the KV of every scheduled token; one `Sampled` per entry with `sample`, in the batch's order.
 
@@ -81,12 +87,17 @@ class Runner:
         """
         if not batch:
             return []
-        pack = self.pack(batch)
-        step = plan(self.cache, self.scratch, pack.queries, self._groups(on_layers))
-        hidden, deepstack = self._embed(pack)
-        rows = torch.tensor(pack.last_rows, dtype=torch.int64, device=hidden.device)
-        logits = self.model(hidden, pack.positions, step, deepstack, rows)
+        logits = self.forward(self.pack(batch), on_layers)
         return self.sampler.sample(logits, [entry.seq for entry in batch if entry.sample])
+
+    @torch.inference_mode()
+    def forward(self, pack: Pack, on_layers: OnLayers | None = None) -> torch.Tensor:
+        """Run the model over a pack: the logits of its `last_rows`, `[n, vocab]`."""
+        device = self.model.device
+        step = self.backend.plan(pack.queries, self._groups(on_layers))
+        hidden, deepstack = self._embed(pack)
+        rows = onto(np.array(pack.last_rows, np.int64), device)
+        return self.model(hidden, onto(pack.positions, device), step, deepstack, rows)  # type: ignore[no-any-return]
 
     def pack(self, batch: Listing[Scheduled]) -> Pack:
         """The inputs of every token, in the order that attention wants: single tokens first, of these longest first."""
@@ -103,10 +114,9 @@ class Runner:
             self._positions(entry.seq).fill(positions[:, first : first + entry.count], entry.start)
             patches += patches_of(entry, first, self.model.facts.embedding_width)
             last_row[index] = len(ids) - 1
-        device = self.model.device
         return Pack(
-            token_ids=torch.tensor(ids, device=device),
-            positions=torch.from_numpy(positions).to(device),
+            token_ids=np.array(ids, np.int64),
+            positions=positions,
             queries=tuple(Query(batch[i].seq.block_table, batch[i].start, batch[i].count) for i in order),
             patches=tuple(patches),
             last_rows=tuple(last_row[i] for i, entry in enumerate(batch) if entry.sample),
@@ -119,7 +129,7 @@ class Runner:
         return cast(Positions, seq.positions)
 
     def _embed(self, pack: Pack) -> tuple[torch.Tensor, list[Deepstack]]:
-        hidden = self.model.embed(pack.token_ids)
+        hidden = self.model.embed(onto(pack.token_ids, self.model.device))
         size, levels = self.model.facts.hidden_size, self.model.facts.deepstack_levels
         deepstack = []
         for patch in pack.patches:
@@ -129,7 +139,7 @@ class Runner:
                 deepstack.append(Deepstack(patch.first, rows[:, size:].view(len(rows), levels, size)))
         return hidden, deepstack
 
-    def _groups(self, on_layers: OnLayers | None) -> Callable[[int], None]:
+    def _groups(self, on_layers: OnLayers | None) -> Written:
         """Turn "layer i is written" into "this group of layers is written"."""
         if on_layers is None:
             return lambda layer: None

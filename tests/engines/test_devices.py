@@ -4,10 +4,11 @@ import mmap
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from engines.devices import PORTABLE, devices_of, pinned
+from engines.devices import PORTABLE, devices_of, onto, pinned
 from engines.errors import SetupError
 
 
@@ -61,3 +62,11 @@ def test_on_a_cpu_there_is_nothing_to_pin() -> None:
     cudart = Cudart()
     with pinned(memoryview(bytearray(64)), torch.device("cpu"), cudart):
         assert cudart.registered == {}
+
+
+def test_arrays_go_onto_the_cpu_without_a_copy() -> None:
+    array = np.arange(6).reshape(2, 3)
+    found = onto(array, torch.device("cpu"))
+    array[1, 2] = 9
+    assert found.tolist() == [[0, 1, 2], [3, 4, 9]]
+    assert onto(array.T, torch.device("cpu")).tolist() == [[0, 3], [1, 4], [2, 9]]
