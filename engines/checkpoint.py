@@ -48,6 +48,8 @@ LOUD = re.compile(r"\.(q_proj|k_proj|q_norm|k_norm|v_proj|o_proj|down_proj)\.wei
 # The prompt format of the Qwen-VL families: each message between im_start and im_end, each media part a pad token
 # between vision markers. Of others, the same but for what stands for an image.
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+TILE_TEMPLATE = {QWEN_IMAGE: "<IMG_CONTEXT>\n", QWEN_VIDEO: "<video>\n"}
 CHAT_TEMPLATE = """\
 {%- macro parts(content) -%}
 {%- if content is string -%}{{ content }}
@@ -88,6 +90,9 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tiled = family == "internvl"
     names = SPECIAL_TOKENS + TILE_TOKENS if tiled else SPECIAL_TOKENS
     roles = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    template = CHAT_TEMPLATE
+    for qwens, theirs in TILE_TEMPLATE.items() if tiled else ():
+        template = template.replace(qwens, theirs)
     vocab = {token: byte for byte, token in enumerate(byte_tokens())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -98,7 +103,7 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(names),
-        chat_template=CHAT_TEMPLATE.replace(QWEN_IMAGE, "<IMG_CONTEXT>\n") if tiled else CHAT_TEMPLATE,
+        chat_template=template,
         extra_special_tokens=dict(zip(roles, TILE_TOKENS, strict=True)) if tiled else {},
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
@@ -214,7 +219,11 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
 
 def processor_files(family: str, config: Any) -> dict[str, dict[str, Any]]:
     if family == "internvl":
-        return {"preprocessor_config.json": tiling(config), "processor_config.json": {"image_seq_length": 16}}
+        return {
+            "preprocessor_config.json": tiling(config),
+            "processor_config.json": {"image_seq_length": 16},
+            "video_preprocessor_config.json": framing(config),
+        }
     patch_size = config.vision_config.patch_size
     image = {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -241,6 +250,17 @@ def tiling(config: Any) -> dict[str, Any]:
         "crop_to_patches": True,
         "min_patches": 1,
         "max_patches": 6,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+
+
+def framing(config: Any) -> dict[str, Any]:
+    height, width = config.vision_config.image_size
+    return {
+        "video_processor_type": "InternVLVideoProcessor",
+        "size": {"height": height, "width": width},
+        "num_frames": 8,
         "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
     }

@@ -36,7 +36,7 @@ START_TIMEOUT = 30.0
 @dataclass(frozen=True, slots=True)
 class _Item:
     mm_hash: str
-    num_tokens: int
+    num_rows: int
 
 
 class Courier:

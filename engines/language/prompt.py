@@ -1,5 +1,9 @@
 """What a client's messages become on the way to tokens: the shape a chat template reads, and the places of the
-images. Pure; no tokenizer, no tensors.
+images and videos. Pure; no tokenizer, no tensors.
+
+    rendered   … <|vision_start|><|video_pad|><|vision_end|> …
+    laid out   … <|vision_start|><0.3 seconds><|vision_start|><|video_pad|><|vision_end|><1.3 seconds>… …    `lay_out`
+    expanded   the same as tokens, each pad as often as its piece has embeddings                             `expand`
 
 A client's strings can hold the very tokens that mark media (`<|image_pad|>`). `Guard` hides them while the template
 is rendered, so that the only media tokens in the rendered text are the template's own.
@@ -10,13 +14,18 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engines.families import Family
 from engines.language.sequence import Item
 
-IMAGE_PARTS = frozenset({"image", "image_url", "image_embeds", "input_image"})
+MODALITIES = ("image", "video")
+MEDIA_PARTS = {
+    **dict.fromkeys(("image", "image_url", "image_embeds", "input_image"), "image"),
+    **dict.fromkeys(("video", "video_url", "video_embeds", "input_video"), "video"),
+}
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 
 
@@ -30,11 +39,23 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A media part of the messages. `grid` is (t, h, w) in patches, before the spatial merge."""
+    """A media part of the messages. `grid` is (t, h, w) in patches, before the spatial merge. Of a video `seconds` says
+    when each of its t steps is, and `spacing` how many seconds they are apart; empty and 0: not told."""
 
     mm_hash: str
     modality: str
     grid: tuple[int, int, int]
+    seconds: tuple[float, ...] = ()
+    spacing: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What stands for an item at one place of the prompt: `grid` of its own, from its embedding's step `step` on."""
+
+    media: Media
+    grid: tuple[int, int, int]
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +68,16 @@ class Prompt:
     generated: int = 0
 
 
-def count_images(messages: Sequence[Mapping[str, Any]]) -> int:
-    """Image parts in messages that `readable` returned."""
+def modalities(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of the media parts in messages that `readable` returned, in order."""
     contents = (message.get("content") for message in messages)
-    return sum(part["type"] == "image" for content in contents if isinstance(content, list) for part in content)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return [part["type"] for part in parts if part["type"] in MODALITIES]
 
 
 def readable(message: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """A message as templates expect it: parts are text or image, content is never null, tool arguments are objects.
+    """A message as templates expect it: parts are text, image or video, content is never null, tool arguments are
+    objects.
 
     :raises PromptError: the message or one of its parts is of another kind.
     """
@@ -75,14 +98,14 @@ def readable(message: Mapping[str, Any], param: str) -> dict[str, Any]:
 
 def readable_part(part: Any, param: str) -> dict[str, Any]:
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
-    if kind in IMAGE_PARTS:
-        return {"type": "image"}
+    if kind in MEDIA_PARTS:
+        return {"type": MEDIA_PARTS[kind]}
     if kind in TEXT_PARTS:
         text = part.get("text", part.get("refusal"))
         if not isinstance(text, str):
             raise PromptError("a text part needs its text", param)
         return {"type": "text", "text": text}
-    raise PromptError(f"content parts of type {kind!r} are not served; use text or image_url", param)
+    raise PromptError(f"content parts of type {kind!r} are not served; use text, image_url or video_url", param)
 
 
 def readable_call(call: Any) -> Any:
@@ -99,41 +122,81 @@ def readable_call(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": parsed}}
 
 
-def expand(
-    token_ids: Sequence[int], placeholder: int, media: Sequence[Media], merge_size: int, around: Sequence[int] = ()
-) -> Prompt:
-    """Repeat the k-th placeholder as often as the k-th media part has tokens, between the two tokens `around` it.
+def lay_out(text: str, media: Sequence[Media], family: Family) -> tuple[str, list[Piece]]:
+    """The rendered text with what each placeholder becomes in its place, and what stands at its pads, in order.
 
-    :raises PromptError: the placeholders are not as many as the parts, or a grid is not made of whole merged patches.
+    :raises PromptError: the placeholders are not those of `media`, or a video does not tell its times.
     """
-    if (found := token_ids.count(placeholder)) != len(media):
+    found = list(re.finditer("|".join(map(re.escape, family.placeholders)), text))
+    if [MODALITIES[family.placeholders.index(place[0])] for place in found] != [part.modality for part in media]:
         raise PromptError(
-            f"the rendered prompt has {found} image placeholders for {len(media)} images: "
-            "the chat template left an image out, or text parts spell a placeholder together",
+            f"the rendered prompt has {len(found)} placeholders for {len(media)} images and videos, or not for these: "
+            "the chat template left one out, or text parts spell a placeholder together",
             "messages",
         )
+    written: list[str] = []
+    pieces: list[Piece] = []
+    begin = 0
+    for place, part in zip(found, media, strict=True):
+        form, shown = _shown(part, place[0], family)
+        written += [text[begin : place.start()], form]
+        pieces += shown
+        begin = place.end()
+    return "".join([*written, text[begin:]]), pieces
+
+
+def _shown(media: Media, placeholder: str, family: Family) -> tuple[str, list[Piece]]:
+    if media.modality == "image" or family.step is None:
+        return family.image if media.modality == "image" else placeholder, [Piece(media, media.grid)]
+    steps, h, w = media.grid
+    if len(media.seconds) != steps:
+        raise PromptError(f"{len(media.seconds)} timestamps for a video of {steps} steps", "messages")
+    forms = (family.step.format(number=n + 1, seconds=seconds) for n, seconds in enumerate(media.seconds))
+    return family.between.join(forms), [Piece(media, (1, h, w), step) for step in range(steps)]
+
+
+def expand(
+    token_ids: Sequence[int], pads: Collection[int], pieces: Sequence[Piece], merge_size: int, rate: float = 0.0
+) -> Prompt:
+    """Repeat the k-th of the `pads` as often as the k-th piece has embeddings. `rate`: positions in a second of video;
+    0: its steps are one position apart.
+
+    :raises PromptError: the pads are not as many as the pieces, or a grid is not made of whole merged patches.
+    """
+    places = [index for index, token in enumerate(token_ids) if token in pads]
+    if len(places) != len(pieces):
+        raise PromptError(f"the prompt has {len(places)} placeholder tokens for {len(pieces)} pieces", "messages")
     ids: list[int] = []
     items: list[Item] = []
     begin = 0
-    for part in media:
-        end = token_ids.index(placeholder, begin)
-        ids += [*token_ids[begin:end], *around[:1]]
-        count = num_tokens(part.grid, merge_size)
-        items.append(Item(part.mm_hash, part.modality, part.grid, len(ids), count))
-        ids += [placeholder] * count + [*around[1:]]
-        begin = end + 1
-    ids += token_ids[begin:]
-    return Prompt(ids, tuple(items))
+    for place, piece in zip(places, pieces, strict=True):
+        ids += token_ids[begin:place]
+        items.append(_item(piece, len(ids), merge_size, rate))
+        ids += [token_ids[place]] * items[-1].num_tokens
+        begin = place + 1
+    return Prompt([*ids, *token_ids[begin:]], tuple(items))
+
+
+def _item(piece: Piece, offset: int, merge_size: int, rate: float) -> Item:
+    media = piece.media
+    interval = 1.0
+    if rate and media.modality == "video":
+        if media.spacing <= 0:
+            raise PromptError("second_per_grid_ts of a video must be told", "messages")
+        interval = rate * media.spacing
+    count, rows = num_tokens(piece.grid, merge_size), num_tokens(media.grid, merge_size)
+    row = piece.step * count
+    return Item(media.mm_hash, media.modality, piece.grid, offset, count, row, rows, interval)
 
 
 def num_tokens(grid: tuple[int, int, int], merge_size: int) -> int:
-    """How many tokens an image takes: t · h · w / merge².
+    """How many tokens an item takes: t · h · w / merge².
 
     :raises PromptError: the grid is empty or not made of whole merged patches.
     """
     t, h, w = grid
     if min(grid) < 1 or h % merge_size or w % merge_size:
-        raise PromptError(f"image_grid_thw {list(grid)} is not made of whole {merge_size}×{merge_size} patches")
+        raise PromptError(f"the grid {list(grid)} is not made of whole {merge_size}×{merge_size} patches")
     return t * (h // merge_size) * (w // merge_size)
 
 

@@ -11,13 +11,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engines.errors import BadRequest
-from engines.language.prompt import Media, Prompt, PromptError
+from engines.language.prompt import MEDIA_PARTS, Media, Prompt, PromptError
 from engines.language.scheduler import Limits, NeverFits
 from engines.language.sequence import SamplingParams
 from engines.language.tokenizer import ChatTokenizer
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+NO_AUDIO = "unsupported_modality"
+LONGEST_VIDEO = 1e6  # seconds: positions and timestamps of longer ones are nonsense
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions; chat goes on to the end of the context
 
 T = TypeVar("T")
@@ -164,9 +166,11 @@ def _media(messages: list[Any]) -> list[Media]:
         for index, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type") if isinstance(part, Mapping) else None
             path = f"messages[{number}].content[{index}]"
-            if kind == "image_embeds":
-                media.append(_item(part, path))
-            elif kind in ("image_url", "video_url", "input_audio", "audio_url", "image", "input_image"):
+            if kind in ("image_embeds", "video_embeds"):
+                media.append(_item(part, kind.removesuffix("_embeds"), path))
+            elif kind in ("input_audio", "audio_url", "audio", "audio_embeds"):
+                raise BadRequest(f"this model has no audio: {kind} is not served", param=path, code=NO_AUDIO)
+            elif kind in MEDIA_PARTS:
                 raise BadRequest(
                     f"this engine has no encoder and takes no {kind}: send the request through the proxy",
                     param=path,
@@ -175,17 +179,27 @@ def _media(messages: list[Any]) -> list[Media]:
     return media
 
 
-def _item(part: Mapping[str, Any], path: str) -> Media:
-    described = part.get("image_embeds")
-    grid = described.get("image_grid_thw") if isinstance(described, Mapping) else None
+def _item(part: Mapping[str, Any], modality: str, path: str) -> Media:
+    path_within, name = f"{path}.{modality}_embeds", f"{modality}_grid_thw"
+    described = part.get(f"{modality}_embeds")
+    described = described if isinstance(described, Mapping) else {}
+    grid = described.get(name)
     if isinstance(grid, list) and len(grid) == 1 and isinstance(grid[0], list):
         grid = grid[0]
     if not (isinstance(grid, list) and len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)):
-        raise BadRequest("image_grid_thw must be three positive integers", param=f"{path}.image_embeds.image_grid_thw")
+        raise BadRequest(f"{name} must be three positive integers", param=f"{path_within}.{name}")
     mm_hash = part.get("uuid")
     if not isinstance(mm_hash, str) or not mm_hash:
         raise BadRequest("uuid must be the item's mm_hash", param=f"{path}.uuid")
-    return Media(mm_hash, "image", (grid[0], grid[1], grid[2]))
+    seconds = _list(described, "timestamps", _is_seconds, "seconds", f"{path_within}.")
+    spacing = described.get("second_per_grid_ts") or 0.0
+    if not _is_seconds(spacing):
+        raise BadRequest("second_per_grid_ts must be a number of seconds", param=f"{path_within}.second_per_grid_ts")
+    return Media(mm_hash, modality, (grid[0], grid[1], grid[2]), tuple(seconds), spacing)
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < LONGEST_VIDEO
 
 
 def _completion_prompt(body: Mapping[str, Any], served: Served) -> Prompt:
@@ -244,12 +258,12 @@ def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _list(body: Mapping[str, Any], name: str, accepts: Callable[[Any], bool], what: str) -> list[Any]:
+def _list(body: Mapping[str, Any], name: str, accepts: Callable[[Any], bool], what: str, path: str = "") -> list[Any]:
     value = body.get(name)
     if value is None:
         return []
     if not isinstance(value, list) or not all(accepts(entry) for entry in value):
-        raise BadRequest(f"{name} must be a list of {what}", param=name)
+        raise BadRequest(f"{name} must be a list of {what}", param=f"{path}{name}")
     return value
 
 

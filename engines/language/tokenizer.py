@@ -1,5 +1,5 @@
-"""Text to tokens and back: chat prompts with the places of their images, and text that streams out token by token. It
-sees no image, only the grids that say how many tokens each one takes.
+"""Text to tokens and back: chat prompts with the places of their images and videos, and text that streams out token by
+token. It sees no pixels, only the grids that say how many tokens each item takes.
 
 What a client writes never becomes an item: tokens that mark media are ordinary text when they stand in a message, a
 tool description or a completion prompt. Other special tokens (`<|im_end|>` and the like) mean what they mean to
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from engines.errors import SetupError
 from engines.families import family_of, merge_size
-from engines.language.prompt import Guard, Media, Prompt, PromptError, count_images, expand, readable
+from engines.language.prompt import Guard, Media, Prompt, PromptError, expand, lay_out, modalities, readable
 
 # Parameters of `apply_chat_template` that are no business of a request's chat_template_kwargs.
 RESERVED = frozenset(
@@ -54,7 +54,6 @@ class ChatTokenizer:
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
         config = AutoConfig.from_pretrained(folder)
-        self.image_token_id: int = config.image_token_id
         self.merge_size = merge_size(config)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._backend = self._tokenizer.backend_tokenizer
@@ -64,9 +63,10 @@ class ChatTokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(id for id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        family = family_of(folder, config)
-        self._guard = Guard(family.media_tokens)
-        self._around = tuple(map(self._backend.token_to_id, family.around or ()))
+        self._family = family_of(folder, config)
+        self._guard = Guard(self._family.media_tokens)
+        self.pads = frozenset(map(self._backend.token_to_id, self._family.pads))
+        self._rate: float = getattr(config.vision_config, "tokens_per_second", 0) or 0
         self._prefix: list[int] = self._backend.encode("").ids  # a beginning-of-text token, if any
 
     def encode(self, text: str) -> list[int]:
@@ -80,7 +80,7 @@ class ChatTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Prompt:
-        """The prompt of OpenAI messages. `media` describes their image parts in order, whatever these parts contain.
+        """The prompt of OpenAI messages. `media` describes their media parts in order, whatever these parts contain.
 
         `options` are for the template: `add_generation_prompt`, `continue_final_message`, and what the model's own
         template reads.
@@ -88,10 +88,12 @@ class ChatTokenizer:
         :raises PromptError: a part is of an unknown kind, `media` does not match the parts, or the template refuses.
         """
         shown = [readable(message, f"messages[{n}]") for n, message in enumerate(messages)]
-        if (images := count_images(shown)) != len(media):
-            raise PromptError(f"the messages hold {images} images, but {len(media)} are described", "messages")
-        text = self._render(shown, tools, options or {})
-        return expand(self._encode(text), self.image_token_id, media, self.merge_size, self._around)
+        if (found := modalities(shown)) != [part.modality for part in media]:
+            raise PromptError(
+                f"the messages hold {len(found)} media, but {len(media)} others are described", "messages"
+            )
+        text, pieces = lay_out(self._render(shown, tools, options or {}), media, self._family)
+        return expand(self._encode(text), self.pads, pieces, self.merge_size, self._rate)
 
     def _render(self, messages: Sequence[Any], tools: Sequence[Any] | None, options: Mapping[str, Any]) -> str:
         if self._template is None:
