@@ -7,9 +7,11 @@ import torch
 
 from engines.language.attention import Query
 from engines.language.gathering import Gathering
+from engines.language.varlen import Varlen
+from tests.support.kernels import varlen_attn
 from tests.support.paged import MIXES, Bench, new_cache
 
-BACKENDS = {"gathering": Gathering}
+BACKENDS = {"gathering": Gathering, "varlen": lambda cache: Varlen(cache, varlen_attn)}
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
