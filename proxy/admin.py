@@ -22,6 +22,7 @@ from proxy.links import labels
 from proxy.membership import REGISTERED, Membership
 from proxy.settings import Endpoint
 from proxy.settings.endpoint import SECRET
+from proxy.switching import Switching
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -51,14 +52,32 @@ class Named(BaseModel):
     url: str
 
 
+class Switched(BaseModel):
+    """The body of POST /instances/role."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str
+    role: str
+    timeout: FiniteFloat | None = Field(None, gt=0)  # seconds; None: --switch-timeout
+    force: bool = False  # even if the fleet serves nobody meanwhile
+
+
 class Admin:
     def __init__(
-        self, fleet: Fleet, membership: Membership, balancer: Balancer, health: Health, guard: Guard, dialect: str
+        self,
+        fleet: Fleet,
+        membership: Membership,
+        balancer: Balancer,
+        health: Health,
+        switching: Switching,
+        guard: Guard,
+        dialect: str,
     ) -> None:
         self._fleet = fleet
         self._membership = membership
         self._balancer = balancer
         self._health = health
+        self._switching = switching
         self._guard = guard
         self._dialect = dialect
 
@@ -68,6 +87,7 @@ class Admin:
             post("/instances", self.register, Audience.ADMINS),
             delete("/instances", self.remove, Audience.ADMINS),
             post("/instances/drain", self.drain, Audience.ADMINS),
+            post("/instances/role", self.switch, Audience.ADMINS),
         ]
 
     @property
@@ -87,12 +107,9 @@ class Admin:
         if asked.ttl is None:
             self._guard.admin(request)
         try:
-            role, endpoint = Role.named(asked.role), self._endpoint(asked)
+            role, endpoint = _role(asked.role), self._endpoint(asked)
             until = None if asked.ttl is None else time.monotonic() + asked.ttl
             instance = self._membership.register(role, endpoint, asked.life, until)
-        except KeyError:
-            roles = "encode, prefill, decode, prefill_decode"
-            raise BadRequest(f"no role {asked.role!r}: one of {roles}", param="role") from None
         except (ValueError, LookupError) as error:
             raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
         if instance is not None and instance.state is State.JOINING:
@@ -111,17 +128,32 @@ class Admin:
         """Give an instance nothing new; it leaves the fleet when its last request has ended."""
         self._guard.admin(request, engines=True)
         asked = await _body(request, Named)
-        try:
-            instance = self._fleet.get(Endpoint.parse(asked.url, self._dialect).url)
-        except ValueError as error:
-            raise BadRequest(str(error), param="url") from None
-        if instance is None:
-            raise NotFound(f"no instance {asked.url}", param="url")
+        instance = self._named(asked.url)
         if REGISTERED not in instance.sources:
             self._guard.admin(request)
         self._membership.drain(instance, "drained by an admin")
         self._health.wake()
         return json_response({"draining": instance.state is State.DRAINING, "instance": self.shown(instance)})
+
+    async def switch(self, request: Request) -> Response:
+        """Have an instance turn to another role once it is idle, which takes as long as its last request. It is as it
+        was if that fails, or if the caller hangs up."""
+        self._guard.admin(request)
+        asked = await _body(request, Switched)
+        instance, role = self._named(asked.url), _role(asked.role)
+        was = instance.role
+        await self._switching.switch(instance, role, asked.timeout, asked.force)
+        return json_response({"role": role.label, "was": was.label, "instance": self.shown(instance)})
+
+    def _named(self, url: str) -> Instance:
+        """Raises BadRequest, NotFound."""
+        try:
+            instance = self._fleet.get(Endpoint.parse(url, self._dialect).url)
+        except ValueError as error:
+            raise BadRequest(str(error), param="url") from None
+        if instance is None:
+            raise NotFound(f"no instance {url}", param="url")
+        return instance
 
     def _endpoint(self, asked: Registration) -> Endpoint:
         endpoint = Endpoint.parse(asked.url, self._dialect)
@@ -150,6 +182,8 @@ class Admin:
         return {
             "url": instance.url,
             "role": instance.role.label,
+            "listed_as": instance.listed.label,
+            "turning_to": None if instance.switch is None else instance.switch.role.label,
             "dialect": instance.dialect,
             "state": instance.state,
             "reason": instance.reason,
@@ -162,6 +196,15 @@ class Admin:
             "load": load,
             **shown,
         }
+
+
+def _role(label: str) -> Role:
+    """Raises BadRequest."""
+    try:
+        return Role.named(label)
+    except KeyError:
+        roles = "encode, prefill, decode, prefill_decode"
+        raise BadRequest(f"no role {label!r}: one of {roles}", param="role") from None
 
 
 def _labelled(facts: Mapping[str, Any], given: Mapping[str, str]) -> Mapping[str, Any]:

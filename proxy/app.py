@@ -58,6 +58,7 @@ from proxy.settings import ProxySettings
 from proxy.sizing import Sizing
 from proxy.snapshot import Owners, Snapshots
 from proxy.standing import Standing
+from proxy.switching import Switching
 from proxy.tracing import Tracing
 from proxy.upstream import Upstream
 from proxy.virtual_encoder import VirtualEncoder
@@ -99,6 +100,10 @@ class Proxy:
         )
         self.health = Health(
             *(self.fleet, self.balancer, self.breakers, self.upstream, self.introduction, derived.probing(settings))
+        )
+        self.switching = Switching(
+            *(self.fleet, self.balancer.ledger, self.upstream, self.health.wake, time.monotonic),
+            settings.switch_timeout,
         )
         self.access = AccessLog(sys.stderr, settings.access_form())
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
@@ -145,6 +150,7 @@ class Proxy:
         self.reading.go_by(derived.request_limits(settings))
         self.breakers.thresholds = derived.thresholds(settings)
         self.health.probing = derived.probing(settings)
+        self.switching.timeout = settings.switch_timeout
         self.introduction.patience = derived.patience(settings)
         self.introduction.forward = settings.forward_authorization
         if _drawing(settings) != _drawing(before):  # another one knows no prompt that engines hold, and no freight
@@ -192,7 +198,8 @@ class Proxy:
 
     def routes(self) -> list[Route]:
         settings = self.settings
-        admin = Admin(self.fleet, self.membership, self.balancer, self.health, self.guard, settings.dialect)
+        parts = self.fleet, self.membership, self.balancer, self.health, self.switching
+        admin = Admin(*parts, self.guard, settings.dialect)
         profiling = Profiling(self.fleet, self.upstream, admin.authorized)
         watched = (self.metrics, self.advising, self.history, self.receipts)
         owners = Owners(self.fleet, admin, *watched, settings.workers)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, Flag, StrEnum, auto
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.record import Choice, Record
 
@@ -162,6 +162,13 @@ UNASKED = "not probed yet"
 """Why an instance is JOINING of which nothing is known."""
 
 
+class Switch(NamedTuple):
+    """A change of an instance's role that is under way."""
+
+    role: Role  # to be
+    until: float  # on the monotonic clock: whoever saw to it is dead if it is not over soon after
+
+
 @dataclass(slots=True)
 class Instance:
     """One engine process behind a URL. Only `balancer.fleet` changes `state`; the probe fills in what `/info` says."""
@@ -177,6 +184,18 @@ class Instance:
     secret: str | None = field(default=None, repr=False)  # the credential it asks for; never shown
     weight: float = 1.0  # capacity, relative to that of the others with its role
     sources: frozenset[str] = frozenset()  # who lists it: see `proxy.membership`
+    listed_as: Role | None = None  # the role that they list it with, where the engine has turned to another since
+    switch: Switch | None = None
+
+    @property
+    def listed(self) -> Role:
+        """The role that its sources list it with."""
+        return self.listed_as or self.role
+
+    def turn(self, role: Role) -> None:
+        """The engine has this role now, whatever the lists say."""
+        listed = self.listed
+        self.role, self.listed_as = role, None if role == listed else listed
 
     @property
     def netloc(self) -> str:

@@ -23,13 +23,15 @@ _LARGEST = 1 << 53  # of its numbers: what a float counts
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`role`: None if the engine does not say. `how`: for people. `facts`: see `Dialect`."""
+    """`role`: None if the engine does not say. `how`: for people. `facts`: see `Dialect`. `started_as`: the role that
+    it had first; None if it can have no other."""
 
     family: str
     how: str
     role: Role | None = None
     model: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    started_as: Role | None = None
 
 
 def asking(upstream: Upstream, instance: Instance, timeout: float) -> Ask:
@@ -91,11 +93,24 @@ async def native(ask: Ask) -> Found | None:
         cache = info.get("cache")
         if isinstance(cache, dict) and isinstance(cache.get("capacity"), int):
             facts["cache_tokens"] = cache["capacity"] // cut.embedding_bytes
+    role, started_as = _role(label), _role(info.get("started_as"))
+    return Found("native", f"GET /info says triptych {label}", role, str(info.get("model") or ""), facts, started_as)
+
+
+def role_now(health: bytes) -> Role | None:
+    """What an engine of ours answers to GET /health tells of its role; None if nothing."""
     try:
-        role = Role.named(str(label))
-    except KeyError:
-        role = None
-    return Found("native", f"GET /info says triptych {label}", role, str(info.get("model") or ""), facts)
+        said = orjson.loads(health)
+    except orjson.JSONDecodeError:
+        return None
+    return _role(said.get("role")) if isinstance(said, dict) else None
+
+
+def _role(label: Any) -> Role | None:
+    try:
+        return Role.named(label)
+    except (KeyError, TypeError):
+        return None
 
 
 async def vllm(ask: Ask) -> Found | None:

@@ -7,10 +7,11 @@ import logging
 import time
 from dataclasses import dataclass
 
+from proxy import detect
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Circuit
-from proxy.core import Instance, State
+from proxy.core import Instance, State, Switch
 from proxy.errors import EngineFailed, Unreachable
 from proxy.introduction import Introduction, Unfit
 from proxy.tasks import together
@@ -18,6 +19,7 @@ from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
+_OVERDUE_S = 2.0  # after its deadline, a switch has been undone by whoever saw to it, if anybody is left
 _AWAITED_INTERVAL_S = 0.25  # an engine that starts, or starts again, is asked more often: requests wait for it
 
 
@@ -104,17 +106,27 @@ class Health:
         for instance in self._fleet:
             if instance.state is State.READY and (reason := self._introduce.stray(instance, self._fleet)):
                 self._apply(instance, Event.FAILED, reason)
-            if instance.state is State.DRAINING and not self._balancer.ledger.leases(url=instance.url):
+            if instance.switch is not None:
+                self._overdue(instance, instance.switch)
+            elif instance.state is State.DRAINING and not self._balancer.ledger.leases(url=instance.url):
                 self._apply(instance, Event.IDLE, "drained")
                 self._balancer.forget(instance)
                 self._breakers.forget(instance.url)
 
+    def _overdue(self, instance: Instance, switch: Switch) -> None:
+        """Who saw to a switch is dead if it is not over in time: its instance joins again in the role that it has."""
+        if time.monotonic() > switch.until + _OVERDUE_S:
+            log.warning("nobody sees to the switch of %s any more", instance.netloc)
+            self._fleet.rejoin(instance, "nobody saw to its switch any more")
+
     async def _probe(self, instance: Instance) -> None:
         try:
-            status, _ = await self._upstream.get(instance, "/health", self.probing.timeout)
+            status, said = await self._upstream.get(instance, "/health", self.probing.timeout)
             if status != 200:
                 raise Unfit(f"GET /health answers {status}")
-            if instance.state is not State.READY:
+            if instance.state is State.READY and detect.role_now(said) not in (None, instance.role):
+                self._apply(instance, Event.FAILED, "it has turned to another role")
+            if instance.state is not State.READY and instance.switch is None:
                 await self._introduce(instance, self._fleet)
         except Unreachable as error:
             instance.failures = self.probing.failures  # nobody listens: asking again would tell nothing new

@@ -65,14 +65,23 @@ class Introduction:
         """Fill in what `instance` says of itself, and try it, among the `listed`. Raises Unfit, EngineFailed."""
         found = await self._found(instance)
         if found is not None:
-            if found.role is not None and found.role != instance.role:
-                raise Unfit(f"it is started with the role {found.role.label!r}, but listed as {instance.role.label!r}")
+            self._role(instance, found)
             instance.model = found.model or instance.model
             instance.facts = _updated(instance.facts, found)
         if reason := self.stray(instance, listed):
             raise Unfit(reason)
         await self._bootstrap(instance)
         await self._warm_up(instance)
+
+    def _role(self, instance: Instance, found: Found) -> None:
+        """An engine that was started as it is listed may have turned to another role since. Raises Unfit."""
+        if found.role is None or found.role == instance.role:
+            return
+        if instance.listed not in (found.role, found.started_as):
+            first = (found.started_as or found.role).label
+            raise Unfit(f"it is started with the role {first!r}, but listed as {instance.listed.label!r}")
+        log.info("%s is %s now, and was %s here", instance.netloc, found.role.label, instance.role.label)
+        instance.turn(found.role)
 
     def stray(self, instance: Instance, listed: Iterable[Instance]) -> str | None:
         """Why `instance` can never serve in this fleet; None if it can, or that is not known yet."""

@@ -90,10 +90,10 @@ class Membership:
             return False
         known = fleet.get(url)
         if known is not None and source == CONFIGURED:
-            if known.role != role or endpoint.dialect not in ("auto", known.dialect):
+            if known.listed != role or endpoint.dialect not in ("auto", known.dialect):
                 self._leave(known)  # another engine in its place
                 known = None
-        elif known is not None and known.role != role:
+        elif known is not None and known.listed != role:
             self._conflict(source, known, role)
             return False
         if comes := known is None or (known.state is State.DRAINING and not known.sources):
@@ -116,7 +116,7 @@ class Membership:
     def _conflict(self, source: str, known: Instance, role: Role) -> None:
         if (source, known.url) not in self._strange:
             self._strange.add((source, known.url))
-            log.warning("%s lists %s as %s, but it is %s", source, known.url, role.label, known.role.label)
+            log.warning("%s lists %s as %s, but it is %s", source, known.url, role.label, known.listed.label)
 
     def _drop(self, source: str, url: str, reason: str) -> bool:
         """True if nobody lists it any more."""
@@ -145,6 +145,8 @@ class Membership:
         listed = (known.sources if known is not None else frozenset()) | fleet.held.get(url, frozenset())
         if until is not None and REGISTERED in listed and beats.knows(url, life):
             beats.beat(url, life, until)
+            if known is not None:
+                self._turned(known, role)
             return known
         with fleet.changing():
             instance = fleet.join(url, role, endpoint.dialect, endpoint.facts)
@@ -155,7 +157,13 @@ class Membership:
             beats.forget(url)
         else:
             beats.beat(url, life, until)
+            self._turned(instance, role)
         return instance
+
+    def _turned(self, instance: Instance, role: Role) -> None:
+        """An engine says that its role is `role`: under another one it gets nothing more, and is asked who it is."""
+        if instance.role != role and instance.state is State.READY:
+            self._fleet.apply(instance, Event.FAILED, f"it says that it is {role.label} now")
 
     def expire(self, now: float) -> bool:
         """Those are listed no more whose heartbeats have stopped; True if there were any."""
@@ -193,6 +201,7 @@ class Membership:
         return instance
 
     def _hold(self, instance: Instance) -> None:
+        instance.switch = None
         if instance.sources:
             self._fleet.held[instance.url] = instance.sources
 

@@ -20,7 +20,7 @@ class Cause(StrEnum):
     TIMEOUT = "timeout"  # a stage's patience ended
     BROKEN = "broken"  # reset, truncated, no HTTP, a web page with status 200, no JSON
     SERVER_ERROR = "server_error"  # 5xx, or an error told within a 200
-    BUSY = "busy"  # 429, or 503 that says when to come again
+    BUSY = "busy"  # 429, or 503 that says when to come again, or of an engine of ours that turns to another role
     MEDIA = "media"  # 5xx of an engine that had to fetch media, and does not tell its own faults from their URL's
     LOST = "lost"  # the engine is well, but what was made for this request is gone
     CLIENT = "client"  # any other 4xx: the client's mistake, which no instance can mend
@@ -59,6 +59,7 @@ RULES: Mapping[Cause, Rule] = {
 
 # Codes of our engines: an embedding or the KV of a prompt is gone. Making it again helps; after a timeout, elsewhere.
 _LOST = frozenset({"embedding_gone", "embedding_invalid", "kv_gone", "peer_failed", "peer_unreachable"})
+_TURNED = "other_role"
 _MEDIA = "media_or_engine"
 _ROLES = {Stage.ENCODE: Role.ENCODE, Stage.PREFILL: Role.PREFILL, Stage.DECODE: Role.DECODE}
 STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, BOTH: Stage.DECODE}
@@ -79,7 +80,7 @@ def cause(error: ProxyError) -> Cause:
 
 
 def _refused(error: Refused) -> Cause:
-    if error.status == 429 or (error.status == 503 and error.retry_after is not None):
+    if error.status == 429 or (error.status == 503 and (error.retry_after is not None or error.code == _TURNED)):
         return Cause.BUSY
     if error.code in _LOST:
         return Cause.LOST

@@ -91,7 +91,8 @@ class Balancer:
         return soonest(pool, demand, self.ledger, self.rates[role])
 
     def forget(self, instance: Instance) -> None:
-        self.rates[instance.role].forget(instance.url)
+        for rates in self.rates.values():  # it may have had other roles
+            rates.forget(instance.url)
         self.holders.forget(instance.url)
 
 

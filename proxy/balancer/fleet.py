@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Any
 
-from proxy.core import Instance, Role, State
+from proxy.core import Instance, Role, State, Switch
 
 
 class Event(StrEnum):
@@ -74,14 +74,16 @@ class Fleet:
         return self._instances.get(url)
 
     def join(self, url: str, role: Role, dialect: str, facts: Mapping[str, Any] | None = None) -> Instance:
-        """Add an instance, or bring one back that was draining. Raises ValueError if it is known with another role."""
+        """Add an instance, or bring one back that was draining; to no other role then. Raises ValueError if it is known
+        with another role."""
         known = self._instances.get(url)
         if known is None:
             known = self._instances[url] = Instance(url, role, dialect, facts=facts or {})
             self.version += 1
-        elif known.role != role:
+        elif role not in (known.role, known.listed):
             raise ValueError(f"{url} is already known as {known.role.label}")
         else:
+            known.switch = None
             self.apply(known, Event.JOIN, known.reason)
         return known
 
@@ -107,6 +109,19 @@ class Fleet:
         if state is State.GONE:
             self._instances.pop(instance.url, None)
         return changed
+
+    def begin(self, instance: Instance, switch: Switch, reason: str) -> None:
+        """Drain `instance` for another role. It leaves not, however idle it is: `rejoin` ends this."""
+        with self.changing():
+            instance.switch = switch
+            self.apply(instance, Event.DRAIN, reason)
+
+    def rejoin(self, instance: Instance, reason: str) -> None:
+        """Its switch is over, in whichever role: it joins again, or may leave if nobody lists it any more."""
+        with self.changing():
+            instance.switch = None
+            if instance.sources:
+                self.apply(instance, Event.JOIN, reason)
 
     def changing(self) -> AbstractContextManager[None]:
         """What is changed within is changed at once for all workers, from what they have changed before. No await."""

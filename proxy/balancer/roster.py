@@ -24,7 +24,7 @@ from zlib import crc32
 import orjson
 
 from proxy.balancer.fleet import Event, Fleet
-from proxy.core import Instance, Role, State
+from proxy.core import Instance, Role, State, Switch
 
 _HALVES = 64
 _HALF = 1 << 21  # 1,200 instances with 300 letters of reason and 1,000 of facts each
@@ -46,13 +46,17 @@ class Facts:
     secret: str | None
     weight: float
     sources: list[str]  # in order
+    listed_as: int | None
+    switch: list[float] | None  # its role and when it is to be over
 
     @classmethod
     def of(cls, instance: Instance) -> Facts:
         reason = instance.reason[:_REASON_LIMIT]
         role, dialect, state = instance.role.value, instance.dialect, instance.state
         said = instance.model, instance.facts, instance.secret, instance.weight, sorted(instance.sources)
-        return cls(role, dialect, state, reason, *said)
+        listed_as = None if instance.listed_as is None else instance.listed_as.value
+        switch = None if instance.switch is None else [instance.switch.role.value, instance.switch.until]
+        return cls(role, dialect, state, reason, *said, listed_as, switch)
 
 
 class Roster(Fleet):
@@ -187,6 +191,10 @@ class Roster(Fleet):
         seen = self._facts.get(url)
         if seen is None or facts.role != seen.role:
             instance.role = Role(facts.role)
+        if seen is None or facts.listed_as != seen.listed_as:
+            instance.listed_as = None if facts.listed_as is None else Role(facts.listed_as)
+        if seen is None or facts.switch != seen.switch:
+            instance.switch = None if facts.switch is None else Switch(Role(int(facts.switch[0])), facts.switch[1])
         if seen is None or facts.dialect != seen.dialect:
             instance.dialect = facts.dialect
         if seen is None or (facts.state, facts.reason) != (seen.state, seen.reason):

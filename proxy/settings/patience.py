@@ -24,6 +24,9 @@ class PatienceSettings(BaseModel):
     probe_interval: PositiveFloat = Field(2.0, description="seconds between two probes of an engine")
     probe_timeout: PositiveFloat = Field(2.0, description="seconds for a probe's answer")
     probe_failures: PositiveInt = Field(3, description="failed probes in a row that make an engine DOWN")
+    switch_timeout: PositiveFloat = Field(
+        120.0, description="seconds for an engine to turn to another role: what runs there ends first, else it stays"
+    )
     warm_up_timeout: PositiveFloat = Field(
         120.0, description="seconds for the one real request that an engine of another family answers before it serves"
     )

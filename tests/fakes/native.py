@@ -361,6 +361,50 @@ class Decode(Language):
             return self.callbacks[-1]
 
 
+class Turning(Prefill, Decode):
+    """Answers by the role that it has, which POST /role changes, after `turning` where that is an event."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self.role = self.started_as = role
+        self.turning: asyncio.Event | None = None
+        self.asked: list[dict[str, Any]] = []  # bodies of POST /role
+        self.hung_up = 0  # callers that did not wait for its answer
+        self.refusal: Fault | None = None
+
+    def routes(self) -> list[web.RouteDef]:
+        return [*super().routes(), web.post("/role", self._turn)]
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"role": self.role}, status=200 if self.healthy else 503)
+
+    async def _info(self, request: web.Request) -> web.Response:
+        told = {"engine": "triptych", "version": "0", "role": self.role, "model": "tiny", "started_as": self.started_as}
+        return web.json_response(told)
+
+    async def _turn(self, request: web.Request) -> web.Response:
+        self.asked.append(await request.json())
+        await self._announce()
+        try:
+            if self.turning is not None:
+                await self.turning.wait()
+        except asyncio.CancelledError:
+            self.hung_up += 1
+            raise
+        if self.refusal is not None:
+            return web.json_response(self.refusal.body(), status=self.refusal.status)
+        self.role = self.asked[-1]["role"]
+        return web.json_response({"role": self.role})
+
+    async def answer(self, request: web.Request, call: Call) -> web.StreamResponse:
+        if self.role == "decode":
+            return await Decode.answer(self, request, call)
+        return await Language.answer(self, request, call)
+
+    async def reply(self, call: Call) -> dict[str, Any]:
+        return await (Prefill if self.role == "prefill" else Language).reply(self, call)
+
+
 ENGINES: dict[str, type[Engine]] = {"e": Encoder, "p": Prefill, "d": Decode, "b": Language}
 """By the letter of `deployment`'s topology."""
 

@@ -36,6 +36,8 @@ async def test_an_instance_joins_serves_drains_and_leaves() -> None:
         assert shown[late.url] | {"load": 0} == {
             "url": late.url,
             "role": "both",
+            "listed_as": "both",
+            "turning_to": None,
             "dialect": "native",
             "state": "READY",
             "reason": "healthy",

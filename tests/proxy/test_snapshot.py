@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self, d: Deployment) -> None:
         proxy = d.proxy
-        admin = Admin(proxy.fleet, proxy.membership, proxy.balancer, proxy.health, proxy.guard, "auto")
+        admin = Admin(proxy.fleet, proxy.membership, proxy.balancer, proxy.health, proxy.switching, proxy.guard, "auto")
         owners = Owners(proxy.fleet, admin, proxy.metrics, proxy.advising, proxy.history, proxy.receipts, 1)
         self.snapshots = Snapshots(owners, lambda: self.now)
         self.now = time.monotonic()
