@@ -184,3 +184,26 @@ async def test_what_nobody_could_be_told_is_no_answer(answer: bytes) -> None:
 
     engine = Instance("http://e", BOTH, "auto")
     assert await detect.asking(Engine(Timeouts(1, 1, 1, 1, 1, 1)), engine, 1.0)("/info") is None
+
+
+@pytest.mark.parametrize(
+    ("health", "role"),
+    [
+        (b'{"role": "decode"}', Role.DECODE),
+        (b'{"role": "both", "more": 1}', BOTH),
+        (b'{"role": "chef"}', None),
+        (b'{"role": ["decode"]}', None),
+        (b"{}", None),
+        (b"[1]", None),
+        (b"", None),
+        (b"ok", None),
+    ],
+)
+def test_health_may_tell_the_role(health: bytes, role: Role | None) -> None:
+    assert detect.role_now(health) == role
+
+
+async def test_ours_tell_what_they_were_at_first() -> None:
+    said = {**OURS, "role": "decode", "started_as": "prefill"}
+    found = await detect.native(asking({"/info": said}))
+    assert found is not None and (found.role, found.started_as) == (Role.DECODE, Role.PREFILL)

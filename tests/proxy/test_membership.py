@@ -205,6 +205,19 @@ def test_a_registration_cannot_change_a_role(scene: Scene) -> None:
     assert repr(scene.membership) == "<Membership <Fleet decode 10.0.0.1:80 JOINING>, 0 held>"
 
 
+def test_a_heartbeat_with_another_role_has_the_engine_asked(scene: Scene) -> None:
+    scene.register(A, "first", role=Role.DECODE)
+    scene.up(A)
+    assert scene.register(A, "first", role=Role.DECODE) and scene.states() == {A: "READY"}
+    assert scene.register(A, "first", role=Role.PREFILL) and scene.states() == {A: "DOWN"}
+    instance = scene.instance(A)
+    assert (instance.role, instance.reason) == (Role.DECODE, "it says that it is prefill now")
+    instance.turn(Role.PREFILL)
+    scene.up(A)
+    assert scene.register(A, "first", role=Role.PREFILL) and scene.states() == {A: "READY"}
+    assert scene.register(A, "second", role=Role.DECODE) and scene.states() == {A: "DOWN"}, "started again"
+
+
 STEPS = st.one_of(
     st.tuples(st.just("configure"), st.sets(st.sampled_from([A, B, C]))),
     st.tuples(st.just("find"), st.sets(st.sampled_from([A, B, C]))),

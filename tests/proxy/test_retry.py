@@ -33,6 +33,7 @@ ROWS = [
     (refused(500), Cause.SERVER_ERROR),
     (refused(503), Cause.SERVER_ERROR),
     (refused(503, retry_after="2"), Cause.BUSY),
+    (refused(503, "other_role"), Cause.BUSY),
     (refused(429), Cause.BUSY),
     (refused(429, retry_after="2"), Cause.BUSY),
     (refused(502, "embedding_gone", "encode"), Cause.LOST),

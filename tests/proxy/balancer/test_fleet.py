@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from proxy.balancer.fleet import TRANSITIONS, Event, Fleet, IllegalTransition
-from proxy.core import BOTH, Role, State
+from proxy.core import BOTH, Role, State, Switch
 
 URL = "http://h:1"
 
@@ -51,6 +51,27 @@ def test_joining_again_ends_a_drain_but_cannot_change_a_role() -> None:
     assert instance.state is State.JOINING
     with pytest.raises(ValueError, match="already known as decode"):
         fleet.join(URL, Role.PREFILL, "native")
+
+
+def test_a_switch_keeps_an_instance_until_it_rejoins() -> None:
+    fleet = Fleet()
+    instance = fleet.join(URL, Role.DECODE, "native")
+    instance.sources = frozenset({"configured"})
+    fleet.begin(instance, Switch(Role.PREFILL, 9.0), "to be prefill")
+    assert (instance.state, instance.reason) == (State.DRAINING, "to be prefill")
+    instance.turn(Role.PREFILL)
+    fleet.rejoin(instance, "turned")
+    assert (instance.state, instance.switch) == (State.JOINING, None)
+    assert (instance.role, instance.listed) == (Role.PREFILL, Role.DECODE)
+    assert fleet.join(URL, Role.DECODE, "native") is fleet.join(URL, Role.PREFILL, "native") is instance
+    fleet.begin(instance, Switch(Role.DECODE, 9.0), "back")
+    assert fleet.join(URL, Role.DECODE, "native").switch is None, "who is registered again is not switched"
+    instance.turn(Role.DECODE)
+    assert instance.listed_as is None
+    instance.sources = frozenset()
+    fleet.begin(instance, Switch(Role.PREFILL, 9.0), "to be prefill")
+    fleet.rejoin(instance, "turned")
+    assert instance.state is State.DRAINING, "nobody lists it any more"
 
 
 def test_removing_is_at_once_and_twice_is_no_error() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from proxy.balancer import roster
 from proxy.balancer.fleet import TRANSITIONS, Event
 from proxy.balancer.roster import Roster
-from proxy.core import Instance, Role, State
+from proxy.core import Instance, Role, State, Switch
 
 URLS = [f"http://h:{port}" for port in range(4)]
 
@@ -135,3 +135,19 @@ def test_an_instances_secret_is_every_workers_and_nobody_elses() -> None:
     other = there.get(URLS[0])
     assert other is not None and other.secret == "s3cret"
     assert "s3cret" not in repr(other)
+
+
+def test_a_switch_is_everybodys() -> None:
+    (here, there), _ = rosters(2)
+    instance = here.join(URLS[0], Role.DECODE, "native")
+    here.begin(instance, Switch(Role.PREFILL, 12.34), "to be prefill")
+    other = there.get(URLS[0])
+    assert other is not None
+    assert (other.state, other.switch) == (State.DRAINING, Switch(Role.PREFILL, 12.34))
+    with there.changing():
+        other.turn(Role.PREFILL)
+    here.refresh()
+    assert (instance.role, instance.listed, instance.switch) == (Role.PREFILL, Role.DECODE, other.switch)
+    there.rejoin(other, "turned")
+    here.refresh()
+    assert instance.switch is None
