@@ -24,6 +24,7 @@ from engines.encoder.sglang import SglangProtocol
 from engines.errors import DeadlineExceeded, EngineError, SetupError
 from engines.http import DONE, check_model, json_response, read_json, request_id, sse
 from engines.settings import EncoderSettings
+from engines.store.store import opened
 from engines.transfer import create
 from engines.transfer.base import Transfer, TransferError
 from engines.weights import LoadReport
@@ -92,7 +93,7 @@ class EncoderApp:
             await self._sglang.close()
 
     def info(self) -> Mapping[str, Any]:
-        address = self._transfer.address
+        address, store = self._transfer.address, self.encoder.store
         return {
             "transfer": {
                 "name": self._transfer.name,
@@ -109,6 +110,7 @@ class EncoderApp:
                 "prefixes": list(self._weights.prefixes),
             },
             "vision": self._vision,
+            **({} if store is None else {"embedding_store": store.info()}),
         }
 
     async def check(self) -> None:
@@ -205,7 +207,9 @@ async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
             await transfer.start()
         except (TransferError, OSError) as error:
             raise SetupError(f"--transfer {settings.transfer}: {error}") from None
-        encoder = Encoder(settings, model, reader, transfer, arena, Metrics(CollectorRegistry()))
+        metrics = Metrics(CollectorRegistry())
+        store = await stack.enter_async_context(opened(settings, metrics.registry))
+        encoder = Encoder(settings, model, reader, transfer, arena, metrics, store)
         await stack.enter_async_context(encoder.running())
         vision = {**model.numbers(), "image_processor": reader.numbers()}
         app = EncoderApp(settings, encoder, transfer, model.report, vision)

@@ -11,7 +11,8 @@ SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 CacheResult = Literal["hit", "joined", "miss"]
-"""hit: cached. joined: someone was encoding it already. miss: encoded for this item."""
+"""hit: cached. joined: someone was encoding it already. miss: encoded for this item, or found in the embedding store
+(which counts its own hits)."""
 
 
 class Metrics:

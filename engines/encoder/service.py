@@ -3,6 +3,7 @@ parts in order.
 
     find in cache ─ hit ─▶ pin
           └─ miss ─ join a flight, or start one:
+                    look in the store ─ hit ▸ reserve ▸ copy ▸ publish ─▶ pin
                     fetch ▸ decode (pool) ▸ reserve in the arena ▸ promise ▸ forward (model thread) ▸ fulfil ─▶ pin
 
 A handle is good from the promise on: who fetches waits for the forward. In a folder nothing can be promised: there an
@@ -18,9 +19,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from blake3 import blake3
 
@@ -35,6 +38,8 @@ from engines.encoder.request import Embedding, MediaItem
 from engines.encoder.worker import ModelThread
 from engines.errors import EngineError, Overloaded, TooLarge
 from engines.settings import EncoderSettings
+from engines.store.records import Record
+from engines.store.store import EmbeddingStore
 from engines.transfer.base import Arena, Transfer, TransferError
 
 log = logging.getLogger(__name__)
@@ -80,8 +85,10 @@ class Encoder:
         transfer: Transfer,
         arena: Arena,
         metrics: Metrics,
+        store: EmbeddingStore | None = None,
     ) -> None:
         self.settings = settings
+        self.store = store
         self.metrics = metrics
         self.cache = EmbeddingCache(arena.nbytes)
         self._model = model
@@ -178,15 +185,18 @@ class Encoder:
         return await self._flights.join(key, work, lambda entry: placed(entry, False))
 
     async def _produce(self, flight: Flight[Entry], key: str, item: MediaItem, data: bytes | None) -> Entry:
+        if (recalled := await self._recall(flight, key)) is not None:
+            return recalled
         prepared = await self._prepare(await self._fetch(item.url) if data is None else data, item.size)
+        outline = self._outline(prepared)
         entry = await self._reserve(key, self._model.nbytes(prepared.tokens), prepared.tokens)
         try:
             if self._transfer.durable:
                 await self._compute(flight, entry, prepared)
-                entry.value = await self._publish(entry, prepared)
+                entry.value = await self._publish(entry, outline)
                 flight.tell(entry)
             else:
-                entry.value = await self._publish(entry, prepared, promised=True)
+                entry.value = await self._publish(entry, outline, promised=True)
                 flight.tell(entry)
                 await self._compute(flight, entry, prepared)
         except BaseException:
@@ -196,7 +206,47 @@ class Encoder:
         self.cache.commit(entry, entry.value, time.monotonic() + self.settings.handle_ttl)
         if not self._transfer.durable:
             self._transfer.fulfil(key)
+        self._remember(entry)
         return entry
+
+    async def _recall(self, flight: Flight[Entry], key: str) -> Entry | None:
+        """The entry of an embedding that another encoder put into the store; None when there is none."""
+        if self.store is None:
+            return None
+        async with self.store.found(key, self._model.dtype_name) as record:
+            if record is None or (outline := self._described(record)) is None:
+                return None
+            entry = await self._reserve(key, len(record.rows), outline.tokens)
+            try:
+                flight.commit()  # a thread writes its memory from here on
+                await asyncio.to_thread(self._fill, entry, record.rows)
+                entry.value = await self._publish(entry, outline)
+            except BaseException:
+                self._transfer.withdraw(key)
+                self.cache.abandon(entry)
+                raise
+        flight.tell(entry)
+        self.cache.commit(entry, entry.value, time.monotonic() + self.settings.handle_ttl)
+        return entry
+
+    def _described(self, record: Record) -> Embedding | None:
+        """What its writer said of it, without a place; None when that is not what this model makes."""
+        try:
+            outline = msgspec.json.decode(record.meta, type=Embedding)
+        except msgspec.DecodeError:
+            return None
+        fits = outline.shape == (outline.tokens, self._model.width)
+        return outline if fits and len(record.rows) == self._model.nbytes(outline.tokens) else None
+
+    def _fill(self, entry: Entry, rows: memoryview) -> None:
+        self._arena.buffer[entry.offset : entry.offset + entry.nbytes] = rows
+
+    def _remember(self, entry: Entry) -> None:
+        """Let the store have it, if it is still there when its turn comes."""
+        if self.store is not None:
+            rows = self._arena.buffer[entry.offset : entry.offset + entry.nbytes]
+            meta = msgspec.json.encode(replace(entry.value, where={}))
+            self.store.keep(entry.key, self._model.dtype_name, meta, rows, lambda: entry.state is State.READY)
 
     async def _fetch(self, url: str) -> bytes:
         started = time.monotonic()
@@ -222,8 +272,12 @@ class Encoder:
         data = self._bytes[entry.offset : entry.offset + entry.nbytes]
         return data.view(self._model.dtype).view(-1, self._model.width)
 
-    async def _publish(self, entry: Entry, prepared: Prepared, promised: bool = False) -> Embedding:
+    def _outline(self, prepared: Prepared) -> Embedding:
+        """Without a place."""
         shape = (prepared.tokens, self._model.width)
+        return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, {})
+
+    async def _publish(self, entry: Entry, outline: Embedding, promised: bool = False) -> Embedding:
         started = time.monotonic()
         with publishing():
             where = await self._transfer.publish(
@@ -231,14 +285,14 @@ class Encoder:
                 self._arena,
                 [(entry.offset, entry.nbytes)],
                 ttl=None,
-                dtype=self._model.dtype_name,
-                shape=shape,
+                dtype=outline.dtype,
+                shape=outline.shape,
                 on_free=lambda: self._on_free(entry),
                 on_read=lambda: self.cache.was_read(entry),
                 promised=promised,
             )
         self.metrics.stage("publish", time.monotonic() - started)
-        return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, where)
+        return replace(outline, where=where)
 
     # ---- room in the arena
 
