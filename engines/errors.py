@@ -13,7 +13,8 @@
     └── DeadlineExceeded   504  deadline_exceeded       a wait ended; the message names its flag
 
 The class carries status, type, code and whether a retry can help; the instance carries the message and may override
-the code and retryability. `SetupError` is not part of the tree: it ends the process before it serves.
+the code and retryability. `SetupError` and `Fatal` are not part of the tree: they end the process, before it serves and
+later.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from typing import Any, ClassVar, Self
 
 class SetupError(Exception):
     """The engine cannot start as configured; the message says what to change. Exit status 2, no traceback."""
+
+
+class Fatal(Exception):
+    """The engine serves, and cannot go on; the message says why. Exit status 1, no traceback."""
 
 
 class EngineError(Exception):

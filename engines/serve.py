@@ -18,7 +18,7 @@ what it needs and ends it:
 the proxies of --register. On SIGTERM or SIGINT it first has those send it nothing more, answers new requests with 503,
 gives those in flight and `Engine.drain()` together `--grace` seconds, leaves the context manager and exits 0. A second
 signal, or one before READY, ends it at once, cleanly too. Status 2: it could not start, with the reason (`SetupError`)
-and no traceback.
+and no traceback. Status 1: it could not go on (`Fatal`, raised within the context), likewise.
 
 Tests run an engine in their own loop: `async with running(engine, settings) as url`.
 """
@@ -37,7 +37,7 @@ import uvloop
 from aiohttp import web
 
 from engines import tls
-from engines.errors import SetupError
+from engines.errors import Fatal, SetupError
 from engines.http import Engine, Scaffold, request_id
 from engines.register import registered
 from engines.settings import WILDCARDS, EngineSettings, load
@@ -115,7 +115,9 @@ def _log_to_stderr(level: str) -> None:
 
 
 def serve(cls: type[SettingsT], build: Build[SettingsT], *, prog: str, argv: list[str] | None = None) -> None:
-    """Run an engine until a signal ends it. Exits the process: 0 after a signal, 2 when it cannot start."""
+    """Run an engine until a signal ends it, or its own failure. Exits the process: 0 after a signal, 2 when it cannot
+    start, 1 when it cannot go on.
+    """
     try:
         settings = load(cls, sys.argv[1:] if argv is None else argv, prog=prog)
         _log_to_stderr(settings.log_level)
@@ -127,4 +129,7 @@ def serve(cls: type[SettingsT], build: Build[SettingsT], *, prog: str, argv: lis
     except SetupError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(2)
+    except Fatal as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)

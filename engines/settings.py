@@ -209,16 +209,20 @@ class EncoderSettings(EngineSettings):
         False, description="speak SGLang's encoder protocol too, for its language-only servers (zmq_to_scheduler)"
     )
 
-    media_workers: Count = Field(2, description="threads that decode and preprocess images")
-    max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest encoded image")
-    max_media_pixels: Count = Field(64_000_000, description="pixels of the largest image, checked before it is decoded")
-    decode_timeout: Seconds = Field(20.0, description="seconds to decode and preprocess one image once a worker has it")
-    fetch_timeout: Seconds = Field(10.0, description="seconds to fetch one http(s) image")
-    max_redirects: int = Field(3, ge=0, description="redirects to follow when fetching an image")
-    max_fetches: Count = Field(32, description="http(s) images fetched at the same time")
-    allow_remote_media: bool = Field(True, description="fetch http(s) images at all")
+    media_workers: Count = Field(2, description="threads that decode and preprocess images and videos")
+    max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest file of an image or video")
+    max_media_pixels: Count = Field(
+        64_000_000, description="pixels of the largest image or frame, checked before it is decoded"
+    )
+    max_video_seconds: Seconds = Field(600.0, description="seconds of the longest video; longer ones get a 413")
+    max_video_frames: Count = Field(768, description="frames that are taken of one video; more get a 413")
+    decode_timeout: Seconds = Field(20.0, description="seconds to decode and preprocess one item once a worker has it")
+    fetch_timeout: Seconds = Field(10.0, description="seconds to fetch one http(s) image or video")
+    max_redirects: int = Field(3, ge=0, description="redirects to follow when fetching media")
+    max_fetches: Count = Field(32, description="http(s) media fetched at the same time")
+    allow_remote_media: bool = Field(True, description="fetch http(s) media at all")
     allow_private_hosts: bool = Field(
-        False, description="fetch http(s) images from loopback, private and link-local addresses too"
+        False, description="fetch http(s) media from loopback, private and link-local addresses too"
     )
     allowed_media_roots: Paths = Field(
         (), description="folders that file:// URLs may name, comma-separated; none by default"
@@ -231,9 +235,19 @@ class LanguageSettings(EngineSettings):
     role: Literal["both", "prefill", "decode"] = Field(
         "both", description="which stages this engine runs; POST /role changes it"
     )
+    tensor_parallel: Count = Field(
+        1,
+        description="processes that share the model, each with its part of every layer on a device of its own: from "
+        "--device cuda:0 on, cuda:0, cuda:1, …; the same on prefill and decode",
+    )
+    rank_timeout: Seconds = Field(
+        30.0, description="with --tensor-parallel: seconds without a sign of life from one of them, until all end"
+    )
     block_size: Count = Field(16, description="tokens in one KV block; the same on prefill and decode")
     kv_blocks: Count | None = Field(None, description="KV blocks to allocate; default: what --kv-bytes holds")
-    kv_bytes: Bytes = Field(ByteSize(1 << 30), description="memory for KV blocks where --kv-blocks is not given")
+    kv_bytes: Bytes = Field(
+        ByteSize(1 << 30), description="memory for KV blocks where --kv-blocks is not given, on each device"
+    )
     kv_mirror: bool = Field(
         False,
         description="keep the KV cache apart from the memory that transfers read and write, and copy between the two, "

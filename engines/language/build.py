@@ -22,6 +22,9 @@ from engines.language.kv import KVCache, KVLayout
 from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
 from engines.language.model import LanguageModel, ModelFacts
+from engines.language.parallel.carrier import Carrier, every
+from engines.language.parallel.group import Group
+from engines.language.parallel.ranks import Ranks, started
 from engines.language.requests import Served
 from engines.language.runner import Runner
 from engines.language.scheduler import Limits
@@ -39,18 +42,20 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
     """Load the language model, open the transfers, start the model thread, and end all of them. Raises SetupError."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model, tokenizer = await asyncio.to_thread(_load, settings)
-    facts = model.facts
-    layout = layout_of(settings, facts, model.dtype)
     async with AsyncExitStack() as stack:
+        ranks = await stack.enter_async_context(started(settings))
+        model, tokenizer = await _load(settings, ranks)
+        facts = model.facts
+        layout = layout_of(settings, facts, model.dtype)
         transfers, kv_arena, embedding_arena = await _open(settings, layout, stack)
         # One call lasts as long as a prefill, so there may be many; a kept connection that has gone stale would fail a
         # POST, which nobody may repeat.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         arena = stack.enter_context(pinned(kv_arena.buffer, model.device))
-        cache = KVCache(layout, arena, settings.device, apart=settings.kv_mirror)
-        runner = Runner(model, cache, settings.layers_per_push)
+        await ranks.connect(model.device)
+        cache, runner = ranks.leading(*step_parts(settings, model, layout, arena), facts.embedding_width)
+        await stack.enter_async_context(ranks.watched())
         limits = limits_of(settings, facts, layout)
         engine = LanguageEngine(limits, runner, cache, facts.eos_token_ids)
         engine.start()
@@ -58,7 +63,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits = Waits(settings.handoff_timeout, settings.kv_lease)
         metaserver = Metaserver(session, settings.metaserver_timeout, calls(settings))
-        handoffs = Handoffs(engine, transfers[0], (kv_arena, cache), waits, metrics, metaserver)
+        carrier = Carrier(transfers[0], ranks.links, ranks.steps.errand)
+        handoffs = Handoffs(engine, carrier, (kv_arena, cache), waits, metrics, metaserver)
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)
@@ -92,14 +98,33 @@ def limits_of(settings: LanguageSettings, facts: ModelFacts, layout: KVLayout) -
     )
 
 
-def _load(settings: LanguageSettings) -> tuple[LanguageModel, ChatTokenizer]:
+async def _load(settings: LanguageSettings, ranks: Ranks) -> tuple[LanguageModel, ChatTokenizer]:
+    def load() -> tuple[LanguageModel, ChatTokenizer]:
+        return load_model(settings, ranks.group), ChatTokenizer(settings.model)
+
+    try:
+        loaded, _ = await every([asyncio.to_thread(load), ranks.load()])
+    except (OSError, ValueError) as error:
+        raise SetupError(f"--model {settings.model}: {error}") from None
+    return loaded  # type: ignore[no-any-return]
+
+
+def load_model(settings: LanguageSettings, group: Group) -> LanguageModel:
+    """The share of a rank. Raises SetupError."""
     if not settings.model.is_dir():
         raise SetupError(f"--model {settings.model} is not a folder")
     try:
-        model = LanguageModel.load(settings.model, _dtype(settings), settings.device)
-        return model.eval(), ChatTokenizer(settings.model)
+        return LanguageModel.load(settings.model, _dtype(settings), settings.device, group)
     except (OSError, ValueError, WeightsError) as error:
         raise SetupError(f"--model {settings.model}: {error}") from None
+
+
+def step_parts(
+    settings: LanguageSettings, model: LanguageModel, layout: KVLayout, arena: memoryview
+) -> tuple[KVCache, Runner]:
+    """What runs the steps of a rank."""
+    cache = KVCache(layout, arena, settings.device, apart=settings.kv_mirror)
+    return cache, Runner(model, cache, settings.layers_per_push)
 
 
 def _dtype(settings: LanguageSettings) -> torch.dtype:
@@ -117,9 +142,9 @@ async def _open(
     """The transfer that carries KV first and, where that is another, the one that carries embeddings last."""
     name = settings.transfer
     try:
-        transfers = [_create(settings, name)]
-        if not transfers[0].carries_kv:
-            transfers.insert(0, _create(settings, "shm"))
+        transfers = [kv_transfer(settings)]
+        if transfers[0].name != name:
+            transfers.append(_create(settings, name))
         for transfer in transfers:
             stack.push_async_callback(transfer.close)
         transfers[0].facts = layout.facts()
@@ -130,6 +155,12 @@ async def _open(
     except (TransferError, OSError) as error:
         raise SetupError(f"--transfer {name}: {error}") from None
     return transfers, kv_arena, embedding_arena
+
+
+def kv_transfer(settings: LanguageSettings) -> Transfer:
+    """That of --transfer, where it carries KV. Raises TransferError."""
+    transfer = _create(settings, settings.transfer)
+    return transfer if transfer.carries_kv else _create(settings, "shm")
 
 
 def _create(settings: LanguageSettings, name: str) -> Transfer:

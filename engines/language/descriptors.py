@@ -126,6 +126,7 @@ class Self:
     engine_id: str
     host: str
     port: int
+    ranks: int = 1
 
 
 def asking(
@@ -142,7 +143,7 @@ def asking(
         "remote_engine_id": me.engine_id,
         "remote_host": me.host,
         "remote_port": me.port,
-        "remote_tp_size": 1,
+        "remote_tp_size": me.ranks,
         "remote_pcp_size": 1,
         "remote_dcp_size": 1,
         "remote_cached_tokens": 0,
@@ -168,7 +169,7 @@ def published(
         "remote_host": me.host,
         "remote_port": me.port,
         "remote_num_tokens": num_tokens,
-        "tp_size": 1,
+        "tp_size": me.ranks,
         "where": dict(where),
         "layout": dict(layout),
     }

@@ -26,9 +26,10 @@ from engines.language.kv import KVLayout
 from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
 from engines.language.mirror import Ready
+from engines.language.parallel.carrier import Carrier, ParallelTicket, parts_of
 from engines.language.sequence import Handoff, Scheduled, Sequence
 from engines.language.stream import Stream
-from engines.transfer.base import Arena, LayoutMismatch, Ticket, Transfer, TransferError
+from engines.transfer.base import Arena, LayoutMismatch, TransferError
 from engines.transfer.base import PeerFailed as TransferFailed
 from engines.transfer.base import Push as Sender
 
@@ -81,14 +82,14 @@ class Handoffs:
     def __init__(
         self,
         engine: LanguageEngine,
-        transfer: Transfer,
+        carrier: Carrier,
         kv: tuple[Arena, Cache],
         waits: Waits,
         metrics: Metrics,
         metaserver: Metaserver,
     ) -> None:
         self._engine = engine
-        self._transfer = transfer
+        self._carrier = carrier
         self._arena, self._cache = kv
         self._layout = self._cache.layout
         self._waits = waits
@@ -146,7 +147,7 @@ class Handoffs:
     @asynccontextmanager
     async def _push(self, plan: Push, job: Job) -> AsyncIterator[Leg]:
         """Write each group of layers into the decode engine's blocks while the next is computed."""
-        sender = await self._transfer.open(plan.offer, timeout=self._waits.handoff_timeout)
+        sender = await self._carrier.open(plan.offer, timeout=self._waits.handoff_timeout)
         copies: list[Ready] = []
         try:
             sink = self._sink(sender, plan.blocks, job.seq, copies)
@@ -220,8 +221,8 @@ class Handoffs:
             blocks = await stream.admitted()
             for ready in copies:
                 await asyncio.to_thread(ready)
-            where = await self._transfer.publish(
-                job.seq.id, self._arena, self._spans(blocks), ttl=self._waits.kv_lease, once=True, on_free=unpin
+            where = await self._carrier.publish(
+                job.seq.id, self._arena, self._spans(blocks), ttl=self._waits.kv_lease, on_free=unpin
             )
             is_published = True
             count, facts = job.seq.num_prompt_tokens, self._layout.facts()
@@ -230,7 +231,7 @@ class Handoffs:
         try:
             yield Leg(stream, finish)
         except BaseException:
-            self._transfer.withdraw(job.seq.id)
+            self._carrier.withdraw(job.seq.id)
             raise
         finally:
             stream.close()
@@ -241,16 +242,16 @@ class Handoffs:
 
     @asynccontextmanager
     async def _receive(
-        self, job: Job, bring: Callable[[Ticket, tuple[int, ...]], Awaitable[None]]
+        self, job: Job, bring: Callable[[ParallelTicket, tuple[int, ...]], Awaitable[None]]
     ) -> AsyncIterator[Leg]:
         """Reserve blocks, have the prompt's KV brought into them, decode."""
         stream = self._submit(job, Handoff.RECEIVE)
         unpin = partial(self._engine.unpin, job.seq)
-        ticket: Ticket | None = None
+        ticket: ParallelTicket | None = None
         try:
             blocks = await stream.admitted()
             began = time.monotonic()
-            ticket = self._transfer.reserve(
+            ticket = await self._carrier.reserve(
                 self._arena, self._spans(blocks), timeout=self._waits.handoff_timeout, on_free=unpin
             )
             await bring(ticket, blocks)
@@ -267,6 +268,7 @@ class Handoffs:
 
     def _check_fetch(self, plan: Fetch, seq: Sequence) -> None:
         try:
+            parts_of(plan.where, self._carrier.size)
             self._layout.check(plan.layout)
         except LayoutMismatch as error:
             raise lost_kv(error) from error
@@ -277,7 +279,7 @@ class Handoffs:
                 param=f"{descriptors.FIELD}.remote_num_tokens",
             )
 
-    async def _ask(self, plan: Ask, job: Job, ticket: Ticket, blocks: tuple[int, ...]) -> None:
+    async def _ask(self, plan: Ask, job: Job, ticket: ParallelTicket, blocks: tuple[int, ...]) -> None:
         """Call the metaserver and wait for the KV. It is here when the sender says so; the call may return later."""
         body = descriptors.asking(self._me(), job.request_id, blocks, self._layout.block_size, ticket.offer())
         call = asyncio.create_task(self._metaserver.call(plan.metaserver, body))  # noqa: TID251 - ends below, or is kept
@@ -318,5 +320,5 @@ class Handoffs:
         return self._layout.spans(range(self._layout.num_layers), blocks)
 
     def _me(self) -> Self:
-        address = self._transfer.address
-        return Self(address.nonce, address.host, address.port)
+        address = self._carrier.address
+        return Self(address.nonce, address.host, address.port, self._carrier.size)

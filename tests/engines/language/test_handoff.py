@@ -23,6 +23,7 @@ from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Job, Waits
 from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
+from engines.language.parallel.carrier import Carrier
 from engines.language.scheduler import Limits
 from engines.language.sequence import SamplingParams, Sequence
 from engines.transfer import create
@@ -90,7 +91,7 @@ async def side(
     engine.start()
     async with aiohttp.ClientSession() as session:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
-        handoffs = Handoffs(engine, transfer, (arena, cache), waits, metrics, Metaserver(session, timeout=5.0))
+        handoffs = Handoffs(engine, Carrier(transfer), (arena, cache), waits, metrics, Metaserver(session, timeout=5.0))
         try:
             async with asyncio.timeout(30):
                 yield Side(name, transfer, engine, runner, handoffs, [])

@@ -18,6 +18,7 @@ from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Waits
 from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
+from engines.language.parallel.carrier import Carrier
 from engines.language.prompt import Prompt
 from engines.language.requests import Generation
 from engines.language.scheduler import Limits
@@ -47,7 +48,7 @@ async def world(
     async with aiohttp.ClientSession() as session:
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits, metaserver = Waits(5.0, 5.0), Metaserver(session, 5.0)
-        handoffs = Handoffs(engine, transfer, (kv, cache), waits, metrics, metaserver)
+        handoffs = Handoffs(engine, Carrier(transfer), (kv, cache), waits, metrics, metaserver)
         receiver = EmbeddingReceiver(transfer, embeddings, 4, 5.0)
         try:
             async with asyncio.timeout(30):

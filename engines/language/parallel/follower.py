@@ -1,0 +1,137 @@
+"""The model thread of a rank that is not the first: it obeys, and does nothing of its own accord."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from engines.language.engine import Runner
+from engines.language.mirror import Ready
+from engines.language.parallel.messages import (
+    Command,
+    CopyBlock,
+    Entry,
+    Errands,
+    Forget,
+    Load,
+    Patch,
+    Restore,
+    Save,
+    Stage,
+    Step,
+    Write,
+    unpacked,
+    unpacked_spans,
+)
+from engines.language.parallel.steps import KVStore
+from engines.language.parallel.wire import Wire
+from engines.language.positions import Indices
+from engines.language.sequence import Item, SamplingParams, Scheduled
+from engines.language.sequence import Sequence as Chain
+from engines.transfer.base import Spans
+
+WritePush = Callable[[int, Spans, Spans, Ready | None], None]
+"""(key, source, target, ready): go on with a push of this rank's."""
+
+
+class Given:
+    """The positions of one chunk, from whoever knows the whole prompt."""
+
+    def __init__(self, chunk: Indices) -> None:
+        self._chunk = chunk
+
+    def fill(self, out: Indices, start: int) -> None:
+        out[:] = self._chunk
+
+
+class Follower:
+    """`staged` takes what copies each `Stage` began."""
+
+    def __init__(
+        self, wire: Wire, runner: Runner, cache: KVStore, write: WritePush, staged: Callable[[Ready], None]
+    ) -> None:
+        self._wire = wire
+        self._runner = runner
+        self._cache = cache
+        self._write = write
+        self._staged = staged
+        self._saved: dict[int, Any] = {}
+        self._decoder = msgspec.msgpack.Decoder[Command](Command)
+
+    def run(self) -> None:
+        """Until rank 0 is gone. Raises what the model raises."""
+        while True:
+            try:
+                command = self._receive()
+            except (EOFError, OSError):
+                return
+            self._obey(command)
+
+    def _receive(self) -> Command:
+        command: Command = self._decoder.decode(self._wire.receive())
+        return command
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Step():
+                batch = [self._scheduled(entry) for entry in command.entries]
+                self._runner.run(batch, self._errands if command.errands else None)
+            case Load():
+                self._cache.load(unpacked(command.blocks))
+            case CopyBlock():
+                self._cache.copy_block(command.source, command.target)
+            case Save():
+                self._saved[command.number] = self._cache.save(unpacked(command.blocks))
+            case Restore():
+                self._cache.restore(self._saved[command.number], unpacked(command.blocks))
+            case Forget():
+                for number in command.numbers:
+                    del self._saved[number]
+            case Errands():
+                raise RuntimeError("rank 0 sent errands outside a step")
+
+    def _errands(self, first: int, last: int) -> None:
+        """Rank 0 is as far, and says what is to be done with the KV of these layers."""
+        command = self._receive()
+        if not isinstance(command, Errands):
+            raise RuntimeError(f"rank 0 sent {type(command).__name__} in the midst of a step")
+        ready: Ready | None = None
+        for errand in command.errands:
+            match errand:
+                case Stage():
+                    ready = self._cache.stage(range(errand.first, errand.last), unpacked(errand.blocks))
+                    if ready is not None:
+                        self._staged(ready)
+                case Write():
+                    spans = unpacked_spans(errand.source), unpacked_spans(errand.target)
+                    self._write(errand.key, *spans, ready if errand.staged else None)
+
+    def _scheduled(self, entry: Entry) -> Scheduled:
+        """As much of a sequence as this step looks at: what is before it has no tokens, what is outside no rows."""
+        tokens = unpacked(entry.tokens)
+        stop = entry.start + len(tokens)
+        items = tuple(item_of(entry, patch) for patch in entry.patches)
+        seq = Chain(
+            "step",
+            [0] * entry.start + tokens,
+            stop,
+            SamplingParams(max_tokens=1, temperature=0.0),
+            items,
+            [self._rows(patch) for patch in entry.patches],
+            positions=Given(np.frombuffer(entry.positions, np.int64).reshape(3, -1)),
+            block_table=unpacked(entry.blocks),
+        )
+        return Scheduled(seq, entry.start, len(tokens), entry.sample)
+
+    def _rows(self, patch: Patch) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, patch.dtype)
+        data = self._wire.read(patch.rows * patch.width * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype).view(patch.rows, patch.width)
+
+
+def item_of(entry: Entry, patch: Patch) -> Item:
+    return Item("", "image", (1, 1, patch.rows), entry.start + patch.first, patch.rows)
