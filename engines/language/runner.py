@@ -76,6 +76,7 @@ class Runner:
         self.layers_per_push = layers_per_push
         self.sampler = sampler or Sampler(model.facts.eos_token_ids)
 
+    @torch.inference_mode()
     def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None = None) -> list[Sampled]:
         """Compute the KV of every scheduled token; one `Sampled` per entry with `sample`, in the batch's order.
 

@@ -1,5 +1,5 @@
 """Chooses the next token of each sequence from its logits. It keeps no state: a sequence's dice are its seed and how
-long it is.
+long it is. On a CUDA device everything is chosen there, and the host waits once: for the ids.
 
 Order, as in vLLM: forbid the end while `min_tokens` is not reached, penalties, temperature, top-k, top-p, one draw.
 Log-probabilities are those of the model's own distribution, before any of this.
@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from engines.devices import onto
 from engines.language.sequence import SamplingParams, Sequence
 
 # A nucleus (top-p without top-k) is looked for among this many candidates before the whole vocabulary is sorted for it.
@@ -60,11 +63,15 @@ class Sampler:
         if not sequences:
             return []
         logits = logits.float()
-        tokens = self._choose(self._shaped(logits, sequences), sequences)
+        tokens: list[int] = self.choose(logits, sequences).tolist()
         sampled = [Sampled(token) for token in tokens]
         for row, found in described(logits, tokens, sequences):
             sampled[row] = found
         return sampled
+
+    def choose(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
+        """The tokens alone, `[n]`, where the logits, in float32, are. Nothing of a CUDA device's is waited for."""
+        return self._throw(self._shaped(logits, sequences), sequences)
 
     def _shaped(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
         """The logits with what each request forbids and penalises; the same tensor when no request does."""
@@ -79,28 +86,30 @@ class Sampler:
     def _reshape(self, logits: torch.Tensor, seq: Sequence) -> None:
         params = seq.params
         if seq.num_output_tokens < params.min_tokens:
-            logits[[*self.eos_token_ids, *params.stop_token_ids]] = float("-inf")
+            ends = [*self.eos_token_ids, *params.stop_token_ids]
+            logits.index_fill_(0, beside(logits, ends, np.int64), float("-inf"))
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
+            seen = beside(logits, sorted(set(seq.token_ids)), np.int64)
             held = logits[seen]
             logits[seen] = torch.where(held > 0, held / params.repetition_penalty, held * params.repetition_penalty)
         if counts := Counter(seq.output_ids):
-            used, times = (torch.tensor(list(part), device=logits.device) for part in (counts, counts.values()))
+            used, times = (beside(logits, part, np.int64) for part in (counts, counts.values()))
             logits[used] -= params.presence_penalty + params.frequency_penalty * times
 
-    def _choose(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> list[int]:
-        """Greedy rows together, then those that sample from everything, then those that cut the distribution first."""
+    def _throw(self, logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
+        """`[n]`. Greedy rows together, then those that sample from everything, then those that cut the distribution
+        first."""
         vocab = logits.shape[-1]
         hot = [row for row, seq in enumerate(sequences) if seq.params.temperature > 0]
-        tokens = cast("list[int]", logits.argmax(-1).tolist()) if len(hot) < len(sequences) else [0] * len(hot)
+        some_greedy = len(hot) < len(sequences)
+        tokens = logits.argmax(-1) if some_greedy else logits.new_empty(len(hot), dtype=torch.int64)
         cut = [row for row in hot if truncates(sequences[row].params, vocab)]
         whole = [row for row in hot if not truncates(sequences[row].params, vocab)]
         for rows, throw in ((whole, throw_whole), (cut, throw_cut)):
             if rows:
                 chosen = [sequences[row] for row in rows]
                 found = throw(scaled(taken(logits, rows), chosen), chosen, [self._dice(seq) for seq in chosen])
-                for row, token in zip(rows, found.tolist(), strict=True):
-                    tokens[row] = token
+                tokens.index_copy_(0, beside(logits, rows, np.int64), found)
         return tokens
 
     def _dice(self, seq: Sequence) -> float:
@@ -109,9 +118,14 @@ class Sampler:
         return draw(cast(int, seq.generator), seq.num_tokens)
 
 
+def beside(logits: torch.Tensor, values: Iterable[Any], dtype: npt.DTypeLike) -> torch.Tensor:
+    """`[n]`, on the device of the logits."""
+    return onto(np.array(list(values), dtype), logits.device)
+
+
 def taken(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """These rows, copied only when they are not all."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits[beside(logits, rows, np.int64)]
 
 
 def reshapes(seq: Sequence) -> bool:
@@ -126,7 +140,7 @@ def truncates(params: SamplingParams, vocab: int) -> bool:
 
 def scaled(logits: torch.Tensor, sequences: Listing[Sequence]) -> torch.Tensor:
     """Logits over temperature, the best at 0. Subtracted first, so that a tiny temperature cannot overflow."""
-    temperature = torch.tensor([max(seq.params.temperature, TINY) for seq in sequences], device=logits.device)
+    temperature = beside(logits, [max(seq.params.temperature, TINY) for seq in sequences], np.float32)
     return (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
 
 
@@ -143,17 +157,19 @@ def truncated(logits: torch.Tensor, params: Listing[SamplingParams]) -> tuple[to
     """The candidates that top-k and then top-p leave, best first: their weights (zero where cut off) and token ids."""
     vocab, device = logits.shape[-1], logits.device
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    limit = torch.tensor(top_k, device=device)[:, None]
-    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)[:, None]
-    everything = logits.exp().sum(-1, keepdim=True).double() if vocab in top_k else torch.ones(len(params), 1)
-    width = max(k if k < vocab else min(vocab, NUCLEUS_CANDIDATES) for k in top_k)
+    limit = beside(logits, top_k, np.int64)[:, None]
+    top_p = beside(logits, [p.top_p for p in params], np.float64)[:, None]
+    everything = logits.exp().sum(-1, keepdim=True).double() if vocab in top_k else logits.new_ones(len(params), 1)
+    # Whether a few candidates are enough can be asked where the answer is at hand: a CUDA device would be waited for.
+    few = NUCLEUS_CANDIDATES if device.type == "cpu" else vocab
+    width = max(k if k < vocab else min(vocab, few) for k in top_k)
     while True:
         best, ids = logits.topk(width) if width < vocab else logits.sort(descending=True)
         weights = best.double().exp().masked_fill(torch.arange(width, device=device) >= limit, 0.0)
         reached = weights.cumsum(-1)
         # What a top-k row kept is its whole; another row's whole is the vocabulary.
-        mass = top_p * torch.where(limit < vocab, reached[:, -1:], everything.to(device))
-        if width == vocab or bool(((limit <= width) | (reached[:, -1:] >= mass)).all()):
+        mass = top_p * torch.where(limit < vocab, reached[:, -1:], everything)
+        if max(top_k) <= width or bool(((limit <= width) | (reached[:, -1:] >= mass)).all()):
             ahead = reached - weights
             return weights.masked_fill((ahead >= mass) & (ahead > 0), 0.0), ids
         width = vocab
@@ -163,7 +179,7 @@ def pick(weights: torch.Tensor, dice: Listing[float]) -> torch.Tensor:
     """Invert each row's cumulative distribution at its number in [0, 1). Weights need not add up to 1."""
     reached = weights.cumsum(-1)
     total = reached[:, -1:]
-    target = torch.tensor(dice, device=weights.device, dtype=weights.dtype)[:, None] * total
+    target = beside(weights, dice, np.float64).to(weights.dtype)[:, None] * total
     # Rounding may lift the target to the total, which no cumulative weight exceeds.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(reached, target, right=True)[:, 0]
@@ -180,7 +196,7 @@ def described(
     whole = chosen.logsumexp(-1, keepdim=True)
     width = min(max(sequences[row].params.logprobs or 0 for row in rows), logits.shape[-1])
     best = chosen.topk(width)
-    picked = torch.tensor([tokens[row] for row in rows], device=logits.device)[:, None]
+    picked = beside(logits, [tokens[row] for row in rows], np.int64)[:, None]
     own = (chosen.gather(-1, picked) - whole)[:, 0].tolist()
     for n, (row, ids, values) in enumerate(
         zip(rows, best.indices.tolist(), (best.values - whole).tolist(), strict=True)

@@ -198,3 +198,19 @@ class TestLogprobs:
         assert found[0].top_logprobs == ()
         assert not math.isnan(found[0].logprob)
         assert found[1].logprob is None
+
+
+def test_everything_is_chosen_before_anything_is_read():
+    """Of the meta device nothing can be read, and what it holds cannot be mixed with what is elsewhere."""
+    rows = [
+        sequence(),
+        sequence(temperature=0.7, seed=1),
+        sequence(temperature=0.7, top_p=0.9, repetition_penalty=1.2, min_tokens=3),
+        sequence(temperature=1.0, top_k=5, output=(7, 7), presence_penalty=0.5),
+    ]
+    chosen = Sampler(EOS).choose(torch.empty(4, VOCAB, device="meta"), rows)
+    assert (chosen.device.type, chosen.shape, chosen.dtype) == ("meta", (4,), torch.int64)
+    with pytest.raises(RuntimeError):
+        chosen.tolist()
+    only_some = Sampler(EOS).choose(torch.empty(1, VOCAB, device="meta"), [sequence(temperature=1.0, top_k=5)])
+    assert only_some.device.type == "meta"
