@@ -263,6 +263,13 @@ class LanguageSettings(EngineSettings):
     )
     max_queue: Count = Field(1024, description="requests waiting to be scheduled; beyond it requests get a 503")
     embedding_bytes: Bytes = Field(ByteSize(256 << 20), description="arena for embeddings fetched from encoders")
+    embedding_block_tokens: Count = Field(16, description="tokens in one block of that arena (of 32 bits a number)")
+    embedding_default_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens for whose embeddings a request waits for room before it is queued; the others follow in "
+        "pieces of as many, while its prompt runs; 0: all of them, as far as the arena holds them",
+    )
     layers_per_push: Count = Field(4, description="layers whose KV is sent together while later layers are computed")
     kv_lease: Seconds = Field(30.0, description="seconds that prefilled blocks wait for the decode engine to read them")
     metaserver_timeout: Seconds = Field(
