@@ -23,7 +23,8 @@ async def build(settings: ColocatedSettings) -> AsyncIterator[ColocatedApp]:
     of_encoder = settings.of_encoder()
     async with AsyncExitStack() as stack:
         encoder = await stack.enter_async_context(encoding.build(of_encoder))
-        app = await stack.enter_async_context(language.build(settings))
+        of_language = settings.model_copy(update={"embedding_store": ()})  # the encoder looks there already
+        app = await stack.enter_async_context(language.build(of_language))
         app.lend = Lender(encoder.encoder).lend
         both = ColocatedApp(app, encoder)
         if settings.encoder_port is not None:

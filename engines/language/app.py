@@ -28,6 +28,7 @@ from engines.language.requests import Generation, Served, parse
 from engines.language.roles import Roles
 from engines.language.service import Service
 from engines.settings import LanguageSettings
+from engines.store.store import EmbeddingStore
 from engines.transfer.base import Transfer
 from engines.weights import LoadReport
 
@@ -46,6 +47,7 @@ class Parts:
     transfers: Sequence[Transfer]
     weights: LoadReport
     metrics: Metrics
+    store: EmbeddingStore | None = None
 
 
 Lend = Callable[[Mapping[str, Any]], AbstractAsyncContextManager[Mapping[str, Any]]]
@@ -106,6 +108,7 @@ class LanguageApp:
                 "bytes": weights.nbytes,
                 "prefixes": list(weights.prefixes),
             },
+            **({} if (store := self._parts.store) is None else {"embedding_store": store.info()}),
         }
 
     async def drain(self) -> None:

@@ -31,6 +31,7 @@ from engines.language.scheduler import Limits
 from engines.language.service import Rules, Service
 from engines.language.tokenizer import ChatTokenizer
 from engines.settings import LanguageSettings
+from engines.store.store import opened
 from engines.tls import calls
 from engines.transfer import create
 from engines.transfer.base import Arena, Transfer, TransferError
@@ -67,11 +68,12 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         handoffs = Handoffs(engine, carrier, (kv_arena, cache), waits, metrics, metaserver)
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
-        receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout)
+        store = await stack.enter_async_context(opened(settings, metrics.registry))
+        receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout, store)
         rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)
         service = Service(engine, handoffs, receiver, metrics, rules)
         served = Served(tokenizer, limits, facts.vocab_size)
-        yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics))
+        yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics, store))
 
 
 def layout_of(settings: LanguageSettings, facts: ModelFacts, dtype: torch.dtype) -> KVLayout:

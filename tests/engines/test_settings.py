@@ -74,6 +74,7 @@ def test_sizes_are_written_as_people_write_them() -> None:
         (["--fetch-timeout", "0"], "--fetch-timeout"),
         (["--transfer", "storage"], "needs --storage-path"),
         (["--rdma"], "--rdma needs --transfer mooncake"),
+        (["--embedding-store", "10.0.0.1:50051,here"], "--embedding-store: here should look like HOST:PORT"),
         (["--config", "/nowhere.yaml"], "--config /nowhere.yaml"),
     ],
 )
