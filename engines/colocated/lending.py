@@ -10,8 +10,8 @@ what comes again is not computed again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,23 +19,26 @@ import torch
 from engines.encoder.cache import Entry
 from engines.encoder.request import OTHER_MEDIA, MediaItem, answer, parse
 from engines.encoder.service import Encoder
-from engines.errors import BadRequest, DeadlineExceeded, EngineError
+from engines.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
 
 MEDIA = OTHER_MEDIA | {"image_url", "image", "input_image"}
 """Types of parts that the encoder is to judge; what it does not take it refuses with the reason."""
 
 EXTRAS = ("mm_processor_kwargs", "media_io_kwargs")
+FULL = "cache_full"
 
 
 class Loan:
     """One item of one request, encoded here. An `engines.language.embeddings.Loan`."""
 
-    def __init__(self, encoder: Encoder, item: MediaItem) -> None:
+    def __init__(self, encoder: Encoder, item: MediaItem, on_end: Callable[[Loan], None]) -> None:
+        """`over` is set and `on_end` called once it is given back and holds nothing any more."""
         self.item = item
+        self.over = asyncio.Event()
         self._encoder = encoder
+        self._on_end = on_end
         self._placed: asyncio.Future[tuple[Entry, bool]] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._encode())  # noqa: TID251 - ends in `release`
-        self._task.add_done_callback(self._ended)
         self._released = False
 
     async def place(self) -> tuple[Entry, bool]:
@@ -50,23 +53,17 @@ class Loan:
 
     def release(self) -> None:
         """Nothing is read any more: an embedding that nobody else waits for need not be computed."""
-        if self._released:
-            return
-        self._released = True
-        if self._task.done():
-            self._give_back()
-        else:
+        if not self._released:
+            self._released = True
             self._task.cancel()
+            self._task.add_done_callback(self._give_back)
 
-    def _ended(self, task: asyncio.Task[Entry]) -> None:
-        if not task.cancelled():
-            task.exception()  # `place` or `rows` raises it, if anybody waits there
-        if self._released:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        if not self._task.cancelled() and self._task.exception() is None:
-            self._encoder.release(self._task.result())
+    def _give_back(self, task: asyncio.Task[Entry]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._encoder.cache.not_named(task.result())
+            self._encoder.release(task.result())
+        self.over.set()
+        self._on_end(self)
 
     def _place(self, entry: Entry, cached: bool) -> None:
         if not self._placed.done():
@@ -93,25 +90,66 @@ class Lender:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
+        self._lent: set[Loan] = set()
+        self._turn = asyncio.Lock()  # whoever holds it waits for room, and goes before all that come later
+        self._returned = asyncio.Event()
 
     @asynccontextmanager
     async def lend(self, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
         """The body as this engine reads it, its media encoded or about to be. Raises EngineError, naming the item.
 
-        The end of the block takes back what has not been given back: nothing of it may be read any more.
+        Where the cache is full of what others have borrowed, it waits for them, --encode-timeout seconds at most. The
+        end of the block takes back what has not been given back: nothing of it may be read any more.
         """
         media = _media(body)
         if not media:
             yield body
             return
-        items = parse(_asked(body, media), self._encoder.settings.max_items)
-        loans = [Loan(self._encoder, item) for item in items]
+        loans, places = await self._borrowed(parse(_asked(body, media), self._encoder.settings.max_items))
         try:
-            places = await _all(loans)
             yield _lent(body, media, loans, places)
         finally:
-            for loan in loans:
-                loan.release()
+            _release(loans)
+
+    async def _borrowed(self, items: Sequence[MediaItem]) -> tuple[list[Loan], list[tuple[Entry, bool]]]:
+        async with self._turn:
+            pass
+        try:
+            return await self._try(items)
+        except Overloaded as error:
+            failure = error
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._encoder.settings.encode_timeout), self._turn:
+                while failure.code == FULL and (self._lent or self._returned.is_set()):
+                    await self._returned.wait()
+                    try:
+                        return await self._try(items)
+                    except Overloaded as error:
+                        failure = error
+        raise failure
+
+    async def _try(self, items: Sequence[MediaItem]) -> tuple[list[Loan], list[tuple[Entry, bool]]]:
+        """Where each will be; on an error, nothing is held."""
+        self._returned.clear()
+        loans = [Loan(self._encoder, item, self._take_back) for item in items]
+        self._lent.update(loans)
+        try:
+            return loans, await _all(loans)
+        except BaseException:
+            self._lent.difference_update(loans)  # nobody waits for these
+            _release(loans)
+            await asyncio.gather(*(loan.over.wait() for loan in loans))
+            raise
+
+    def _take_back(self, loan: Loan) -> None:
+        if loan in self._lent:
+            self._lent.remove(loan)
+            self._returned.set()
+
+
+def _release(loans: Iterable[Loan]) -> None:
+    for loan in loans:
+        loan.release()
 
 
 async def _all(loans: list[Loan]) -> list[tuple[Entry, bool]]:

@@ -203,7 +203,7 @@ class Encoder:
             self._transfer.withdraw(key)
             self.cache.abandon(entry)
             raise
-        self.cache.commit(entry, entry.value, time.monotonic() + self.settings.handle_ttl)
+        self._commit(flight, entry)
         if not self._transfer.durable:
             self._transfer.fulfil(key)
         self._remember(entry)
@@ -226,8 +226,13 @@ class Encoder:
                 self.cache.abandon(entry)
                 raise
         flight.tell(entry)
-        self.cache.commit(entry, entry.value, time.monotonic() + self.settings.handle_ttl)
+        self._commit(flight, entry)
         return entry
+
+    def _commit(self, flight: Flight[Entry], entry: Entry) -> None:
+        """It is held for those who wait, until they have pinned and named it; if all have left, for nobody."""
+        hold = self.settings.handle_ttl if flight.waiters else 0.0
+        self.cache.commit(entry, entry.value, time.monotonic() + hold)
 
     def _described(self, record: Record) -> Embedding | None:
         """What its writer said of it, without a place; None when that is not what this model makes."""
