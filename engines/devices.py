@@ -40,6 +40,14 @@ def onto(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
 
 
+def into(tensor: torch.Tensor, array: npt.NDArray[Any]) -> None:
+    """Overwrite a tensor of the same shape, waiting for a CUDA device as little as `onto` does."""
+    held = torch.from_numpy(array)
+    if tensor.device.type == "cuda":
+        held = held.pin_memory()
+    tensor.copy_(held, non_blocking=True)
+
+
 @contextmanager
 def pinned(
     buffer: memoryview, device: torch.device, cudart: Callable[[], Any] = torch.cuda.cudart

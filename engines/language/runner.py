@@ -16,6 +16,7 @@ from engines.devices import onto
 from engines.errors import SetupError
 from engines.language.attention import Backend, Indices, Query, Written
 from engines.language.gathering import Gathering
+from engines.language.graphs import DecodeGraphs
 from engines.language.kv import KVCache
 from engines.language.model import Deepstack, LanguageModel
 from engines.language.positions import Positions
@@ -65,6 +66,7 @@ class Runner:
         layers_per_push: int = 1,
         sampler: Sampler | None = None,
         backend: Backend | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         if cache.pool.device.type != model.device.type:
             raise SetupError(
@@ -73,6 +75,7 @@ class Runner:
         self.model = model
         self.cache = cache
         self.backend = backend or Gathering(cache)
+        self.graphs = graphs
         self.layers_per_push = layers_per_push
         self.sampler = sampler or Sampler(model.facts.eos_token_ids)
 
@@ -95,9 +98,11 @@ class Runner:
     def forward(self, pack: Pack, on_layers: OnLayers | None = None) -> torch.Tensor:
         """Run the model over a pack: the logits of its `last_rows`, `[n, vocab]`."""
         device = self.model.device
+        rows = onto(np.array(pack.last_rows, np.int64), device)
+        if self.graphs is not None and on_layers is None and not pack.patches and self.graphs.takes(pack.queries):
+            return self.graphs.run(pack.token_ids, pack.positions, pack.queries).index_select(0, rows)
         step = self.backend.plan(pack.queries, self._groups(on_layers))
         hidden, deepstack = self._embed(pack)
-        rows = onto(np.array(pack.last_rows, np.int64), device)
         return self.model(hidden, onto(pack.positions, device), step, deepstack, rows)  # type: ignore[no-any-return]
 
     def pack(self, batch: Listing[Scheduled]) -> Pack:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engines.devices import PORTABLE, devices_of, onto, pinned
+from engines.devices import PORTABLE, devices_of, into, onto, pinned
 from engines.errors import SetupError
 
 
@@ -70,3 +70,9 @@ def test_arrays_go_onto_the_cpu_without_a_copy() -> None:
     array[1, 2] = 9
     assert found.tolist() == [[0, 1, 2], [3, 4, 9]]
     assert onto(array.T, torch.device("cpu")).tolist() == [[0, 3], [1, 4], [2, 9]]
+
+
+def test_arrays_overwrite_what_a_tensor_holds() -> None:
+    tensor = torch.zeros(2, 2, dtype=torch.int32)
+    into(tensor, np.array([[1, 2], [3, 4]], np.int32))
+    assert tensor.tolist() == [[1, 2], [3, 4]]

@@ -1,0 +1,114 @@
+"""Decode steps over inputs that stay in place: with a capture that does the work again, the tokens are those of a step
+without graphs, whatever was in the inputs before.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.language.attention import Query
+from engines.language.graphs import EVERY, DecodeGraphs, Work, buckets
+from engines.language.kv import KVCache
+from engines.language.runner import Runner
+from engines.language.sequence import Scheduled
+from engines.language.varlen import Varlen
+from tests.support.checkpoints import FAMILIES
+from tests.support.drive import CASES, Driver, case, language_model, new_cache
+from tests.support.kernels import varlen_attn
+
+
+class Replays:
+    """Stands for the capture: the work is done anew each time, and its result lies where the last one lay."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.captured: list[int] = []
+
+    def __call__(self, work: Work) -> Work:
+        result = work().clone()
+        self.captured.append(len(result))
+
+        def replay() -> torch.Tensor:
+            self.rows.append(len(result))
+            return result.copy_(work())
+
+        return replay
+
+
+def with_graphs(family: str, most: int, max_tokens: int = 1024) -> tuple[Driver, Replays]:
+    model, replays = language_model(family), Replays()
+    cache = new_cache(model)
+    backend = Varlen(cache, varlen_attn)
+    graphs = DecodeGraphs(model, cache, backend, most, max_tokens, replays)
+    return Driver(Runner(model, cache, backend=backend, graphs=graphs), budget=40, chunk=24), replays
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_generate(family: str) -> None:
+    loop, replays = with_graphs(family, most=4)
+    cases = [case(family, name) for name in CASES]
+    assert loop.finish(*(loop.of(one) for one in cases)) == [one.expected for one in cases]
+    assert {1, 2, 4} & set(replays.rows)
+    assert replays.captured == [4, 2, 1]
+    shared = loop.runner.cache.pool[:, loop.runner.cache.scratch_block]
+    assert shared[:, :, 0].any(), "nothing was padded"
+    assert not shared[:, :, 1:].any(), "padding is one token"
+
+
+def test_a_batch_takes_the_smallest_graph_that_holds_it() -> None:
+    loop, replays = with_graphs("qwen3_vl", most=4)
+    cases = [case("qwen3_vl", name) for name in ("text", "one", "two")]
+    sequences = [loop.of(one) for one in cases]
+    loop.budget = loop.chunk = 1 << 30
+    loop.step(sequences)
+    assert replays.rows == []
+    for batch, rows in ((3, 4), (1, 1), (2, 2), (3, 4)):
+        loop.step(sequences[:batch])
+        assert replays.rows.pop() == rows
+    assert loop.finish(*sequences) == [one.expected for one in cases]
+
+
+def test_what_there_is_no_graph_for_runs_without() -> None:
+    loop, _ = with_graphs("qwen3_vl", most=2)
+    want = case("qwen3_vl", "one")
+    sequences = [loop.of(want) for _ in range(3)]
+    loop.step(sequences[:1])
+    graphs = loop.runner.graphs
+    assert graphs is not None
+    assert graphs.takes([Query([0], 0, 1)] * 2)
+    assert not graphs.takes([Query([0], 0, 1)] * 3)
+    assert not graphs.takes([Query([0], 0, 2)])
+    assert graphs.takes([Query([0] * 64, 1023, 1)])
+    assert not graphs.takes([Query([0] * 65, 1024, 1)])
+    assert loop.finish(*sequences) == [want.expected] * 3
+
+
+def test_layers_are_told_of_single_tokens_too() -> None:
+    loop, replays = with_graphs("qwen2_vl", most=2)
+    seq, told = loop.sequence(range(9)), list[tuple[int, int]]()
+    loop.step([seq])
+    replays.rows.clear()
+    loop.runner.run([Scheduled(seq, 9, 1, True)], lambda first, last: told.append((first, last)))
+    assert told
+    assert not replays.rows
+
+
+@given(st.integers(1, 600))
+def test_buckets_pad_little(most: int) -> None:
+    sizes = buckets(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for count in range(1, most + 1):
+        rows = min(size for size in sizes if size >= count)
+        assert rows - count < min(EVERY, count)
+
+
+def test_the_cache_needs_a_block_for_padding() -> None:
+    model = language_model("qwen2_vl")
+    layout = new_cache(model).layout
+    cache = KVCache(layout, memoryview(bytearray(layout.nbytes)))
+    with pytest.raises(ValueError, match="scratch block"):
+        DecodeGraphs(model, cache, Varlen(cache, varlen_attn), 2, 64, Replays())
