@@ -17,10 +17,11 @@ COMMANDS = {
     "bench": ("bench.load", "ask any OpenAI-compatible URL and measure its answers"),
     "encoder": ("engines.encoder", "a vision encoder engine"),
     "language": ("engines.language", "a language engine: prefill, decode, or both"),
+    "store": ("engines.store", "a store of embeddings that encoders and language engines share"),
     "checkpoint": ("engines.checkpoint", "make a tiny random checkpoint to play with"),
 }
 COMPLETION = "completion"
-NEEDS_ENGINES = ("up", "encoder", "language", "checkpoint")
+NEEDS_ENGINES = ("up", "encoder", "language", "store", "checkpoint")
 HELP = """\
 usage: triptych COMMAND [flags]        (triptych COMMAND --help explains a command's flags)
 

@@ -69,6 +69,8 @@ class Deployment:
 
     :param engine_arguments: passed to every engine, before those of its role ("encode", "prefill", "decode", "both",
         "whole") in `role_arguments`.
+    :param embedding_store: memory of an embedding store that all engines share, as `triptych store --bytes` takes it;
+        empty: there is none.
     """
 
     model: Path
@@ -80,11 +82,13 @@ class Deployment:
     engine_arguments: Sequence[str] = ()
     role_arguments: dict[str, Sequence[str]] = field(default_factory=dict)
     proxy_arguments: Sequence[str] = ()
+    embedding_store: str = ""
     start_timeout: float = 120.0
     restarts: int = 3  # of one engine within RESTART_WINDOW seconds
     verbose: bool = False
     engines: dict[str, Child] = field(default_factory=dict)
     proxy: Child | None = None
+    store: Child | None = None
     _watchers: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -96,11 +100,15 @@ class Deployment:
         return [child for name, child in self.engines.items() if name.startswith(f"{role}-")]
 
     async def start(self) -> None:
-        """Start all engines at once, then the proxy in front of them.
+        """Start the embedding store if there is one, then all engines at once, then the proxy in front of them.
 
         :raises StartError: one did not start; all are stopped then.
         """
         try:
+            if self.embedding_store:
+                flags = ["--port", "0", "--bytes", self.embedding_store]
+                self.store = Child("store", "engines.store", flags, self._log)
+                await self._start_together([self.store])
             for name, role in self.topology.engines():
                 self.engines[name] = self._engine(name, role)
             await self._start_together(list(self.engines.values()))
@@ -143,6 +151,8 @@ class Deployment:
 
     def _engine(self, name: str, role: str) -> Child:
         common = ["--model", str(self.model), "--host", self.host, "--transfer", self.transfer, *self.engine_arguments]
+        if self.store is not None:
+            common += ["--embedding-store", self.store.url.removeprefix("tcp://")]
         own = list(self.role_arguments.get(role, ()))
         if "--port" not in own:
             own += ["--port", "0"]
@@ -168,8 +178,8 @@ class Deployment:
             say(f"[{name}] {line}")
 
     def keep_alive(self) -> None:
-        """From now on an engine that dies is started again on its port."""
-        for child in self.engines.values():
+        """From now on an engine that dies is started again on its port, and so is the store."""
+        for child in self._behind_the_proxy():
             self._watchers.append(asyncio.create_task(self._watch(child)))  # noqa: TID251 - kept, cancelled in stop
 
     async def _watch(self, child: Child) -> None:
@@ -190,14 +200,17 @@ class Deployment:
                 return
 
     async def stop(self, grace: float = 10.0) -> None:
-        """Stop the proxy first, then the engines; waits until all are gone."""
+        """Stop the proxy first, then the others; waits until all are gone."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
         self._watchers.clear()
         if self.proxy is not None:
             await self.proxy.stop(grace)
-        await asyncio.gather(*(child.stop(grace) for child in self.engines.values()))
+        await asyncio.gather(*(child.stop(grace) for child in self._behind_the_proxy()))
+
+    def _behind_the_proxy(self) -> list[Child]:
+        return [*self.engines.values(), *([] if self.store is None else [self.store])]
 
     async def __aenter__(self) -> Deployment:
         await self.start()

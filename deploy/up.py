@@ -35,7 +35,9 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="triptych up",
         description="Start encoder, prefill and decode engines and the proxy on this machine, until Ctrl-C.",
     )
-    parser.add_argument("--topology", type=Topology.parse, default="1e1p1d", help="1e1p1d, 2e1p2d, 1e1pd, 2epd, 1p1d, 1pd …")
+    parser.add_argument(
+        "--topology", type=Topology.parse, default="1e1p1d", help="1e1p1d, 2e1p2d, 1e1pd, 2epd, 1p1d, 1pd …"
+    )
     parser.add_argument(
         "--model", type=Path, help="a Hugging Face folder; default: a tiny random checkpoint, made once"
     )
@@ -44,6 +46,10 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="the proxy's; 0 lets the system choose")
     parser.add_argument("--transfer", choices=["shm", "mooncake", "zmq"], default="shm", help="how tensors travel")
     parser.add_argument("--kv-handoff", choices=["push", "pull"], default="push", help="who moves the KV cache")
+    parser.add_argument(
+        "--embedding-store", nargs="?", const="1GiB", default="", metavar="BYTES",
+        help="let engines share what encoders computed, in so much memory of a store of its own (default: %(const)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--start-timeout", type=float, default=600.0, metavar="S", help="seconds an engine may take to load"
     )
@@ -55,7 +61,8 @@ async def run(arguments: argparse.Namespace) -> None:
     model = arguments.model or await tiny_checkpoint(arguments.family, Path(".checkpoints") / arguments.family)
     deployment = Deployment(
         model=model, topology=arguments.topology, host=arguments.host, port=arguments.port, transfer=arguments.transfer,
-        kv_handoff=arguments.kv_handoff, start_timeout=arguments.start_timeout, verbose=arguments.verbose,
+        kv_handoff=arguments.kv_handoff, embedding_store=arguments.embedding_store,
+        start_timeout=arguments.start_timeout, verbose=arguments.verbose,
     )  # fmt: skip
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

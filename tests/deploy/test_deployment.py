@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from deploy.deployment import Deployment, Topology
+from deploy.processes import Child
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,9 @@ def test_a_topology_is_read(text: str, topology: Topology) -> None:
     assert Topology.parse(text) == topology
 
 
-@pytest.mark.parametrize("text", ["", "e", "1e", "1p", "1d", "0p1d", "1e0pd", "0e1pd", "1e1p1d1pd", "3", "1p1e1d", "0epd", "1e1epd"])
+@pytest.mark.parametrize(
+    "text", ["", "e", "1e", "1p", "1d", "0p1d", "1e0pd", "0e1pd", "1e1p1d1pd", "3", "1p1e1d", "0epd", "1e1epd"]
+)
 def test_a_topology_that_cannot_serve_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         Topology.parse(text)
@@ -30,6 +33,15 @@ def test_a_topology_that_cannot_serve_is_refused(text: str) -> None:
 def test_engines_are_named_by_role() -> None:
     names = [name for name, _ in Topology(2, 1, 1).engines()]
     assert names == ["encode-0", "encode-1", "prefill-0", "decode-0"]
+
+
+def test_all_engines_are_told_of_the_store() -> None:
+    deployment = Deployment(Path("m"), Topology(1, 1, 1), embedding_store="1GiB")
+    deployment.store = Child("store", "engines.store", [])
+    deployment.store.url = "tcp://127.0.0.1:50051"
+    for name, role in deployment.topology.engines():
+        assert "--embedding-store 127.0.0.1:50051" in " ".join(deployment._engine(name, role)._command)
+    assert deployment.store in deployment._behind_the_proxy()
 
 
 def test_the_role_arguments_come_after_the_common_ones() -> None:

@@ -12,6 +12,9 @@ from tests.support.checkpoints import checkpoint
 from tests.support.waiting import until
 
 
+STORES: tuple[tuple[str, ...], ...] = ((), ("--embedding-store",), ("--embedding-store", "64MiB"))
+
+
 def up(*flags: str) -> tuple[Child, list[str]]:
     lines: list[str] = []
     common = ["--port", "0", "--model", str(checkpoint("qwen2_vl"))]
@@ -62,6 +65,11 @@ def test_a_wrong_topology_is_refused_with_an_example(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         argument_parser().parse_args(["--topology", "3d"])
     assert "write 1e1p1d" in capsys.readouterr().err
+
+
+def test_a_store_has_a_size_whether_one_is_given_or_not() -> None:
+    asked = {flags: argument_parser().parse_args(flags).embedding_store for flags in STORES}
+    assert list(asked.values()) == ["", "1GiB", "64MiB"]
 
 
 async def test_the_tiny_checkpoint_is_made_once(tmp_path: Path) -> None:
