@@ -243,7 +243,19 @@ class LanguageSettings(EngineSettings):
     rank_timeout: Seconds = Field(
         30.0, description="with --tensor-parallel: seconds without a sign of life from one of them, until all end"
     )
-    block_size: Count = Field(16, description="tokens in one KV block; the same on prefill and decode")
+    attention: Literal["auto", "gather", "varlen"] = Field(
+        "auto",
+        description="how queries find their keys: varlen is a kernel that reads the KV cache where it lies, for 16-bit "
+        "weights on a GPU; gather copies out of it first, and runs anywhere; auto takes varlen where it runs",
+    )
+    decode_graphs: bool = Field(
+        True, description="with varlen on a GPU: capture the decode step of each batch size at start, and replay it"
+    )
+    block_size: Count | None = Field(
+        None,
+        description="tokens in one KV block, the same on prefill and decode; default: 16, or 256 with --attention "
+        "varlen, which needs a multiple of 256",
+    )
     kv_blocks: Count | None = Field(None, description="KV blocks to allocate; default: what --kv-bytes holds")
     kv_bytes: Bytes = Field(
         ByteSize(1 << 30), description="memory for KV blocks where --kv-blocks is not given, on each device"
@@ -258,6 +270,11 @@ class LanguageSettings(EngineSettings):
     )
     max_num_seqs: Count = Field(64, description="sequences running at the same time")
     max_batched_tokens: Count = Field(2048, description="tokens of one step; longer prompts run in chunks of it")
+    chunk_while_decoding: Count | None = Field(
+        None,
+        description="prompt tokens of a step in which others decode: fewer shorten the longest wait between two tokens "
+        "and lengthen that for a first one; default: what --max-batched-tokens leaves",
+    )
     prefix_cache: bool = Field(
         True, description="keep the KV of prompts that are over while there is room, for prompts that begin alike"
     )

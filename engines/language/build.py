@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import aiohttp
 import torch
@@ -17,6 +18,7 @@ from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
 from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
+from engines.language.graphs import Captures, DecodeGraphs
 from engines.language.handoff import Handoffs, Waits
 from engines.language.kv import KVCache, KVLayout
 from engines.language.metaserver import Metaserver
@@ -30,6 +32,7 @@ from engines.language.runner import Runner
 from engines.language.scheduler import Limits
 from engines.language.service import Rules, Service
 from engines.language.tokenizer import ChatTokenizer
+from engines.language.varlen import Varlen, backend_of, block_size_for
 from engines.settings import LanguageSettings
 from engines.store.store import opened
 from engines.tls import calls
@@ -54,8 +57,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         arena = stack.enter_context(pinned(kv_arena.buffer, model.device))
-        await ranks.connect(model.device)
-        cache, runner = ranks.leading(*step_parts(settings, model, layout, arena), facts.embedding_width)
+        make = partial(step_parts, settings, model, layout, arena)
+        cache, runner = ranks.leading(*await ranks.connect(model.device, make))
         await stack.enter_async_context(ranks.watched())
         limits = limits_of(settings, facts, layout)
         engine = LanguageEngine(limits, runner, cache, facts.eos_token_ids)
@@ -78,7 +81,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
 
 def layout_of(settings: LanguageSettings, facts: ModelFacts, dtype: torch.dtype) -> KVLayout:
     """The KV cache that fits --kv-blocks or --kv-bytes. Raises SetupError if that is not one block."""
-    one = KVLayout(facts.num_layers, 1, settings.block_size, facts.num_kv_heads, facts.head_dim, dtype)
+    size = settings.block_size or block_size_for(settings.attention, dtype, torch.device(settings.device))
+    one = KVLayout(facts.num_layers, 1, size, facts.num_kv_heads, facts.head_dim, dtype)
     num_blocks = settings.kv_blocks or int(settings.kv_bytes) // one.nbytes
     if num_blocks < 1:
         raise SetupError(f"--kv-bytes {int(settings.kv_bytes)} is less than one KV block of {one.nbytes} bytes")
@@ -97,6 +101,7 @@ def limits_of(settings: LanguageSettings, facts: ModelFacts, layout: KVLayout) -
         max_num_seqs=settings.max_num_seqs,
         max_batched_tokens=settings.max_batched_tokens,
         prefix_cache=settings.prefix_cache,
+        chunk_while_decoding=settings.chunk_while_decoding,
     )
 
 
@@ -124,9 +129,14 @@ def load_model(settings: LanguageSettings, group: Group) -> LanguageModel:
 def step_parts(
     settings: LanguageSettings, model: LanguageModel, layout: KVLayout, arena: memoryview
 ) -> tuple[KVCache, Runner]:
-    """What runs the steps of a rank."""
+    """What runs the steps of a rank. Raises SetupError: --attention cannot run here."""
     cache = KVCache(layout, arena, settings.device, apart=settings.kv_mirror)
-    return cache, Runner(model, cache, settings.layers_per_push)
+    backend = backend_of(settings.attention, cache, model.facts.num_heads)
+    graphs = None
+    if settings.decode_graphs and model.device.type == "cuda" and isinstance(backend, Varlen):
+        longest = limits_of(settings, model.facts, layout).max_tokens
+        graphs = DecodeGraphs(model, cache, backend, settings.max_num_seqs, longest, Captures(model.device))
+    return cache, Runner(model, cache, settings.layers_per_push, backend=backend, graphs=graphs)
 
 
 def _dtype(settings: LanguageSettings) -> torch.dtype:

@@ -1,9 +1,9 @@
 """What the next step runs: continuous batching over a paged KV cache. Plain decisions, without clock, tensors, threads.
 
 Every step gives each decoding sequence its token first, then fills the token budget with chunks of prompts, oldest
-first; a prompt that waits for an embedding gets as far as its item. When the cache is full the newest running sequence
-is swapped out to host memory, and comes back before anybody new is admitted. The oldest can always go on, because no
-request is admitted that could not run alone.
+first, or less than the budget, since those that decode wait for it; a prompt that waits for an embedding gets as far as
+its item. When the cache is full the newest running sequence is swapped out to host memory, and comes back before
+anybody new is admitted. The oldest can always go on, because no request is admitted that could not run alone.
 
 A prompt that begins as an earlier one did, images included, begins with the blocks of that where they still are.
 
@@ -30,7 +30,8 @@ class NeverFits(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this engine can hold. `max_batched_tokens` is the budget of one step."""
+    """What this engine can hold. `max_batched_tokens` is the budget of one step, `chunk_while_decoding` what prompts
+    get of it beside sequences that decode."""
 
     num_blocks: int
     block_size: int
@@ -38,6 +39,7 @@ class Limits:
     max_num_seqs: int
     max_batched_tokens: int
     prefix_cache: bool = True  # keep the KV of prompts that are over, while nobody needs the room
+    chunk_while_decoding: int | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -163,6 +165,8 @@ class Scheduler:
         """Choose the next step and take its blocks. An empty step: nothing can run until something else happens."""
         budget = self.limits.max_batched_tokens
         scheduled, swap_out = self._decodes(budget)
+        if scheduled and self.limits.chunk_while_decoding:
+            budget = min(budget, len(scheduled) + self.limits.chunk_while_decoding)
         scheduled += _chunks([seq for seq in self.running if seq.remaining > 1], budget - _tokens(scheduled))
         swap_in: list[Swap] = []
         admitted: list[Sequence] = []

@@ -65,3 +65,19 @@ async def test_what_cannot_start_says_why(changes: dict[str, Any], hint: str) ->
     with pytest.raises(SetupError, match=hint):
         async with build(settings(**changes)):
             pass
+
+
+def test_blocks_are_as_large_as_attention_needs() -> None:
+    facts = ModelFacts.read(checkpoint(FAMILY))
+    assert layout_of(settings(), facts, torch.float32).block_size == 16
+    assert layout_of(settings(attention="varlen"), facts, torch.float32).block_size == 256
+    assert layout_of(settings(attention="varlen", block_size=512), facts, torch.float32).block_size == 512
+
+
+async def test_a_kernel_that_cannot_run_here_is_refused_at_start() -> None:
+    with pytest.raises(SetupError, match="--attention varlen cannot run here"):
+        async with build(settings(attention="varlen")):
+            pass
+    with pytest.raises(SetupError, match="--block-size 16: --attention varlen needs a multiple of 256"):
+        async with build(settings(attention="varlen", block_size=16)):
+            pass

@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engines.errors import SetupError
+from engines.language.graphs import DecodeGraphs
+from engines.language.kv import KVCache
 from engines.language.model import LanguageModel
 from engines.language.runner import BadEmbeddings, Runner
 from engines.language.sequence import Scheduled
+from engines.language.varlen import Varlen
+from engines.weights import on_meta
 from tests.support.checkpoints import FAMILIES, checkpoint
 from tests.support.drive import CASES, Driver, case, driver, language_model, new_cache
 
@@ -201,3 +206,31 @@ def test_a_cache_on_another_device_is_refused():
     cache.pool = cache.pool.to("meta")
     with pytest.raises(SetupError, match="KV cache is in meta memory, but the model on cpu"):
         Runner(model, cache)
+
+
+class TestOnADevice:
+    """Of the meta device nothing can be read, and nothing there mixes with what is elsewhere: a step that runs on it
+    waits for nothing of a CUDA device's either, and leaves nothing on the host."""
+
+    @pytest.fixture
+    def runner(self):
+        model = on_meta(lambda: LanguageModel(AutoConfig.from_pretrained(checkpoint("qwen3_vl"))))
+        model.facts = language_model("qwen3_vl").facts
+        cache = KVCache(new_cache(language_model("qwen3_vl")).layout, device="meta")
+        backend = Varlen(cache, lambda query, *_, **__: torch.empty_like(query))
+        graphs = DecodeGraphs(model, cache, backend, 4, 1024, lambda work: work)
+        return Runner(model, cache, backend=backend, graphs=graphs)
+
+    def test_nothing_is_read_before_the_tokens(self, runner):
+        loop = Driver(runner, chunk=24)
+        seqs = [loop.of(case("qwen3_vl", name)) for name in ("two", "long", "text")]
+        seqs[1].num_computed, seqs[2].num_computed = 24, len(seqs[2].token_ids) - 1
+        mixed = [
+            Scheduled(seqs[0], 0, 24, False),
+            Scheduled(seqs[1], 24, 70, False),
+            Scheduled(seqs[2], seqs[2].num_computed, 1, True),
+        ]
+        for batch in (mixed, mixed[2:], mixed[:1]):
+            logits = runner.forward(runner.pack(batch))
+            assert logits.device.type == "meta"
+            assert len(logits) == sum(entry.sample for entry in batch)

@@ -29,8 +29,16 @@ def make(
 class Machine:
     """The engine's loop without its thread: schedule, swap, run, advance."""
 
-    def __init__(self, num_blocks: int = 8, block_size: int = 4, max_num_seqs: int = 4, budget: int = 8) -> None:
-        self.scheduler = Scheduler(Limits(num_blocks, block_size, 64, max_num_seqs, budget))
+    def __init__(
+        self,
+        num_blocks: int = 8,
+        block_size: int = 4,
+        max_num_seqs: int = 4,
+        budget: int = 8,
+        chunk_while_decoding: int | None = None,
+    ) -> None:
+        limits = Limits(num_blocks, block_size, 64, max_num_seqs, budget, chunk_while_decoding=chunk_while_decoding)
+        self.scheduler = Scheduler(limits)
         self.cache = FakeCache(num_blocks, block_size)
         self.runner = FakeRunner(self.cache)
         self.done: list[Sequence] = []
@@ -93,6 +101,20 @@ def test_a_prompt_gets_as_far_as_its_embeddings_and_holds_up_nobody() -> None:
     held.held_at = None
     machine.run()
     assert machine.done == [other, held]
+    check_answers(machine)
+
+
+def test_chunks_are_smaller_while_somebody_decodes() -> None:
+    machine = Machine(num_blocks=16, chunk_while_decoding=3)
+    machine.scheduler.add(make("a", 8, max_tokens=3))
+    assert [(s.seq.id, s.count) for s in machine.step().scheduled] == [("a", 8)]
+    machine.scheduler.add(make("b", 12))
+    machine.scheduler.add(make("c", 2))
+    assert [(s.seq.id, s.count) for s in machine.step().scheduled] == [("a", 1), ("b", 3)]
+    assert [(s.seq.id, s.count) for s in machine.step().scheduled] == [("a", 1), ("b", 3)]
+    assert [(s.seq.id, s.count) for s in machine.step().scheduled] == [("b", 6), ("c", 2)]
+    machine.run()
+    assert len(machine.done) == 3
     check_answers(machine)
 
 
