@@ -9,17 +9,16 @@ import msgspec
 import numpy as np
 import torch
 
-from engines.language.engine import Runner
+from engines.language.attention import Query
 from engines.language.mirror import Ready
 from engines.language.parallel.messages import (
     Command,
     CopyBlock,
-    Entry,
     Errands,
     Forget,
     Load,
-    Patch,
     Restore,
+    Rows,
     Save,
     Stage,
     Step,
@@ -29,23 +28,11 @@ from engines.language.parallel.messages import (
 )
 from engines.language.parallel.steps import KVStore
 from engines.language.parallel.wire import Wire
-from engines.language.positions import Indices
-from engines.language.sequence import Item, SamplingParams, Scheduled
-from engines.language.sequence import Sequence as Chain
+from engines.language.runner import Pack, Patch, Runner
 from engines.transfer.base import Spans
 
 WritePush = Callable[[int, Spans, Spans, Ready | None], None]
 """(key, source, target, ready): go on with a push of this rank's."""
-
-
-class Given:
-    """The positions of one chunk, from whoever knows the whole prompt."""
-
-    def __init__(self, chunk: Indices) -> None:
-        self._chunk = chunk
-
-    def fill(self, out: Indices, start: int) -> None:
-        out[:] = self._chunk
 
 
 class Follower:
@@ -78,8 +65,7 @@ class Follower:
     def _obey(self, command: Command) -> None:
         match command:
             case Step():
-                batch = [self._scheduled(entry) for entry in command.entries]
-                self._runner.run(batch, self._errands if command.errands else None)
+                self._runner.forward(self._pack(command), self._errands if command.errands else None)
             case Load():
                 self._cache.load(unpacked(command.blocks))
             case CopyBlock():
@@ -110,28 +96,16 @@ class Follower:
                     spans = unpacked_spans(errand.source), unpacked_spans(errand.target)
                     self._write(errand.key, *spans, ready if errand.staged else None)
 
-    def _scheduled(self, entry: Entry) -> Scheduled:
-        """As much of a sequence as this step looks at: what is before it has no tokens, what is outside no rows."""
-        tokens = unpacked(entry.tokens)
-        stop = entry.start + len(tokens)
-        items = tuple(item_of(entry, patch) for patch in entry.patches)
-        seq = Chain(
-            "step",
-            [0] * entry.start + tokens,
-            stop,
-            SamplingParams(max_tokens=1, temperature=0.0),
-            items,
-            [self._rows(patch) for patch in entry.patches],
-            positions=Given(np.frombuffer(entry.positions, np.int64).reshape(3, -1)),
-            block_table=unpacked(entry.blocks),
+    def _pack(self, step: Step) -> Pack:
+        return Pack(
+            token_ids=np.frombuffer(step.token_ids, np.int64),
+            positions=np.frombuffer(step.positions, np.int64).reshape(3, -1),
+            queries=tuple(Query(unpacked(share.blocks), share.start, share.count) for share in step.shares),
+            patches=tuple(self._patch(rows) for rows in step.patches),
+            last_rows=tuple(step.last_rows),
         )
-        return Scheduled(seq, entry.start, len(tokens), entry.sample)
 
-    def _rows(self, patch: Patch) -> torch.Tensor:
-        dtype: torch.dtype = getattr(torch, patch.dtype)
-        data = self._wire.read(patch.rows * patch.width * dtype.itemsize)
-        return torch.frombuffer(data, dtype=dtype).view(patch.rows, patch.width)
-
-
-def item_of(entry: Entry, patch: Patch) -> Item:
-    return Item("", "image", (1, 1, patch.rows), entry.start + patch.first, patch.rows)
+    def _patch(self, rows: Rows) -> Patch:
+        dtype: torch.dtype = getattr(torch, rows.dtype)
+        data = self._wire.read(rows.count * rows.width * dtype.itemsize)
+        return Patch(rows.first, torch.frombuffer(data, dtype=dtype).view(rows.count, rows.width))

@@ -43,30 +43,31 @@ def unpacked_spans(data: bytes) -> list[tuple[int, int]]:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-class Patch(msgspec.Struct, frozen=True, array_like=True):
-    """Embedding rows of an entry, from its token `first` on; the bytes themselves follow the message."""
+class Share(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence's share of a step: `runner.Pack.queries`."""
+
+    blocks: bytes
+    start: int
+    count: int
+
+
+class Rows(msgspec.Struct, frozen=True, array_like=True):
+    """Embedding rows in a step: `runner.Pack.patches`. The bytes of the numbers follow the message."""
 
     first: int
-    rows: int
+    count: int
     width: int
     dtype: str
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank needs of a scheduled sequence: `tokens` are those to run, `positions` theirs, `[3, n]`."""
-
-    start: int
-    tokens: bytes
-    positions: bytes
-    blocks: bytes
-    sample: bool
-    patches: list[Patch]
-
-
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """Run a batch. `errands`: an `Errands` follows for each group of layers, in the midst of it."""
+    """Run a `runner.Pack`. `errands`: an `Errands` follows for each group of layers, in the midst of it."""
 
-    entries: list[Entry]
+    token_ids: bytes
+    positions: bytes
+    shares: list[Share]
+    patches: list[Rows]
+    last_rows: list[int]
     errands: bool
 
 

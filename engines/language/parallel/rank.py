@@ -21,12 +21,14 @@ import torch
 from engines.devices import pinned
 from engines.errors import SetupError
 from engines.language.build import kv_transfer, layout_of, load_model, step_parts
+from engines.language.kv import KVCache
 from engines.language.model import LanguageModel
 from engines.language.parallel.follower import Follower
 from engines.language.parallel.group import Processes
 from engines.language.parallel.messages import Answered, Asked, Begin, Cancel, Connect, Ping, Question
 from engines.language.parallel.transfers import RankTransfers
 from engines.language.parallel.wire import Line, Wire
+from engines.language.runner import Runner
 from engines.settings import LanguageSettings
 from engines.transfer.base import TransferError
 from engines.transfer.messages import refusal
@@ -106,7 +108,6 @@ class Rank:
         assert settings is not None
         assert model is not None
         assert group is not None
-        await asyncio.to_thread(group.connect, Path(question.meeting), model.device)
         layout = layout_of(settings, model.facts, model.dtype)
         transfer = kv_transfer(settings)
         self._stack.push_async_callback(transfer.close)
@@ -116,12 +117,19 @@ class Rank:
         transfers = self._transfers = RankTransfers(transfer, arena, self._line.send)
         self._stack.push_async_callback(transfers.close)
         buffer = self._stack.enter_context(pinned(arena.buffer, model.device))
-        cache, runner = step_parts(settings, model, layout, buffer)
+
+        def meet() -> tuple[KVCache, Runner]:
+            group.connect(Path(question.meeting), model.device)
+            return step_parts(settings, model, layout, buffer)
+
+        cache, runner = await asyncio.to_thread(meet)
         follower = Follower(Wire(self._steps, None), runner, cache, transfers.write, transfers.staged)
         threading.Thread(target=self._follow, args=(follower,), name="model", daemon=True).start()
 
     def _follow(self, follower: Follower) -> None:
         loop, error = self._stopped.get_loop(), None
+        if self._model is not None and self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)
         try:
             follower.run()
         except Exception as raised:

@@ -18,21 +18,24 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from engines.errors import Fatal, SetupError, ShuttingDown
-from engines.language.engine import Runner
+from engines.language.engine import Runner as Steppable
 from engines.language.parallel.carrier import every
 from engines.language.parallel.group import Alone, Group, Processes
 from engines.language.parallel.messages import Answered, Asked, Begin, Cancel, Connect, Freed, Ping, Question, Said
 from engines.language.parallel.steps import KVStore, ParallelCache, ParallelRunner, Steps
 from engines.language.parallel.wire import Line, Wire
+from engines.language.runner import Runner
 from engines.settings import LanguageSettings
 from engines.transfer.messages import as_error
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 END_TIMEOUT = 5.0  # seconds for a rank to end by itself
 LAST_WORDS = 0.5  # seconds in which the process of a rank that broke a step turns out to be dead
@@ -166,31 +169,35 @@ class Ranks:
     def group(self) -> Group:
         return self._processes or Alone()
 
-    def leading(self, cache: KVStore, runner: Runner, width: int) -> tuple[KVStore, Runner]:
-        """Rank 0's own cache and runner made those of all ranks. `width`: columns of an embedding."""
+    def leading(self, cache: KVStore, runner: Runner) -> tuple[KVStore, Steppable]:
+        """Rank 0's own cache and runner made those of all ranks."""
         if self._processes is None:
             return cache, runner
-        return ParallelCache(cache, self.steps), ParallelRunner(runner, self.steps, width)
+        return ParallelCache(cache, self.steps), ParallelRunner(runner, self.steps)
 
     async def load(self) -> None:
         """Have them load their weights; rank 0 does so at the same time. Raises SetupError."""
         await self._all(lambda link: link.begin())
 
-    async def connect(self, device: torch.device) -> None:
-        """Have all ranks, rank 0 too, meet. From then on they can run steps. Raises SetupError."""
-        if self._processes is None:
-            return
+    async def connect(self, device: torch.device, make: Callable[[], T]) -> T:
+        """Have all ranks meet, and each `make` then what it runs steps with, which may take a step or two of all of
+        them; `make` is rank 0's, and called in a thread. Raises SetupError.
+        """
+        processes = self._processes
+        if processes is None:
+            return await asyncio.to_thread(make)
+
+        def meet() -> T:
+            processes.connect(meeting, device)
+            return make()
+
         with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
             meeting = Path(folder) / "meeting"
             try:
-                await every(
-                    [
-                        asyncio.to_thread(self._processes.connect, meeting, device),
-                        self._all(lambda _: Connect(str(meeting))),
-                    ]
-                )
+                made, _ = await every([asyncio.to_thread(meet), self._all(lambda _: Connect(str(meeting)))])
             except RuntimeError as error:
-                raise SetupError(f"the ranks do not meet within --rank-timeout: {error}") from None
+                raise SetupError(f"the ranks do not meet: {error}") from None
+        return made  # type: ignore[no-any-return]
 
     async def _all(self, question: Callable[[Link], Question]) -> None:
         try:
@@ -221,10 +228,21 @@ class Ranks:
         reason = await self._failed
         if self._processes is not None:
             self._processes.abort()  # the model thread may wait for a rank that will not come
-        ended = await self._ended()
-        told = f"{ended or reason}: an engine cannot go on without all of its {1 + len(self.links)} ranks"
+        told = f"{await self._lost() or reason}: an engine cannot go on without all of its {1 + len(self.links)} ranks"
         log.critical(told)
         raise Fatal(told)
+
+    async def _lost(self) -> str | None:
+        """Which rank it is, and how it was lost."""
+        if (ended := await self._ended()) is not None:
+            return ended
+        for link in self.links:
+            try:
+                async with asyncio.timeout(LAST_WORDS):
+                    await link.ask(Ping())
+            except TimeoutError:
+                return f"rank {link.rank} (pid {link.process.pid}) does not answer"
+        return None
 
     async def _alive(self, link: Link) -> None:
         while True:
@@ -232,7 +250,7 @@ class Ranks:
                 async with asyncio.timeout(self._timeout):
                     await link.ask(Ping())
             except TimeoutError:
-                self.steps.end(f"rank {link.rank} gave no sign of life for {self._timeout:g} s (--rank-timeout)")
+                self.steps.end("no sign of life within --rank-timeout")
                 return
             except ShuttingDown as error:
                 self.steps.end(str(error))

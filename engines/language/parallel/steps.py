@@ -1,45 +1,45 @@
 """The runner and the cache of an engine with several ranks: rank 0's own, and word to the others of each thing that is
 done to them. It decides nothing; the other side is in `follower`.
 
-A step that fails on one rank leaves the others in the middle of it. What makes all of them fail alike, before they
-have said a word to each other, is a request's own fault and is found here; anything else is the end of the engine.
+A step is packed here and computed everywhere. What fails in packing is a request's own fault, and nobody hears of it;
+what fails in computing leaves the others in the middle of a step, and is the end of the engine.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 import torch
 
 from engines.errors import ShuttingDown
-from engines.language.engine import Cache, Runner, Sampled
+from engines.language.engine import Cache
 from engines.language.kv import KVLayout
 from engines.language.mirror import Ready
 from engines.language.parallel.messages import (
     Command,
     CopyBlock,
-    Entry,
     Errands,
     Forget,
     Load,
-    Patch,
     Restore,
+    Rows,
     Save,
+    Share,
     Stage,
     Step,
     Write,
     packed,
 )
 from engines.language.parallel.wire import Wire
-from engines.language.positions import Positions
-from engines.language.runner import patches_of
+from engines.language.runner import Pack, Runner
+from engines.language.sampler import Sampled
 from engines.language.sequence import Scheduled
 
 log = logging.getLogger(__name__)
@@ -99,27 +99,25 @@ class Steps:
 
 
 class ParallelRunner:
-    """A `Runner` for all ranks. `width`: columns of an embedding."""
+    """A `Runner` for all ranks."""
 
-    def __init__(self, runner: Runner, steps: Steps, width: int) -> None:
+    def __init__(self, runner: Runner, steps: Steps) -> None:
         self._runner = runner
         self._steps = steps
-        self._width = width
 
-    def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None) -> Listing[Sampled]:
-        """Raises BadEmbeddings, ShuttingDown."""
-        entries, buffers = [], list[memoryview]()
-        for entry in batch:
-            patches = [(patch.first, patch.rows) for patch in patches_of(entry, 0, self._width)]
-            entries.append(told(entry, patches))
-            buffers += [memoryview_of(rows) for _, rows in patches]
-        self._steps.tell(Step(entries, on_layers is not None), buffers)
+    @torch.inference_mode()
+    def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None) -> list[Sampled]:
+        """As `Runner.run`. Raises BadEmbeddings, which is before the others hear of the step, and ShuttingDown."""
+        pack = self._runner.pack(batch)
+        rows = [patch.rows.contiguous() for patch in pack.patches]
+        self._steps.tell(step_of(pack, on_layers is not None), [bytes_of(each) for each in rows])
         try:
-            return self._runner.run(batch, self._relayed(on_layers))
+            logits = self._runner.forward(pack, self._relayed(on_layers))
         except ShuttingDown:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others are in the midst of the step
             raise self._steps.failure(error) from None
+        return self._runner.sampler.sample(logits, [entry.seq for entry in batch if entry.sample])
 
     def _relayed(self, on_layers: OnLayers | None) -> OnLayers | None:
         if on_layers is None:
@@ -132,21 +130,23 @@ class ParallelRunner:
         return relayed
 
 
-def told(entry: Scheduled, patches: Iterable[tuple[int, torch.Tensor]]) -> Entry:
-    seq, stop = entry.seq, entry.start + entry.count
-    positions = cast(Positions, seq.positions).slice(entry.start, stop)
-    return Entry(
-        entry.start,
-        packed(seq.token_ids[entry.start : stop]),
-        packed(positions),
-        packed(seq.block_table),
-        entry.sample,
-        [Patch(first, len(rows), rows.shape[1], str(rows.dtype).removeprefix("torch.")) for first, rows in patches],
+def step_of(pack: Pack, errands: bool) -> Step:
+    return Step(
+        packed(pack.token_ids),
+        packed(pack.positions),
+        [Share(packed(query.block_table), query.start, query.count) for query in pack.queries],
+        [Rows(each.first, len(each.rows), each.rows.shape[1], name_of(each.rows.dtype)) for each in pack.patches],
+        list(pack.last_rows),
+        errands,
     )
 
 
-def memoryview_of(rows: torch.Tensor) -> memoryview:
-    return rows.contiguous().view(torch.uint8).numpy().data.cast("B")
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def bytes_of(rows: torch.Tensor) -> memoryview:
+    return rows.view(torch.uint8).numpy().data.cast("B")
 
 
 class KVStore(Cache, Protocol):
