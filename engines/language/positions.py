@@ -2,16 +2,17 @@
 and runs no model.
 
 Text counts up, the same in all three rows. An item of t × h × w merged patches starts at the next free number `p`: its
-tokens have (p + t · interval, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w). What is
-generated goes on behind the highest number of the whole prompt:
+tokens have (p + t · interval, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w), also where
+a video's time has come further than that:
 
     prompt     text  │ video of 12 steps, 2 × 4          │ text        ┊ generated
-    temporal   0 1 2 │ 3 3 3 3 3 3 3 3 4 4 …  14 14 14 14 │ 7 8 9 10 11 ┊ 15 16 17
-    width      0 1 2 │ 3 4 5 6 3 4 5 6 3 4 …   3  4  5  6 │ 7 8 9 10 11 ┊ 15 16 17
+    temporal   0 1 2 │ 3 3 3 3 3 3 3 3 4 4 …  14 14 14 14 │ 7 8 9 10 11 ┊ 12 13 14
+    width      0 1 2 │ 3 4 5 6 3 4 5 6 3 4 …   3  4  5  6 │ 7 8 9 10 11 ┊ 12 13 14
 
-An image has one step in time, and nothing of it is higher than the text behind it. Qwen2-VL, Qwen2.5-VL and Qwen3-VL
-agree on this (`get_rope_index` in transformers); they differ in how far apart the steps of a video are, and in how they
-interleave the three rows, which is the model's business.
+The numbers therefore differ from the token index by `delta` from the last item on, decoded tokens included: these go on
+where the prompt's end, as `generate` of transformers has it (not behind the highest number, as its `rope_deltas` say).
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL agree on all this; they differ in how far apart the steps of a video are, and in how
+they interleave the three rows, which is the model's business.
 """
 
 from __future__ import annotations
@@ -32,18 +33,15 @@ class Positions:
     """The positions of one sequence, for every token it has or ever will have. Immutable; forks share it.
 
     `prefix` covers the tokens up to the end of the last item, `[3, n]`; from there on a token's position is its
-    index + `delta`, and from `length`, the end of the prompt, on its index + `beyond`.
+    index + `delta`.
     """
 
     prefix: Indices
     delta: int
-    length: int
-    beyond: int
 
     @classmethod
-    def build(cls, items: Sequence[Item], length: int, merge_size: int, mrope: bool = True) -> Positions:
-        """Positions from the items of a prompt of `length` tokens, in the order of their offsets; without `mrope` all
-        rows are the index.
+    def build(cls, items: Sequence[Item], merge_size: int, mrope: bool = True) -> Positions:
+        """Positions from the items of a prompt, in the order of their offsets; without `mrope` all rows are the index.
 
         :raises ValueError: an item overlaps the one before it, or its grid does not make its number of tokens.
         """
@@ -58,14 +56,8 @@ class Positions:
             position += gap + max(item.grid[1], item.grid[2]) // merge_size
             index = item.offset + item.num_tokens
         if not (mrope and parts):
-            return cls(np.zeros((3, 0), np.int64), 0, length, 0)
-        prefix, delta = np.concatenate(parts, axis=1), position - index
-        return cls(prefix, delta, length, max(delta, int(prefix.max()) + 1 - length))
-
-    @property
-    def even(self) -> bool:
-        """Whether a token's position is the same whether it is the prompt's or was generated."""
-        return self.beyond == self.delta
+            return cls(np.zeros((3, 0), np.int64), 0)
+        return cls(np.concatenate(parts, axis=1), position - index)
 
     def fill(self, out: Indices, start: int) -> None:
         """Write the positions of the tokens from `start` on into `out`, `[3, n]`; n may reach beyond the prompt."""
@@ -74,11 +66,8 @@ class Positions:
         middle = min(max(held, start), stop)
         if start < middle:
             out[:, : middle - start] = self.prefix[:, start:middle]
-        last = min(max(self.length, middle), stop)
-        if middle < last:
-            out[:, middle - start : last - start] = np.arange(middle + self.delta, last + self.delta)
-        if last < stop:
-            out[:, last - start :] = np.arange(last + self.beyond, stop + self.beyond)
+        if middle < stop:
+            out[:, middle - start :] = np.arange(middle + self.delta, stop + self.delta)
 
     def slice(self, start: int, stop: int) -> Indices:
         """The positions of tokens `start` to `stop`, `[3, stop - start]`."""

@@ -5,8 +5,7 @@ The KV of a token depends on all tokens up to it, on the embeddings in place of 
     name(block) = hash( name(the block before) │ its tokens │ each item in it: mm_hash, rows, grid, where it begins )
 
 An item's placeholder tokens are the same for all items of a size, so its mm_hash is what tells two images apart. Only
-whole blocks have names, since a block that is not full will still be written to. Behind a long video, what is generated
-stands at other positions than the same tokens in the next prompt do: it has no names there (`Sequence.shareable`).
+whole blocks have names, since a block that is not full will still be written to.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ _NAME_BYTES = 16
 
 
 def names(seq: Sequence, count: int, block_size: int) -> list[bytes]:
-    """Of the first `count` blocks of `seq`, which must be whole, as far as other sequences may have the same. They are
-    kept in `seq.names`, each made once."""
+    """Of the first `count` blocks of `seq`, which must be whole. They are kept in `seq.names`, each made once."""
     known = seq.names
-    if seq.shareable is not None:
-        count = min(count, seq.shareable // block_size)
     while len(known) < count:
         first = len(known) * block_size
         known.append(_name(seq, first, first + block_size, known[-1] if known else b""))

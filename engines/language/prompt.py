@@ -60,12 +60,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens ready to run: every item's placeholder stands as often as the item has tokens. The last `generated` of
-    them are the beginning of an answer."""
+    """Tokens ready to run: every item's placeholder stands as often as the item has tokens."""
 
     token_ids: list[int]
     items: tuple[Item, ...]
-    generated: int = 0
 
 
 def modalities(messages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -77,7 +77,7 @@ def parse(body: Mapping[str, Any], chat: bool, served: Served, prefill_only: boo
         params = sampling_params(body, chat, served.limits.max_tokens - len(prompt.token_ids), served.vocab_size)
     continued = _continued(body, params, served, prefill_only)
     if continued:
-        prompt = Prompt([*prompt.token_ids, *continued], prompt.items, len(continued))
+        prompt = Prompt([*prompt.token_ids, *continued], prompt.items)
     done = () if prefill_only else continued
     try:
         served.limits.check(len(prompt.token_ids), params.max_tokens - len(done), params.n)

@@ -130,8 +130,7 @@ class Runner:
 
     def _positions(self, seq: Sequence) -> Positions:
         if seq.positions is None:
-            facts = self.model.facts
-            seq.positions = Positions.build(seq.items, seq.num_prompt_tokens, facts.merge_size, facts.mrope)
+            seq.positions = Positions.build(seq.items, self.model.facts.merge_size, self.model.facts.mrope)
         return cast(Positions, seq.positions)
 
     def _embed(self, pack: Pack) -> tuple[torch.Tensor, list[Deepstack]]:

@@ -98,7 +98,6 @@ class Sequence:
     embeddings: object | None = None  # list of tensors, one per item, [num_tokens, width]; None for what is to come
     held_at: int | None = None  # where the first item begins whose embedding is not here; None: nothing is missing
     positions: object | None = None  # engines.language.positions.Positions
-    shareable: int | None = None  # tokens whose KV may be another prompt's too; None: all of them
     generator: object | None = None  # the sampler's dice
     index: int = 0  # which of the request's n choices
     handoff: Handoff = Handoff.NONE
@@ -152,7 +151,6 @@ class Sequence:
             items=self.items,
             embeddings=self.embeddings,
             positions=self.positions,
-            shareable=self.shareable,
             index=index,
             names=list(self.names),
         )

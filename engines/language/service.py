@@ -87,15 +87,12 @@ class Service:
         if runs_last_again and last is not None and last.offset + last.num_tokens == length:
             raise BadRequest("the prompt ends in an image: its last token is run again, and no embedding is held then")
         try:
-            own = length - prompt.generated
-            positions = Positions.build(prompt.items, own, self._rules.merge_size, self._rules.mrope)
+            positions = Positions.build(prompt.items, self._rules.merge_size, self._rules.mrope)
         except ValueError as error:
             raise BadRequest(str(error), param="messages") from None
         # A client may use an id twice at the same time; pins and publications may not.
         name = f"{request_id}#{next(self._numbers)}"
-        seq = Sequence(name, list(prompt.token_ids), length, generation.to_run, prompt.items, positions=positions)
-        seq.shareable = None if positions.even else own
-        return seq
+        return Sequence(name, list(prompt.token_ids), length, generation.to_run, prompt.items, positions=positions)
 
     @asynccontextmanager
     async def _receiving(self, generation: Generation, plan: Plan, seq: Sequence) -> AsyncIterator[Embeddings]:

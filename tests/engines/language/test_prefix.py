@@ -44,9 +44,3 @@ def test_names_are_made_once_and_more_are_added() -> None:
     assert names(seq, 3, 4)[:1] == first
     assert seq.names == named(TOKENS)
     assert names(seq, 2, 4) == seq.names[:2]
-
-
-def test_what_is_not_shareable_has_no_name() -> None:
-    seq = Sequence("s", TOKENS, 12, SamplingParams(1), shareable=9)
-    assert names(seq, 3, 4) == named(TOKENS)[:2]
-    assert seq.fork(1).shareable == 9
