@@ -35,18 +35,6 @@ class Ranges:
                 return begin
         return None
 
-    def take_all(self, sizes: list[int]) -> list[int] | None:
-        """A range for each size, or none at all."""
-        offsets: list[int] = []
-        for size in sizes:
-            offset = self.take(size)
-            if offset is None:
-                for taken in offsets:
-                    self.give_back(taken)
-                return None
-            offsets.append(offset)
-        return offsets
-
     def give_back(self, offset: int) -> None:
         """Raises KeyError unless `offset` is a range that was taken."""
         insort(self._holes, (offset, self._taken.pop(offset)))

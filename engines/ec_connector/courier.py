@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -23,6 +22,7 @@ from engines.ec_connector.publisher import ArenaPublisher, FolderPublisher, Publ
 from engines.ec_connector.shelf import Shelf
 from engines.errors import EngineError
 from engines.language.embeddings import EmbeddingReceiver
+from engines.language.sequence import Item
 from engines.transfer import create
 from engines.transfer.base import Transfer, TransferError
 
@@ -31,12 +31,6 @@ log = logging.getLogger(__name__)
 POLL = 0.01
 """Seconds between two looks at a shared folder for a file that somebody is about to write."""
 START_TIMEOUT = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    mm_hash: str
-    num_rows: int
 
 
 class Courier:
@@ -172,12 +166,13 @@ class Courier:
         entry = wanted.entry
         if self._shared is not None and "where" not in entry:
             entry = await self._awaited(self._shared, wanted)
-        item = _Item(wanted.key, wanted.tokens)
+        item = Item(wanted.key, "image", (1, 1, wanted.tokens), 0, wanted.tokens)
         held = await self._receiver.receive([item], {wanted.key: entry})
         try:
+            rows = held.whole(0)
             # not in a thread: whoever is cancelled would release memory that the thread still reads
-            self._shelf.put(wanted.key, held.tensors[wanted.key])
-            return held.tensors[wanted.key].nbytes
+            self._shelf.put(wanted.key, rows)
+            return rows.nbytes
         finally:
             held.release()
 

@@ -20,7 +20,7 @@ from engines.encoder.cache import EmbeddingCache, Entry, State
 from engines.errors import Overloaded
 from engines.transfer.base import Arena, GoneError, Transfer
 from engines.transfer.spans import table
-from engines.transfer.storage import describe, load
+from engines.transfer.storage import Source, describe, load
 
 
 class Publisher(Protocol):
@@ -96,7 +96,7 @@ class ArenaPublisher:
         entry = self._room(key, nbytes)
         try:
             spans = [(entry.offset, nbytes)]
-            load(path, self._arena.buffer, table(spans, self._arena.nbytes), lambda: False)
+            load(Source(path, nbytes), self._arena.buffer, table(spans, self._arena.nbytes), lambda: False)
             where = await self._transfer.publish(
                 key,
                 self._arena,

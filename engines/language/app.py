@@ -82,7 +82,7 @@ class LanguageApp:
 
     def info(self) -> Mapping[str, Any]:
         stats, limits = self._parts.engine.stats, self._parts.engine.limits
-        transfer, ranges, weights = self._parts.transfers[0], self._parts.receiver.ranges, self._parts.weights
+        transfer, receiver, weights = self._parts.transfers[0], self._parts.receiver, self._parts.weights
         return {
             "transfer": {
                 "name": transfer.name,
@@ -101,7 +101,7 @@ class LanguageApp:
             "remote": stats.remote,
             "swapped": stats.swapped,
             "preemptions": stats.preemptions,
-            "embeddings": {"capacity": ranges.capacity, "free": ranges.free},
+            "embeddings": {"capacity": receiver.capacity, "free": receiver.free},
             "max_model_len": limits.max_model_len,
             "weights": {
                 "tensors": len(weights.names),
@@ -118,7 +118,7 @@ class LanguageApp:
 
     async def check(self) -> None:
         await self._parts.engine.check()
-        self._parts.receiver.ranges.check()
+        self._parts.receiver.pool.check()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         with self._roles.serving():

@@ -1,36 +1,39 @@
-"""Receives what the encoders computed: one fetch per distinct item, into an arena of our own. It encodes nothing.
+"""Receives what the encoders computed, into blocks of an arena of our own. It encodes nothing.
 
-An `Embeddings` is held from before the fetch until the prompt is prefilled; then its bytes go back to the arena, each
-range when no transfer can write there any more. Requests wait for room in the arena in the order of arrival.
+    room for the request, or for --embedding-default-tokens of it ▸ queued ▸ runs as far as its rows are here
+        ▸ fetch ▸ rows arrive ▸ prefilled ▸ their blocks come back ─┐
+            ▲ resume: the next rows, while any are left ◀── room ◀──┘
+
+A request for all of whose rows there is room is fetched at once, each embedding by one fetch. Any other comes piece by
+piece, in the order of its prompt and a few pieces at a time, and so may be larger than the arena. Blocks go back when
+their rows are computed and no transfer can write there any more. Who waits for whom stands in `embedding_pool`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from engines.errors import BadRequest, Overloaded
+from engines.errors import BadRequest, Overloaded, SetupError
+from engines.language.embedding_handles import Expected, Handle, Stretch, in_order, whole
+from engines.language.embedding_pool import Claim, EmbeddingPool, Run, size, split
+from engines.language.embedding_rows import Embeddings, Part
 from engines.language.failures import lost_embedding
-from engines.ranges import Ranges
-from engines.transfer.base import Arena, Ticket, Transfer, TransferError
+from engines.transfer.base import Arena, LayoutMismatch, Ticket, Transfer, TransferError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Expected(Protocol):
-    """An item of a prompt, as far as its embedding goes."""
-
-    @property
-    def mm_hash(self) -> str: ...
-    @property
-    def num_rows(self) -> int: ...
+WIDEST = 4
+"""Bytes of the widest number in an embedding: a block holds its tokens in any dtype, and more in a narrow one."""
+PIECES = 4
+"""Pieces of one request that are on their way at a time: the next ones come while one is computed."""
+SHARES = 8
+"""The pool keeps one share of so many for the oldest request that runs. A request that is too large for the pool comes
+in such shares, where --embedding-default-tokens does not say otherwise."""
 
 
 class Fallback(Protocol):
@@ -56,84 +59,81 @@ class Loan(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Handle:
-    """What an encoder told of one item, checked against what this model needs."""
+class Room:
+    """How an arena is shared out: the flags --embedding-block-tokens and --embedding-default-tokens."""
 
-    mm_hash: str
-    dtype: torch.dtype
-    shape: tuple[int, int]
-    where: Mapping[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def read(cls, item: Expected, entries: Mapping[str, Any], width: int) -> Handle:
-        """Raises BadRequest when the entry is missing, misshapen or of another model."""
-        param = f"ec_transfer_params.{item.mm_hash}"
-        entry = entries.get(item.mm_hash)
-        if not isinstance(entry, Mapping):
-            raise BadRequest(
-                f"there is no embedding of item {item.mm_hash}: this engine has no encoder", param=param, stage="encode"
-            )
-        shape, where = entry.get("shape"), entry.get("where")
-        if shape != [item.num_rows, width]:
-            message = f"the embedding of {item.mm_hash} has shape {shape}, this model needs {[item.num_rows, width]}"
-            raise BadRequest(message, param=f"{param}.shape", stage="encode", code="embedding_mismatch")
-        dtype = DTYPES.get(str(entry.get("dtype")))
-        if dtype is None or not isinstance(where, Mapping):
-            raise BadRequest(f"dtype must be one of {', '.join(DTYPES)} and where an object", param=param)
-        return cls(item.mm_hash, dtype, (item.num_rows, width), where)
+    block_tokens: int = 16
+    default_tokens: int = 0
 
 
-class Embeddings:
-    """The tensors of one request's items, by mm_hash, on the arena. `release` is idempotent and ends their life."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What one request of `count` items wants: the loans, and the stretches with handles. These come in pieces of at
+    most `piece` blocks, of which `at_once` are under way, once there are `first` blocks for them."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.released = False
-        self._tickets: list[Ticket | Loan] = []
-
-    def hold(self, ticket: Ticket | Loan) -> None:
-        self._tickets.append(ticket)
-
-    def of(self, items: Iterable[Expected]) -> list[torch.Tensor | None]:
-        return [self.tensors.get(item.mm_hash) for item in items]
-
-    def release(self) -> None:
-        self.tensors, self.released = {}, True
-        tickets, self._tickets = self._tickets, []
-        for ticket in tickets:
-            ticket.release()
+    count: int
+    loans: Mapping[Loan, Stretch]
+    handles: Mapping[str, Handle]
+    stretches: Sequence[Stretch]
+    first: int
+    piece: int
+    at_once: int
 
 
 class EmbeddingReceiver:
     """All embeddings of one engine. `width` is the model's: columns of an embedding.
 
-    What cannot be fetched from its encoder is asked of `fallback`.
+    What cannot be fetched from its encoder is asked of `fallback`. Raises SetupError if the arena is too small.
     """
 
     def __init__(
-        self, transfer: Transfer, arena: Arena, width: int, timeout: float, fallback: Fallback | None = None
+        self,
+        transfer: Transfer,
+        arena: Arena,
+        width: int,
+        timeout: float,
+        fallback: Fallback | None = None,
+        room: Room | None = None,
     ) -> None:
-        self.ranges = Ranges(arena.nbytes)
+        room = room or Room()
+        self.block_nbytes = room.block_tokens * width * WIDEST
+        count = arena.nbytes // self.block_nbytes
+        if count < 2:
+            raise SetupError(f"--embedding-bytes {arena.nbytes} is less than two blocks of {self.block_nbytes} bytes")
+        self.pool = EmbeddingPool(count, max(1, count // SHARES))
+        self.timeout = timeout
         self._transfer = transfer
         self._arena = arena
         self._width = width
-        self._timeout = timeout
         self._fallback = fallback
-        self._turn = asyncio.Lock()  # first come, first served: only its holder waits for room
-        self._freed = asyncio.Event()
+        self._default_tokens = room.default_tokens
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of all blocks."""
+        return self.pool.capacity * self.block_nbytes
+
+    @property
+    def free(self) -> int:
+        """Bytes of the blocks that are free."""
+        return self.pool.free * self.block_nbytes
 
     async def receive(self, items: Iterable[Expected], entries: Mapping[str, Any]) -> Embeddings:
-        """Fetch the embedding of every distinct item, all at the same time.
+        """Fetch the embedding of every distinct item, all at the same time, for one who needs all of them at once.
 
         Raises BadRequest (an entry is wrong, or can never fit), Overloaded (no room within the timeout), and the error
         of `failures.lost_embedding`. Nothing is held after an error.
         """
+        order = self._order(tuple(items), entries)
+        if order.first > self.pool.capacity:
+            raise BadRequest(
+                f"the embeddings of this request take {order.first} blocks of {self.block_nbytes} bytes, this engine "
+                f"holds {self.pool.capacity} (--embedding-bytes): send fewer or smaller items"
+            )
+        claim = self.pool.claim()
+        self.pool.start(claim)
         with ExitStack() as undo:
-            async with self.receiving(items, entries) as held:
+            async with self._bringing(order, claim, lambda: None) as held:
                 undo.callback(held.release)
             undo.pop_all()
         return held
@@ -142,84 +142,221 @@ class EmbeddingReceiver:
     async def receiving(
         self, items: Iterable[Expected], entries: Mapping[str, Any], arrived: Callable[[], None] = lambda: None
     ) -> AsyncIterator[Embeddings]:
-        """As `receive`, but the embeddings come within, and `arrived` is called as each does; the end waits for all.
+        """Embeddings that come within; `arrived` is called whenever more are here. The end waits for all.
 
-        An embedding that is lost cancels the block, and is raised in its place. The caller releases what it is given:
-        after that nothing comes any more, and nothing is waited for.
+        The caller tells them how much is computed, which makes room for what is still to come, and releases them: after
+        that nothing comes any more, and nothing is waited for. Raises as `receive`, but all can fit; an error once the
+        block has begun cancels it, and is raised in its place.
         """
-        distinct = {item.mm_hash: item for item in items}
-        loans = {name: loan for name in distinct if isinstance(loan := entries.get(name), Loan)}
-        handles = [Handle.read(item, entries, self._width) for name, item in distinct.items() if name not in loans]
-        held = Embeddings()
-        offsets = await self._room([handle.nbytes for handle in handles]) if handles else []
-        tickets = [self._reserve(held, handle, at) for handle, at in zip(handles, offsets, strict=True)]
+        items = tuple(items)
+        order = self._order(items, entries)
+        if order.stretches and (self._default_tokens or order.first > self.pool.usable):
+            order = self._in_pieces(order, items)
+        async with self._bringing(order, self.pool.claim(), arrived) as held:
+            yield held
+
+    @asynccontextmanager
+    async def _bringing(self, order: Order, claim: Claim, arrived: Callable[[], None]) -> AsyncIterator[Embeddings]:
+        runs = await self._first(claim, order.first) if order.first else []
+        delivery = Delivery(self, order, claim, runs, arrived)
         try:
             async with asyncio.TaskGroup() as group:
-                for handle, at, ticket in zip(handles, offsets, tickets, strict=True):
-                    group.create_task(self._bring(held, handle, at, ticket, arrived))
-                for mm_hash, loan in loans.items():
-                    held.hold(loan)
-                    group.create_task(self._borrow(held, mm_hash, loan, arrived))
-                yield held
+                delivery.start(group)
+                yield delivery.held
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # one lost item is enough to say
 
-    async def _bring(
-        self, held: Embeddings, handle: Handle, offset: int, ticket: Ticket, arrived: Callable[[], None]
-    ) -> None:
-        tensor = None
+    async def _first(self, claim: Claim, count: int) -> list[Run]:
         try:
-            await ticket.fetch(handle.where)
-        except TransferError as error:
-            tensor = None if held.released else await self._elsewhere(handle)
-            if tensor is None and not held.released:
-                raise lost_embedding(error, handle.mm_hash) from error
-        if not held.released:
-            held.tensors[handle.mm_hash] = self._tensor(handle, offset) if tensor is None else tensor
-            arrived()
+            async with asyncio.timeout(self.timeout):
+                return await self.pool.take(claim, count, count)
+        except TimeoutError:
+            raise self.full() from None
 
-    async def _borrow(self, held: Embeddings, mm_hash: str, loan: Loan, arrived: Callable[[], None]) -> None:
-        rows = await loan.rows()
-        if not held.released:
-            held.tensors[mm_hash] = rows
-            arrived()
+    def full(self) -> Overloaded:
+        message = f"no room for embeddings within {self.timeout:g} s; raise --embedding-bytes, or try again"
+        return Overloaded(message, code="embedding_arena_full")
 
-    async def _elsewhere(self, handle: Handle) -> torch.Tensor | None:
+    def _order(self, items: Sequence[Expected], entries: Mapping[str, Any]) -> Order:
+        """Everything at once. Raises BadRequest."""
+        lent = {name: loan for name, loan in entries.items() if isinstance(loan, Loan)}
+        handles = {item.mm_hash: Handle.read(item, entries, self._width) for item in items if item.mm_hash not in lent}
+        stretches = whole(items)
+        loans = {lent[one.mm_hash]: one for one in stretches if one.mm_hash in lent}
+        fetched = [one for one in stretches if one.mm_hash in handles]
+        blocks = sum(self.blocks(handles[one.mm_hash], one.end) for one in fetched)
+        return Order(len(items), loans, handles, fetched, first=blocks, piece=blocks, at_once=len(fetched))
+
+    def _in_pieces(self, order: Order, items: Sequence[Expected]) -> Order:
+        stretches = [one for one in in_order(items) if one.mm_hash in order.handles]
+        front, handle = stretches[0], order.handles[stretches[0].mm_hash]
+        piece = self.pool.spare
+        if self._default_tokens:
+            piece = min(self.blocks(handle, self._default_tokens), self.pool.usable)
+        first = min(piece, self.blocks(handle, front.end - front.first))
+        return replace(order, stretches=stretches, first=first, piece=piece, at_once=PIECES)
+
+    # -- for deliveries
+
+    def rows_per_block(self, handle: Handle) -> int:
+        return self.block_nbytes // handle.row_nbytes
+
+    def blocks(self, handle: Handle, rows: int) -> int:
+        return -(-rows // self.rows_per_block(handle))
+
+    def reserve(self, runs: Sequence[Run], nbytes: int) -> Ticket:
+        """A ticket for the first `nbytes` of these blocks, which go back to the pool when it is free."""
+        spans = []
+        for first, count in runs:
+            spans.append((first * self.block_nbytes, min(count * self.block_nbytes, nbytes)))
+            nbytes -= spans[-1][1]
+        on_free = partial(self.pool.give_back, runs)
+        return self._transfer.reserve(self._arena, spans, timeout=self.timeout, on_free=on_free)
+
+    def parts(self, runs: Sequence[Run], handle: Handle, first: int, end: int) -> list[Part]:
+        """Rows `first` to `end - 1` of an embedding, as they lie in these blocks."""
+        found: list[Part] = []
+        for block, count in runs:
+            rows = min(count * self.rows_per_block(handle), end - first)
+            at = block * self.block_nbytes
+            flat = torch.frombuffer(self._arena.buffer, dtype=handle.dtype, count=rows * self._width, offset=at)
+            found.append((first, flat.view(rows, self._width)))
+            first += rows
+        return found
+
+    async def elsewhere(self, handle: Handle) -> torch.Tensor | None:
         """The embedding from the fallback, in memory of its own: a lost writer may still write into the arena."""
         if self._fallback is None:
             return None
-        rows, dtype = bytearray(handle.nbytes), str(handle.dtype).removeprefix("torch.")
+        rows, dtype = bytearray(handle.shape[0] * handle.row_nbytes), str(handle.dtype).removeprefix("torch.")
         if not await self._fallback.get(handle.mm_hash, dtype, memoryview(rows)):
             return None
         return torch.frombuffer(rows, dtype=handle.dtype).view(handle.shape)
 
-    def _reserve(self, held: Embeddings, handle: Handle, offset: int) -> Ticket:
-        on_free = partial(self._give_back, offset)
-        spans = [(offset, handle.nbytes)]
-        ticket = self._transfer.reserve(self._arena, spans, timeout=self._timeout, on_free=on_free)
-        held.hold(ticket)
-        return ticket
 
-    async def _room(self, sizes: list[int]) -> list[int]:
-        if Ranges(self.ranges.capacity).take_all(sizes) is None:
-            raise BadRequest(
-                f"the embeddings of this request take {sum(sizes)} bytes, this engine holds {self.ranges.capacity} "
-                "(--embedding-bytes): send fewer or smaller items"
-            )
+class Delivery:
+    """Brings what one request has ordered, as there is room for it. `runs`: blocks that it has already."""
+
+    def __init__(
+        self, receiver: EmbeddingReceiver, order: Order, claim: Claim, runs: list[Run], arrived: Callable[[], None]
+    ) -> None:
+        self.held = Embeddings(order.count, self._changed)
+        self._receiver, self._pool = receiver, receiver.pool
+        self._order = order
+        self._claim = claim
+        self._unused = runs
+        self._arrived = arrived
+        self._missing: int | None = None  # as it was told
+        self._under_way = asyncio.Semaphore(order.at_once)
+        self._rescued: dict[str, torch.Tensor] = {}  # what its encoder has lost
+        self._patience: asyncio.Timeout | None = None  # with the wait for room
+        self._fetching: asyncio.Task[None] | None = None
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        for loan, stretch in self._order.loans.items():
+            self.held.keep(loan, stretch)
+            group.create_task(self._borrow(loan))
+        for stretch in self._order.stretches:
+            self.held.expect(stretch, stretch.at)
+        self._missing = self.held.missing
+        self._fetching = group.create_task(self._fetch_all(group))
+
+    def _changed(self) -> None:
+        """The request has computed more, or ended."""
+        if not self.held.released:
+            self._pool.start(self._claim)
+            self._tell()
+            return
+        if self._fetching is not None:
+            self._fetching.cancel()
+        self._end()
+
+    def _end(self) -> None:
+        """It takes no more blocks. Idempotent."""
+        self._pool.close(self._claim)
+        runs, self._unused = self._unused, []
+        self._pool.give_back(runs)
+
+    def _tell(self) -> None:
+        """Something is here, or is not needed any more."""
+        self._watch()
+        if self.held.missing != self._missing:
+            self._missing = self.held.missing
+            self._arrived()
+
+    async def _borrow(self, loan: Loan) -> None:
+        rows = await loan.rows()
+        if self.held.keeps(loan):
+            self.held.add(loan, (rows.shape[0], rows.shape[1]), [(0, rows)])
+            self._tell()
+
+    async def _fetch_all(self, group: asyncio.TaskGroup) -> None:
+        """Stretch by stretch, as far as its rows are still needed when it is their turn."""
+        for stretch in self._order.stretches:
+            handle, first = self._order.handles[stretch.mm_hash], stretch.first
+            while (first := stretch.next(first, self.held.computed)) < stretch.end:
+                self.held.expect(stretch, stretch.cut(first, stretch.end).at)
+                await self._under_way.acquire()
+                wanted = min(self._order.piece, self._receiver.blocks(handle, stretch.end - first))
+                self._unused = self._unused or await self._resume(wanted)
+                if (first := stretch.next(first, self.held.computed)) == stretch.end:
+                    self._under_way.release()
+                    break  # computed while it waited, since another request had computed the same
+                runs, self._unused = split(self._unused, wanted)
+                end = min(first + size(runs) * self._receiver.rows_per_block(handle), stretch.end)
+                ticket = self._receiver.reserve(runs, (end - first) * handle.row_nbytes)
+                self.held.keep(ticket, stretch.cut(first, end))
+                group.create_task(self._fetch(ticket, stretch.cut(first, end), runs))
+                first = end
+            self.held.expect(stretch, None)
+            self._tell()
+        self._end()
+
+    async def _resume(self, most: int) -> list[Run]:
+        """More blocks, one at least. While the request has rows to compute, it waits for them without end."""
         try:
-            async with asyncio.timeout(self._timeout), self._turn:
-                while (offsets := self.ranges.take_all(sizes)) is None:
-                    self._freed.clear()
-                    await self._freed.wait()
-                return offsets
+            async with asyncio.timeout(None) as self._patience:
+                self._watch()
+                return await self._pool.take(self._claim, 1, most)
         except TimeoutError:
-            message = f"no room for embeddings within {self._timeout:g} s; raise --embedding-bytes, or try again"
-            raise Overloaded(message, code="embedding_arena_full") from None
+            raise self._receiver.full() from None
+        finally:
+            self._patience = None
 
-    def _give_back(self, offset: int) -> None:
-        self.ranges.give_back(offset)
-        self._freed.set()
+    def _watch(self) -> None:
+        """The wait for room has a deadline from when there is nothing else to compute."""
+        if self._patience is None or self._patience.expired():
+            return
+        missing = self.held.missing
+        if self._claim.started is None or missing is None or self.held.computed < missing:
+            self._patience.reschedule(None)
+        elif self._patience.when() is None:
+            self._patience.reschedule(asyncio.get_running_loop().time() + self._receiver.timeout)
 
-    def _tensor(self, handle: Handle, offset: int) -> torch.Tensor:
-        flat = torch.frombuffer(self._arena.buffer, dtype=handle.dtype, count=math.prod(handle.shape), offset=offset)
-        return flat.view(handle.shape)
+    async def _fetch(self, ticket: Ticket, piece: Stretch, runs: Sequence[Run]) -> None:
+        handle = self._order.handles[piece.mm_hash]
+        parts = self._receiver.parts(runs, handle, piece.first, piece.end)
+        try:
+            if handle.mm_hash not in self._rescued:
+                await self._ask(ticket, piece, handle)
+        except TransferError as error:
+            rows = await self._receiver.elsewhere(handle) if self.held.keeps(ticket) else None
+            if rows is not None:
+                self._rescued[handle.mm_hash] = rows
+            elif self.held.keeps(ticket):
+                raise lost_embedding(error, handle.mm_hash) from error
+        finally:
+            self._under_way.release()
+        if not self.held.keeps(ticket):
+            return  # computed meanwhile, or released
+        if (rows := self._rescued.get(handle.mm_hash)) is not None:
+            parts = [(piece.first, rows[piece.first : piece.end])]
+            ticket.release()
+        self.held.add(ticket, handle.shape, parts)
+        self._tell()
+
+    @staticmethod
+    async def _ask(ticket: Ticket, piece: Stretch, handle: Handle) -> None:
+        left = await ticket.fetch(handle.where, start=piece.first * handle.row_nbytes, more=piece.more)
+        if left != (handle.shape[0] - piece.end) * handle.row_nbytes:
+            raise LayoutMismatch(f"{left} bytes are left behind row {piece.end} of {handle.shape[0]}")

@@ -87,6 +87,7 @@ class Request:
     stream: Stream = field(init=False)
     error: Exception | None = None  # of its sink, which must not break the batch
     prefilled: bool = False
+    reported: int | None = None  # how much of the prompt is computed, as `on_computed` knows it
 
 
 class LanguageEngine:
@@ -187,6 +188,7 @@ class LanguageEngine:
         self._announce(step)
         self._swap(step)
         self._postprocess(self._compute(step.scheduled))
+        self._report()
         if self._scheduler.idle:
             self._scheduler.check()
         return bool(step)
@@ -265,6 +267,14 @@ class LanguageEngine:
             self._fork(request)
         if reason is not None:
             self._drop(request, seq)
+
+    def _report(self) -> None:
+        """Tell how far the running prompts are, as soon as they run: what is computed needs no embedding any more."""
+        for seq in self._scheduler.running:
+            request = self._requests[seq]
+            if seq.on_computed is not None and request.reported != seq.num_computed and not request.prefilled:
+                request.reported = seq.num_computed
+                self._emit(partial(seq.on_computed, seq.num_computed))
 
     def _prefilled(self, request: Request) -> None:
         if not request.prefilled:

@@ -6,7 +6,7 @@ the engine and belong to the model side. The scheduler alone changes a sequence'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -95,8 +95,9 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     items: tuple[Item, ...] = ()
-    embeddings: object | None = None  # list of tensors, one per item, [num_tokens, width]; None for what is to come
-    held_at: int | None = None  # where the first item begins whose embedding is not here; None: nothing is missing
+    embeddings: object | None = None  # one per item: its rows, sliced like a tensor [rows, width]; None: none is here
+    held_at: int | None = None  # the first token whose row of an embedding is not here; None: nothing is missing
+    on_computed: Callable[[int], None] | None = None  # told on the loop how many tokens of the prompt are computed
     positions: object | None = None  # engines.language.positions.Positions
     generator: object | None = None  # the sampler's dice
     index: int = 0  # which of the request's n choices

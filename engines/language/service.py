@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 
 from engines.errors import BadRequest, DeadlineExceeded, Overloaded
 from engines.language.descriptors import Ask, Fetch, Plan
-from engines.language.embeddings import EmbeddingReceiver, Embeddings
+from engines.language.embedding_rows import Embeddings
+from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Job, Leg
 from engines.language.metrics import Metrics
 from engines.language.positions import Positions
 from engines.language.requests import Generation
-from engines.language.sequence import Item, Sequence
+from engines.language.sequence import Sequence
 
 SOON = 0.01
 """Seconds in which an embedding comes that is there already: a step over the text before it would not pay."""
@@ -103,11 +104,10 @@ class Service:
         began, soon = time.monotonic(), asyncio.Event()
 
         def arrived() -> None:
-            missing = _missing(seq.items, held)
-            if missing is None:
+            if held.missing is None:
                 self._metrics.embeddings.observe(time.monotonic() - began)
                 soon.set()
-            self._engine.embedded(seq, held.of(seq.items), missing)
+            self._engine.embedded(seq, list(held.rows), held.missing)
 
         async with self._receiver.receiving(seq.items, generation.embeddings, arrived) as held:
             try:
@@ -117,10 +117,5 @@ class Service:
             except BaseException:
                 held.release()
                 raise
-            seq.embeddings, seq.held_at = held.of(seq.items), _missing(seq.items, held)
+            seq.embeddings, seq.held_at, seq.on_computed = list(held.rows), held.missing, held.compute
             yield held
-
-
-def _missing(items: Iterable[Item], held: Embeddings) -> int | None:
-    """Where the first of `items` begins whose embedding is not here."""
-    return next((item.offset for item in items if item.mm_hash not in held.tensors), None)

@@ -103,7 +103,7 @@ class Source:
 
     path: Path
     nbytes: int
-    start: int
+    start: int = 0
 
 
 def load(source: Source, buffer: memoryview, spans: Table, stopped: Callable[[], bool]) -> None:

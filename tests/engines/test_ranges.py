@@ -20,13 +20,6 @@ def test_ranges_are_aligned_and_merge_when_given_back() -> None:
     assert repr(ranges) == f"<Ranges 0/{4 * ALIGNMENT} free in 0 holes>"
 
 
-def test_all_or_nothing() -> None:
-    ranges = Ranges(2 * ALIGNMENT)
-    assert ranges.take_all([1, 1, 1]) is None
-    assert ranges.free == ranges.capacity
-    assert ranges.take_all([1, 1]) == [0, ALIGNMENT]
-
-
 def test_what_was_not_taken_cannot_be_given_back() -> None:
     with pytest.raises(KeyError):
         Ranges(ALIGNMENT).give_back(0)

@@ -31,7 +31,7 @@ class Pair:
         self.sender, self.receiver = create("memory"), create("memory")
         self.shelf = Shelf.make(tmp_path)
         self.publisher = ArenaPublisher(self.sender, self.sender.allocate("published", NBYTES), self.shelf, ttl)
-        target = self.receiver.allocate("embeddings", 4 * NBYTES)
+        target = self.receiver.allocate("embeddings", 8 * NBYTES)
         self._received = EmbeddingReceiver(self.receiver, target, WIDTH, timeout=5.0)
 
     async def __aenter__(self) -> Pair:
@@ -50,7 +50,7 @@ class Pair:
 
     async def fetch(self, key: str, entry: object) -> torch.Tensor:
         held = await self._received.receive([Item(key, "image", (1, 2, 2), 0, 4)], {key: entry})
-        got = held.tensors[key].clone()
+        got = held.whole(0).clone()
         held.release()
         return got
 
@@ -105,10 +105,10 @@ async def test_in_a_shared_folder_the_file_is_all_there_is(tmp_path: Path) -> No
     assert CAT in publisher
     assert entry["where"] == {"transport": "storage", "key": CAT, "nbytes": NBYTES}
     other = create("storage", storage_path=tmp_path)
-    receiver = EmbeddingReceiver(other, other.allocate("embeddings", NBYTES), WIDTH, timeout=5.0)
+    receiver = EmbeddingReceiver(other, other.allocate("embeddings", 8 * NBYTES), WIDTH, timeout=5.0)
     await other.start()
     held = await receiver.receive([Item(CAT, "image", (1, 2, 2), 0, 4)], {CAT: entry})
-    assert held.tensors[CAT].equal(embedding(5))
+    assert held.whole(0).equal(embedding(5))
     held.release()
     shared.discard(CAT)
     with pytest.raises(EngineError, match="does not exist"):

@@ -116,6 +116,23 @@ async def test_closing_in_the_middle_of_a_step() -> None:
         await all_free(engine)
 
 
+async def test_what_is_computed_is_reported_from_the_first_step_on_until_the_prompt_is_over() -> None:
+    async with running() as (engine, _):
+        seq, computed = make(), list[int]()
+        seq.on_computed, seq.held_at = computed.append, 0
+        stream = engine.submit(seq)
+        await until(lambda: computed)
+        assert computed == [0], "it runs, and waits for the embedding of its first token"
+        for held_at in (2, 3):
+            engine.embedded(seq, None, held_at)
+            await until(lambda held_at=held_at: computed[-1] == held_at)
+        engine.embedded(seq, None, None)
+        assert await collect(stream) == {0: expected(PROMPT, 6)}
+        assert computed == sorted(set(computed))
+        assert computed[-1] < len(PROMPT)
+        await all_free(engine)
+
+
 async def test_an_error_of_one_sequence_fails_its_request_alone() -> None:
     async with running() as (engine, runner):
 

@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any, cast
 
 import aiohttp
+import numpy as np
+import numpy.typing as npt
 import pytest
 from prometheus_client import CollectorRegistry
 
 from engines.errors import BadRequest, DeadlineExceeded, Overloaded, PeerFailed
 from engines.language.descriptors import Ask, Keep, Plan
-from engines.language.embeddings import EmbeddingReceiver
+from engines.language.embedding_rows import Rows
+from engines.language.embeddings import EmbeddingReceiver, Room
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Handoffs, Waits
 from engines.language.metaserver import Metaserver
@@ -34,12 +37,13 @@ IMAGE = Item("ab", "image", (1, 2, 4), 1, 2)
 
 @asynccontextmanager
 async def world(
-    max_queue: int = 10, timeout: float = 10.0
+    max_queue: int = 10, timeout: float = 10.0, room: Room | None = None, blocks: int = 16
 ) -> AsyncIterator[tuple[Service, LanguageEngine, FakeRunner]]:
     shape = layout(8, 4)
     transfer = create("memory", timeout=2.0)
     transfer.facts = shape.facts()
-    kv, embeddings = transfer.allocate("kv", shape.nbytes), transfer.allocate("embeddings", 4096)
+    kv = transfer.allocate("kv", shape.nbytes)
+    embeddings = transfer.allocate("embeddings", blocks * 16 * (room or Room()).block_tokens)
     await transfer.start()
     cache = FakeCache(8, 4, kv.buffer)
     runner = FakeRunner(cache)
@@ -49,7 +53,7 @@ async def world(
         metrics = Metrics(CollectorRegistry(), lambda: engine.stats)
         waits, metaserver = Waits(5.0, 5.0), Metaserver(session, 5.0)
         handoffs = Handoffs(engine, Carrier(transfer), (kv, cache), waits, metrics, metaserver)
-        receiver = EmbeddingReceiver(transfer, embeddings, 4, 5.0)
+        receiver = EmbeddingReceiver(transfer, embeddings, 4, 5.0, room=room)
         try:
             async with asyncio.timeout(30):
                 yield Service(engine, handoffs, receiver, metrics, Rules(2, True, max_queue, timeout)), engine, runner
@@ -128,6 +132,11 @@ class Promises:
         )
         return {"num_tokens": item.num_tokens, "dtype": "float32", "shape": shape, "where": where}
 
+    def fill(self, numbers: npt.NDArray[Any]) -> None:
+        """What every embedding begins with."""
+        data = numbers.astype(np.float32).tobytes()
+        self._arena.buffer[: len(data)] = data
+
 
 @asynccontextmanager
 async def promises() -> AsyncIterator[Promises]:
@@ -195,6 +204,38 @@ async def test_who_leaves_while_an_image_is_encoded_leaves_nothing_behind() -> N
                 async with service.run(what, Keep(), "r"):
                     await until(lambda steps=steps: runner.steps == steps + 1)
             await until(lambda: engine.stats.free_blocks == 8 and not encoder.transfer.audit()["pushes"])
+
+
+@pytest.mark.parametrize("default_tokens", [0, 2, 6], ids=["whole", "one block", "three blocks"])
+async def test_requests_larger_than_the_pool_share_it_and_the_one_slot_of_the_model(default_tokens: int) -> None:
+    items = (Item("ef", "image", (1, 2, 32), 2, 16), Item("ab", "image", (1, 2, 10), 19, 5))
+    tokens = [1, 2, *[9] * 16, 3, *[9] * 5, 4, 5]
+    room = Room(block_tokens=2, default_tokens=default_tokens)
+    async with world(room=room, blocks=4) as (service, engine, runner), promises() as encoder:
+        entries = {item.mm_hash: await encoder.entry(item) for item in items}
+        encoder.fill(np.arange(16 * 4))
+        wrong: list[object] = []
+
+        def look(batch: Listing[Scheduled]) -> None:
+            for entry in batch:
+                for number, item in enumerate(items):
+                    first = max(0, entry.start - item.offset)
+                    end = min(entry.start + entry.count - item.offset, item.num_tokens)
+                    if first < end:
+                        found = cast("list[Rows]", entry.seq.embeddings)[number][first:end].flatten().tolist()
+                        if found != list(range(4 * first, 4 * end)):
+                            wrong.append((entry.start, found))
+
+        runner.fails = look
+        what = replace(generation(tokens, items), embeddings=entries)
+        asking = [asyncio.create_task(answer(service, Keep(), what)) for _ in range(4)]
+        for item in reversed(items):
+            await asyncio.sleep(0.02)
+            encoder.transfer.fulfil(item.mm_hash)
+        assert await asyncio.gather(*asking) == [expected(tokens, 4)] * 4
+        assert wrong == []
+        pool = service._receiver.pool
+        await until(lambda: engine.stats.free_blocks == 8 and pool.free == pool.capacity)
 
 
 async def test_decode_needs_a_last_token_that_is_text() -> None:
