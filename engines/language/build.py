@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from engines.devices import pinned
 from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
-from engines.language.embeddings import EmbeddingReceiver
+from engines.language.embeddings import EmbeddingReceiver, Room
 from engines.language.engine import LanguageEngine
 from engines.language.graphs import Captures, DecodeGraphs
 from engines.language.handoff import Handoffs, Waits
@@ -72,7 +72,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         store = await stack.enter_async_context(opened(settings, metrics.registry))
-        receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout, store)
+        room = Room(settings.embedding_block_tokens, settings.embedding_default_tokens)
+        receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout, store, room)
         rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)
         service = Service(engine, handoffs, receiver, metrics, rules)
         served = Served(tokenizer, limits, facts.vocab_size)
