@@ -52,7 +52,14 @@ def table(url: str, plan: dict[str, Any]) -> str:
     asked, carried = plan["offered"]["requests"], plan["carries"]
     first = f"{url} is asked {_rate(asked)} requests/s and carries {_rate(carried)}"
     last = f"advised {plan['ratio']} carries {_rate(plan['would_carry'])}"
-    return "\n".join([first, "", *lines, "", last])
+    return "\n".join([first, "", *lines, "", last, *_switch(plan.get("switch"))])
+
+
+def _switch(advised: dict[str, Any] | None) -> list[str]:
+    if advised is None:
+        return []
+    carried = _rate(advised["would_carry"])
+    return [f"with {advised['url']} turned from {advised['from']} to {advised['to']} it carries {carried}"]
 
 
 def _row(role: dict[str, Any]) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
     GET /plan              the fewest engines of each role for the load of the last minutes
     GET /plan?engines=8    the split of eight engines that carries most
 
-A rate that is not bounded, as of encoders that nobody needs, is null.
+`switch` is the one engine that should turn from prefill to decode or back, as POST /instances/role has it do; null
+where that would gain nothing. A rate that is not bounded, as of encoders that nobody needs, is null.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from proxy.errors import BadRequest
 from proxy.http.message import Response, json_response
 from proxy.http.router import Audience, Route, get
 from proxy.http.server import Request
+from proxy.rebalancing import Rebalancing
 from proxy.sizing import Sizing
 
 _MOST = 10_000  # engines: their split takes a tenth of a second
@@ -29,8 +31,9 @@ _MOST = 10_000  # engines: their split takes a tenth of a second
 class Advising(Collector):
     """Also two gauges, with nothing in them while nothing was asked."""
 
-    def __init__(self, sizing: Sizing) -> None:
+    def __init__(self, sizing: Sizing, rebalancing: Rebalancing) -> None:
         self._sizing = sizing
+        self._rebalancing = rebalancing
 
     def routes(self) -> list[Route]:
         return [get("/plan", self.plan, Audience.ADMINS)]
@@ -47,7 +50,8 @@ class Advising(Collector):
             advice = await asyncio.to_thread(advise, offered, carried, engines)
         except ValueError as error:
             return {**shown, "reason": str(error)}
-        return {**shown, **_advice(advice, offered)}
+        switch = self._rebalancing.advice()
+        return {**shown, **_advice(advice, offered), "switch": None if switch is None else switch.json}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         advised = GaugeMetricFamily(

@@ -51,6 +51,7 @@ from proxy.profiles import Profiles, flagged
 from proxy.profiling import Profiling
 from proxy.prospects import Sight
 from proxy.reading import Reading
+from proxy.rebalancing import Rebalancing
 from proxy.receipts import Receipts
 from proxy.resolving import Resolver
 from proxy.serving import Serving
@@ -83,7 +84,6 @@ class Proxy:
         (self.membership.configure if seat is None else self.membership.follow)(settings.fleet())
         self.metrics = Metrics(seat.folder if seat else None, settings.metrics == "on")
         self.sizing = Sizing(self.fleet, self.balancer, seat.flow() if seat else flow.alone(), time.monotonic)
-        self.advising = Advising(self.sizing)
         used = seat.quota() if seat else quota.alone()
         self.guard = Guard(secrets.rights, used, time.monotonic)
         self.certificates = secrets.certificates
@@ -92,7 +92,6 @@ class Proxy:
         scheme = self.certificates.scheme if settings.metaserver_port is None else "http"
         self.metaserver = Metaserver(settings.host, settings.metaserver_url, siblings, scheme)
         self.breakers = Breakers(derived.thresholds(settings))
-        self.metrics.also(self.advising)
         self.speakers = Speakers(Options(settings.order, settings.media_to_prefill))
         self.families = Families(INLINE, FEEDS)
         self.introduction = Introduction(
@@ -105,6 +104,12 @@ class Proxy:
             *(self.fleet, self.balancer.ledger, self.upstream, self.health.wake, time.monotonic),
             settings.switch_timeout,
         )
+        self.rebalancing = Rebalancing(
+            *(self.sizing, self.fleet, self.balancer.ledger, self.switching, time.monotonic),
+            derived.rebalancing(settings),
+        )
+        self.advising = Advising(self.sizing, self.rebalancing)
+        self.metrics.also(self.advising)
         self.access = AccessLog(sys.stderr, settings.access_form())
         self.costs = Costs(Profiles(self.fleet, flagged(settings.vision)))
         self.reading = _reading(settings, self.costs)
@@ -151,6 +156,7 @@ class Proxy:
         self.breakers.thresholds = derived.thresholds(settings)
         self.health.probing = derived.probing(settings)
         self.switching.timeout = settings.switch_timeout
+        self.rebalancing.interval = derived.rebalancing(settings)
         self.introduction.patience = derived.patience(settings)
         self.introduction.forward = settings.forward_authorization
         if _drawing(settings) != _drawing(before):  # another one knows no prompt that engines hold, and no freight

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 from math import ceil, inf
 
 from proxy.core import BOTH, ROLES, Role
@@ -117,6 +118,31 @@ def advise(offered: Offered, carried: Carried, engines: int | None = None, limit
         for role in fleet.roles
     )
     return Advice(needs, max(strains, key=strains.__getitem__), carries, fleet.carries(advised))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One engine's change of role."""
+
+    source: Role
+    target: Role
+    carries: float  # requests per second that the fleet carries as it is
+    would_carry: float  # after it
+
+
+def best_move(offered: Offered, carried: Carried, limits: Limits = LIMITS) -> Move | None:
+    """The change of one engine between prefill and decode by which the fleet carries most. The last of a role stays.
+    None where none makes it carry more. Raises ValueError as `advise` does."""
+    fleet = _Fleet(offered, carried, limits)
+    now = {role: carried.engines[role] for role in fleet.roles}
+    carries = fleet.carries(now)
+    moves = [
+        Move(source, target, carries, fleet.carries({**now, source: now[source] - 1, target: now[target] + 1}))
+        for source, target in permutations((Role.PREFILL, Role.DECODE))
+        if now.get(source, 0) > 1 and target in now
+    ]
+    best = max(moves, key=lambda move: move.would_carry, default=None)
+    return best if best is not None and best.would_carry > carries else None
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from proxy.health import Health
 from proxy.heartbeats import Heartbeats
 from proxy.history import History
 from proxy.quota import Quota
+from proxy.rebalancing import Rebalancing
 from proxy.reloading import Reloads
 from proxy.segment import Segment
 from proxy.siblings import Siblings
@@ -179,8 +180,8 @@ class Seat:
         if self._orphan:
             self._crew.remove()
 
-    async def probe(self, health: Health, discovery: Discovery) -> None:
-        """Runs both in one worker at a time: N workers that probe would be N times the load on engines, and
+    async def probe(self, health: Health, discovery: Discovery, rebalancing: Rebalancing) -> None:
+        """Runs them in one worker at a time: N workers that probe would be N times the load on engines, and
         disagree. Whoever has the lock probes, and what he finds is in the fleet that all see; when he dies the kernel
         passes the lock on to the first who asks."""
         segment = self._crew.segment
@@ -190,6 +191,7 @@ class Seat:
             async with asyncio.TaskGroup() as group:
                 group.create_task(health.run())
                 group.create_task(discovery.run())
+                group.create_task(rebalancing.run())
                 group.create_task(_follow(self._fleet, health))
         finally:
             segment.disclaim(_PROBES)

@@ -61,6 +61,11 @@ def patience(settings: ProxySettings) -> Patience:
     return Patience(settings.probe_timeout, settings.warm_up_timeout)
 
 
+def rebalancing(settings: ProxySettings) -> float | None:
+    """Seconds between two switches of roles; None: the proxy makes none by itself."""
+    return settings.switch_interval if settings.switch_roles else None
+
+
 def rules(settings: ProxySettings) -> Rules:
     return Rules(settings.max_attempts, settings.resume, settings.request_timeout)
 

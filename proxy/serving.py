@@ -179,8 +179,9 @@ class Serving:
         proxy = self._proxy
         discovery = Discovery(proxy.membership, lambda word: finder(word, proxy.settings), proxy.health.wake)
         if proxy.seat is not None:
-            await proxy.seat.probe(proxy.health, discovery)
+            await proxy.seat.probe(proxy.health, discovery, proxy.rebalancing)
             return
         async with together() as group:
             group.create_task(proxy.health.run())
             group.create_task(discovery.run())
+            group.create_task(proxy.rebalancing.run())

@@ -37,6 +37,14 @@ class ChoosingSettings(BaseModel):
         "is foreseen to be sooner",
     )
     max_attempts: PositiveInt = Field(3, description="instances asked, at the most, for the same stage of a request")
+    switch_roles: bool = Field(
+        False,
+        description="turn engines of our own from prefill to decode and back where GET /plan advises it, the fleet has "
+        "little room and gains a fifth; never the last of a role",
+    )
+    switch_interval: PositiveFloat = Field(
+        300.0, description="seconds between two such switches, at the least; an advice stands for a quarter of it first"
+    )
     hedge_after: str = Field(
         "", description="try a second encoder after so many seconds, or a percentile of them like p95; empty: never"
     )

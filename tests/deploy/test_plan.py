@@ -56,6 +56,15 @@ def test_a_table_marks_the_bottleneck(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[7] == "advised 3:2:2 carries 12.5"
 
 
+def test_a_table_ends_with_the_engine_that_should_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    switch = {"url": "http://d1:8003", "from": "decode", "to": "prefill", "would_carry": 9.5}
+    with proxy(200, json.dumps({**PLAN, "switch": switch}).encode()) as url:
+        assert plan.main(["--url", url]) == 0
+    assert capsys.readouterr().out.splitlines()[8:] == [
+        "with http://d1:8003 turned from decode to prefill it carries 9.5"
+    ]
+
+
 def test_json_is_the_proxys_own(capsys: pytest.CaptureFixture[str]) -> None:
     with proxy(200, json.dumps(PLAN).encode()) as url:
         assert plan.main(["--url", url, "--engines", "7", "--json"]) == 0

@@ -7,10 +7,10 @@ from itertools import product
 from math import inf, isclose
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.capacity import LIMITS, Advice, Carried, Limits, Offered, advise
+from proxy.capacity import LIMITS, Advice, Carried, Limits, Move, Offered, advise, best_move
 from proxy.core import BOTH, Role
 
 E, P, D = Role.ENCODE, Role.PREFILL, Role.DECODE
@@ -151,3 +151,35 @@ def test_a_stage_without_an_engine_carries_nothing() -> None:
 def test_numbers_that_say_nothing(offered: Offered, carried: Carried, engines: int | None, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         advise(offered, carried, engines)
+
+
+@settings(max_examples=30)
+@given(offers, fleets)
+def test_the_best_move_is_the_best_of_all(offered: Offered, carried: Carried) -> None:
+    before = carries(offered, carried, carried.engines)
+    tried = {
+        (source, target): carries(
+            offered,
+            carried,
+            {**carried.engines, source: carried.engines[source] - 1, target: carried.engines[target] + 1},
+        )
+        for source, target in ((P, D), (D, P))
+        if {P, D} <= carried.engines.keys() and carried.engines[source] > 1
+    }
+    move = best_move(offered, carried)
+    if move is None:
+        assert all(after <= before * 1.01 for after in tried.values())
+    else:
+        assert isclose(move.carries, before, rel_tol=0.01)
+        assert isclose(move.would_carry, tried[move.source, move.target], rel_tol=0.01)
+        assert move.would_carry >= max(tried.values()) * 0.99
+
+
+def test_a_move_goes_to_the_stage_that_gives_way() -> None:
+    offered = Offered(10.0, 0.0, 1000.0, 10.0)
+    assert best_move(offered, Carried({P: 1, D: 3}, 1.0, 500.0, 100.0)) == Move(D, P, 4.5, 9.0)
+    assert best_move(offered, Carried({P: 1, D: 1}, 1.0, 500.0, 100.0)) is None, "the last of a role stays"
+    assert best_move(offered, Carried({P: 3, D: 1}, 1.0, 500.0, 100.0)) is None, "prefill needs all that it has"
+    assert best_move(offered, Carried({BOTH: 3}, 1.0, 500.0, 100.0)) is None
+    with pytest.raises(ValueError, match="nothing is offered"):
+        best_move(Offered(0.0, 0.0, 0.0, 0.0), Carried({P: 1, D: 3}, 1.0, 1.0, 1.0))

@@ -79,8 +79,8 @@ async def test_who_probes_hears_of_changes_and_tells_what_it_learned(crew: Crew)
     one, other = seat(crew, 0), seat(crew, 1)
     ours, theirs = one.fleet(lambda *_: None), other.fleet(lambda *_: None)
     clock = Clock()
-    probing = asyncio.create_task(one.probe(clock, clock))  # type: ignore[arg-type]
-    await until(lambda: clock.runs == 2)
+    probing = asyncio.create_task(one.probe(clock, clock, clock))  # type: ignore[arg-type]
+    await until(lambda: clock.runs == 3)
     instance = theirs.join(URL, Role.DECODE, "native")
     await until(lambda: clock.wakes == 1)
     known = ours.get(URL)
