@@ -25,10 +25,12 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(180)
 
 FAMILY = "qwen3_vl"
 COMMON = ["--port", "0", "--dtype", "float32", "--threads", "1", "--served-model-name", "tiny", "--kv-lease", "5"]
+MIRRORED = ["--kv-mirror"]  # as on a GPU; handoffs without one are tests/system's
+CHUNKS = ["--max-batched-tokens", "48"]
 ENGINES = {
-    "both": ["--role", "both", "--kv-blocks", "512", "--max-batched-tokens", "48"],
-    "prefill": ["--role", "prefill", "--kv-blocks", "200", "--max-batched-tokens", "48", "--layers-per-push", "2"],
-    "decode": ["--role", "decode", "--kv-blocks", "300"],
+    "both": ["--role", "both", "--kv-blocks", "512", *CHUNKS, "--chunk-while-decoding", "16"],
+    "prefill": ["--role", "prefill", "--kv-blocks", "200", *CHUNKS, "--layers-per-push", "2", *MIRRORED],
+    "decode": ["--role", "decode", "--kv-blocks", "300", *MIRRORED],
 }
 SHORT = ("Hello", "What is the time?", "Tell me a story about a fox.", "Why?", "word " * 20)
 

@@ -4,19 +4,24 @@ without graphs, whatever was in the inputs before.
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.language.attention import Query
+from engines.language.engine import LanguageEngine
 from engines.language.graphs import EVERY, DecodeGraphs, Work, buckets
 from engines.language.kv import KVCache
 from engines.language.runner import Runner
-from engines.language.sequence import Scheduled
+from engines.language.scheduler import Limits
+from engines.language.sequence import SamplingParams, Scheduled, Sequence
 from engines.language.varlen import Varlen
 from tests.support.checkpoints import FAMILIES
-from tests.support.drive import CASES, Driver, case, language_model, new_cache
+from tests.support.drive import CASES, Case, Driver, case, language_model, new_cache
 from tests.support.kernels import varlen_attn
 
 
@@ -94,6 +99,36 @@ def test_layers_are_told_of_single_tokens_too() -> None:
     loop.runner.run([Scheduled(seq, 9, 1, True)], lambda first, last: told.append((first, last)))
     assert told
     assert not replays.rows
+
+
+async def test_a_whole_engine_in_a_cache_for_few_equals_generate() -> None:
+    """Prompts join sequences that decode, in small chunks, and the newest are swapped out and come back."""
+    model, replays = language_model("qwen3_vl"), Replays()
+    cache = new_cache(model, num_blocks=34, block_size=4)
+    backend = Varlen(cache, varlen_attn)
+    graphs = DecodeGraphs(model, cache, backend, 4, 1024, replays)
+    runner = Runner(model, cache, backend=backend, graphs=graphs)
+    limits = Limits(34, 4, 1024, 6, 64, chunk_while_decoding=24)
+    engine = LanguageEngine(limits, runner, cache)
+    cases = [case("qwen3_vl", name) for name in ("text", "one", "text", "two", "one", "same", "text", "text")]
+    engine.start()
+    try:
+        async with asyncio.timeout(60):
+            streams = [engine.submit(sequence(n, one)) for n, one in enumerate(cases)]
+            answers = [[token.token_id async for batch in stream for token in batch] for stream in streams]
+        assert answers == [one.expected for one in cases]
+        assert engine.stats.free_blocks == 34
+        assert engine.stats.preemptions, "there was room for all"
+        assert replays.rows
+    finally:
+        await engine.close()
+
+
+def sequence(number: int, one: Case) -> Sequence:
+    """That of a request, with items that no other request has, so that every prompt is computed."""
+    params = SamplingParams(max_tokens=len(one.expected), temperature=0.0)
+    items = tuple(replace(item, mm_hash=f"{number}-{item.mm_hash}") for item in one.items)
+    return Sequence(f"r{number}", list(one.token_ids), len(one.token_ids), params, items, one.embeddings)
 
 
 @given(st.integers(1, 600))
