@@ -72,6 +72,7 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         stack.push_async_callback(handoffs.close)
         width = facts.embedding_width
         store = await stack.enter_async_context(opened(settings, metrics.registry))
+        stack.enter_context(pinned(embedding_arena.buffer, model.device))
         room = Room(settings.embedding_block_tokens, settings.embedding_default_tokens)
         receiver = EmbeddingReceiver(transfers[-1], embedding_arena, width, settings.transfer_timeout, store, room)
         rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)

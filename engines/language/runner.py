@@ -15,6 +15,7 @@ import torch
 from engines.devices import onto
 from engines.errors import SetupError
 from engines.language.attention import Backend, Indices, Query, Written
+from engines.language.embedding_rows import Rows
 from engines.language.gathering import Gathering
 from engines.language.graphs import DecodeGraphs
 from engines.language.kv import KVCache
@@ -138,6 +139,7 @@ class Runner:
         size, levels = self.model.facts.hidden_size, self.model.facts.deepstack_levels
         deepstack = []
         for patch in pack.patches:
+            # not non_blocking: their memory goes to other rows once this step is over
             rows = patch.rows.to(device=hidden.device, dtype=hidden.dtype)
             hidden[patch.first : patch.first + len(rows)] = rows[:, :size]
             if levels:
@@ -185,6 +187,6 @@ def patches_of(entry: Scheduled, first: int, width: int) -> Iterator[Patch]:
         yield Patch(first + begin - entry.start, rows)
 
 
-def embedding_of(seq: Sequence, number: int) -> torch.Tensor | None:
-    held = cast("Listing[torch.Tensor | None] | None", seq.embeddings)
+def embedding_of(seq: Sequence, number: int) -> Rows | torch.Tensor | None:
+    held = cast("Listing[Rows | torch.Tensor | None] | None", seq.embeddings)
     return held[number] if held is not None and number < len(held) else None
