@@ -15,7 +15,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from engines.encoder.cache import Entry, State
-from engines.encoder.media import ImageReader
+from engines.encoder.media import MediaReader
 from engines.encoder.metrics import Metrics
 from engines.encoder.model import VisionModel
 from engines.encoder.request import MediaItem, answer, parse
@@ -211,7 +211,7 @@ async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
         store = await stack.enter_async_context(opened(settings, metrics.registry))
         encoder = Encoder(settings, model, reader, transfer, arena, metrics, store)
         await stack.enter_async_context(encoder.running())
-        vision = {**model.numbers(), "image_processor": reader.numbers()}
+        vision = {**model.numbers(), **reader.numbers()}
         app = EncoderApp(settings, encoder, transfer, model.report, vision)
         stack.push_async_callback(app.close)
         yield app
@@ -227,11 +227,11 @@ def _create(settings: EncoderSettings) -> Transfer:
     )
 
 
-def _load(settings: EncoderSettings) -> tuple[VisionModel, ImageReader]:
+def _load(settings: EncoderSettings) -> tuple[VisionModel, MediaReader]:
     if not settings.model.is_dir():
         raise SetupError(f"--model {settings.model} is not a folder")
     try:
-        reader = ImageReader(settings.model, settings)
+        reader = MediaReader(settings.model, settings)
     except (OSError, ValueError) as error:
         raise SetupError(f"--model {settings.model}: {error}") from None
     return VisionModel.load(settings.model, dtype=settings.dtype, device=settings.device), reader

@@ -12,21 +12,24 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from engines.encoder.frames import Clip
 from engines.errors import BadRequest
 from engines.families import family_of, merge_size
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """One image, ready for the vision tower.
+    """One image or video, ready for the vision tower.
 
     pixels: [patches, channels · temporal patch · patch²], or [tiles, channels, height, width], float32.
     grid: (t, h, w) in patches; of tiles (tiles, h, w), each.   tokens: embeddings it becomes, patches / merge².
+    clip: when the steps of a video are; None: it is an image.
     """
 
     pixels: torch.Tensor
     grid: tuple[int, int, int]
     tokens: int
+    clip: Clip | None = None
 
     @property
     def patches(self) -> int:

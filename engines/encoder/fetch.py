@@ -1,4 +1,4 @@
-"""Gets the bytes of a media URL: `data:`, `http(s)://` and `file://`. It decodes no image and keeps nothing.
+"""Gets the bytes of a media URL: `data:`, `http(s)://` and `file://`. It decodes no media and keeps nothing.
 
 URLs come from clients, so every way to spend this machine's memory, time or trust has a limit:
 
@@ -64,7 +64,8 @@ class PublicResolver(AbstractResolver):
 class Fetcher:
     """One client session with the limits of the settings. `run`: where blocking work goes.
 
-    Every method raises BadRequest or a subclass, with a code that starts with `image_` or is `invalid_image_url`.
+    Every method raises BadRequest or a subclass, with a code that names the media: `image_…` or `invalid_image_url`,
+    where `what` is an image.
     """
 
     def __init__(self, settings: EncoderSettings, run: Run) -> None:
@@ -79,28 +80,28 @@ class Fetcher:
         if self._session is not None:
             await self._session.close()
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, what: str = "image") -> bytes:
         scheme = url[:8].partition(":")[0].lower()
         if scheme == "data":
             if len(url) <= INLINE_CHARACTERS:
-                return self._from_data(url)
-            return await self._run(lambda: self._from_data(url))
+                return self._from_data(url, what)
+            return await self._run(lambda: self._from_data(url, what))
         if scheme == "file":
-            return await self._run(lambda: self._from_file(url))
+            return await self._run(lambda: self._from_file(url, what))
         if scheme in ("http", "https"):
-            return await self._from_http(url)
-        raise BadRequest("a media URL starts with data:, https://, http:// or file://", code="invalid_image_url")
+            return await self._from_http(url, what)
+        raise BadRequest("a media URL starts with data:, https://, http:// or file://", code=f"invalid_{what}_url")
 
     # ---- data:
 
-    def _from_data(self, url: str) -> bytes:
+    def _from_data(self, url: str, what: str) -> bytes:
         header, comma, payload = url[5:].partition(",")
         if not comma:
-            raise BadRequest("the data URL has no comma before its content", code="invalid_image_url")
+            raise BadRequest("the data URL has no comma before its content", code=f"invalid_{what}_url")
         encoded = header.endswith(";base64")
         size = len(payload) * 3 // 4 - 2 if encoded else len(payload) // 3
         if size > self._limit:
-            raise self._too_large()
+            raise self._too_large(what)
         try:
             data = (
                 base64.b64decode(unquote(payload) if "%" in payload else payload)
@@ -108,77 +109,77 @@ class Fetcher:
                 else unquote_to_bytes(payload)
             )
         except (binascii.Error, ValueError) as error:
-            raise BadRequest(f"the data URL is not valid base64: {error}", code="invalid_image_url") from None
+            raise BadRequest(f"the data URL is not valid base64: {error}", code=f"invalid_{what}_url") from None
         if len(data) > self._limit:
-            raise self._too_large()
+            raise self._too_large(what)
         return data
 
     # ---- file:
 
-    def _from_file(self, url: str) -> bytes:
+    def _from_file(self, url: str, what: str) -> bytes:
         if not self._roots:
             raise Forbidden(
-                "file:// URLs are off: start the encoder with --allowed-media-roots", code="image_forbidden"
+                "file:// URLs are off: start the encoder with --allowed-media-roots", code=f"{what}_forbidden"
             )
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
-            raise Forbidden("a file:// URL names no host", code="image_forbidden")
+            raise Forbidden("a file:// URL names no host", code=f"{what}_forbidden")
         try:
             data = files.read(Path(unquote(parts.path)), self._roots, self._limit + 1)
         except (files.Outside, ValueError):  # a null byte
             # The same answer whether the file exists or not: what lies outside the roots is nobody's business.
             told = "the file is outside --allowed-media-roots, or no regular file"
-            raise Forbidden(told, code="image_forbidden") from None
+            raise Forbidden(told, code=f"{what}_forbidden") from None
         except OSError as error:
-            raise BadRequest(f"cannot read the file: {error.strerror}", code="image_unreachable") from None
+            raise BadRequest(f"cannot read the file: {error.strerror}", code=f"{what}_unreachable") from None
         if len(data) > self._limit:
-            raise self._too_large()
+            raise self._too_large(what)
         return data
 
     # ---- http:
 
-    async def _from_http(self, url: str) -> bytes:
+    async def _from_http(self, url: str, what: str) -> bytes:
         if not self._settings.allow_remote_media:
-            raise Forbidden("this encoder fetches no remote media (--no-allow-remote-media)", code="image_forbidden")
+            raise Forbidden("this encoder fetches no remote media (--no-allow-remote-media)", code=f"{what}_forbidden")
         try:
             async with self._slots, asyncio.timeout(self._settings.fetch_timeout):
-                return await self._follow(url)
+                return await self._follow(url, what)
         except TimeoutError:
             seconds = f"{self._settings.fetch_timeout:g} s (--fetch-timeout)"
-            raise BadRequest(f"the image did not arrive within {seconds}", code="image_timeout") from None
+            raise BadRequest(f"the {what} did not arrive within {seconds}", code=f"{what}_timeout") from None
         except (aiohttp.InvalidURL, ValueError) as error:
-            raise BadRequest(f"the URL is malformed: {error}", code="invalid_image_url") from None
+            raise BadRequest(f"the URL is malformed: {error}", code=f"invalid_{what}_url") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise self._network_error(error) from None
+            raise self._network_error(error, what) from None
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, url: str, what: str) -> bytes:
         target = URL(url)
         for _ in range(self._settings.max_redirects + 1):
-            self._check_host(target)
+            self._check_host(target, what)
             async with self._client().get(target, allow_redirects=False) as response:
                 if response.status in REDIRECTS and "location" in response.headers:
                     target = target.join(URL(response.headers["location"]))
                     continue
                 if response.status != 200:
-                    raise BadRequest(f"the image's host answered {response.status}", code="image_unreachable")
-                return await self._body(response)
+                    raise BadRequest(f"the {what}'s host answered {response.status}", code=f"{what}_unreachable")
+                return await self._body(response, what)
         limit = self._settings.max_redirects
-        raise BadRequest(f"more than {limit} redirects (--max-redirects)", code="image_unreachable")
+        raise BadRequest(f"more than {limit} redirects (--max-redirects)", code=f"{what}_unreachable")
 
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, what: str) -> bytes:
         if (response.content_length or 0) > self._limit:
-            raise self._too_large()
+            raise self._too_large(what)
         data = bytearray()
         async for chunk in response.content.iter_chunked(CHUNK):
             data += chunk
             if len(data) > self._limit:
-                raise self._too_large()
+                raise self._too_large(what)
         return bytes(data)
 
-    def _check_host(self, url: URL) -> None:
+    def _check_host(self, url: URL, what: str) -> None:
         """Addresses written as numbers never reach the resolver: they are checked here."""
         if url.scheme not in ("http", "https") or not url.host:
-            raise BadRequest(f"cannot fetch from {url.scheme or 'a URL without scheme'}", code="invalid_image_url")
+            raise BadRequest(f"cannot fetch from {url.scheme or 'a URL without scheme'}", code=f"invalid_{what}_url")
         try:
             public = is_public(url.host)
         except ValueError:
@@ -191,23 +192,23 @@ class Fetcher:
             resolver: AbstractResolver = aiohttp.ThreadedResolver()
             if not self._settings.allow_private_hosts:
                 resolver = PublicResolver(resolver)
-            # auto_decompress off: a small compressed answer could unpack to any size; images are compressed already.
+            # auto_decompress off: a small compressed answer could unpack to any size; media are compressed already.
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(resolver=resolver, limit=self._settings.max_fetches),
                 timeout=aiohttp.ClientTimeout(total=None),
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "triptych", "Accept": "image/*", "Accept-Encoding": "identity"},
+                headers={"User-Agent": "triptych", "Accept": "image/*, video/*", "Accept-Encoding": "identity"},
             )
         return self._session
 
-    def _network_error(self, error: Exception) -> BadRequest:
+    def _network_error(self, error: Exception, what: str) -> BadRequest:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, ForbiddenHost):
-                return Forbidden(f"{cause}: not fetched (--allow-private-hosts)", code="image_forbidden")
+                return Forbidden(f"{cause}: not fetched (--allow-private-hosts)", code=f"{what}_forbidden")
             cause = cause.__cause__
-        return BadRequest(f"cannot fetch the image: {error or type(error).__name__}", code="image_unreachable")
+        return BadRequest(f"cannot fetch the {what}: {error or type(error).__name__}", code=f"{what}_unreachable")
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the image is larger than {self._limit} bytes (--max-media-bytes)", code="image_too_large")
+    def _too_large(self, what: str) -> TooLarge:
+        return TooLarge(f"the {what} is larger than {self._limit} bytes (--max-media-bytes)", code=f"{what}_too_large")

@@ -1,4 +1,5 @@
-"""Turns the bytes of an image into the patches a vision tower reads, in a bounded pool of threads. It fetches nothing.
+"""Turns the bytes of an image into the patches a vision tower reads, and has the pool of threads for that. It fetches
+nothing; `video` reads videos.
 
 The pixels are by construction those of `transformers`: its `load_image` (EXIF rotation, then RGB) and the
 checkpoint's own image processor do the work. What stands here are the limits that must hold before them: formats,
@@ -18,6 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import load_image
 
 from engines.encoder.cutting import Prepared, cutter_of
+from engines.encoder.request import MediaItem
+from engines.encoder.video import VideoReader
 from engines.errors import BadRequest, TooLarge
 from engines.settings import EncoderSettings
 
@@ -29,6 +32,24 @@ ASPECT_RATIO = 200  # where the Qwen processors give up
 Image.MAX_IMAGE_PIXELS = None
 
 ResultT = TypeVar("ResultT")
+
+
+class MediaReader:
+    """Images and videos, for one checkpoint. Thread-safe. Raises SetupError, OSError or ValueError."""
+
+    def __init__(self, folder: Path, settings: EncoderSettings) -> None:
+        self._images = ImageReader(folder, settings)
+        self._videos = VideoReader(folder, settings)
+
+    def numbers(self) -> dict[str, Any]:
+        """How the processors cut media, for whoever predicts their tokens. JSON."""
+        return {"image_processor": self._images.numbers(), "video_processor": self._videos.numbers()}
+
+    def read(self, data: bytes, item: MediaItem) -> Prepared:
+        """Raises BadRequest or TooLarge, with a code that names the modality."""
+        if item.modality == "video":
+            return self._videos.read(data, item.size, item.sampling)
+        return self._images.read(data, item.size)
 
 
 class ImageReader:
@@ -88,10 +109,11 @@ class MediaPool:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="media")
         self._timeout = timeout
 
-    async def run(self, function: Callable[[], ResultT]) -> ResultT:
+    async def run(self, function: Callable[[], ResultT], what: str = "image") -> ResultT:
         """The function's result or exception. Waiting for a thread is not counted against the time limit.
 
-        Raises BadRequest (`image_timeout`). A cancelled call that no thread has begun is never run.
+        Raises BadRequest (`image_timeout`, where `what` is an image). A cancelled call that no thread has begun is
+        never run.
         """
         loop = asyncio.get_running_loop()
         begun = asyncio.Event()
@@ -107,7 +129,7 @@ class MediaPool:
                 return await future
         except TimeoutError:
             seconds = f"{self._timeout:g} s (--decode-timeout)"
-            raise BadRequest(f"the image was not decoded within {seconds}", code="image_timeout") from None
+            raise BadRequest(f"the {what} was not decoded within {seconds}", code=f"{what}_timeout") from None
         finally:
             future.cancel()
 

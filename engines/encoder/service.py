@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -49,9 +49,9 @@ Placed = Callable[[Entry, bool], None]
 
 
 class Reader(Protocol):
-    """Bytes to patches; called on pool threads. See `media.ImageReader`."""
+    """Bytes to patches; called on pool threads. See `media.MediaReader`."""
 
-    def read(self, data: bytes, size: Mapping[str, int]) -> Prepared: ...
+    def read(self, data: bytes, item: MediaItem) -> Prepared: ...
 
 
 class Model(Protocol):
@@ -140,7 +140,7 @@ class Encoder:
         started = time.monotonic()
         data = None
         if item.uuid is None:
-            data = await self._fetch(item.url)
+            data = await self._fetch(item)
             content = data
             digest = await self._pool.run(lambda: blake3(content).hexdigest())
         key = item.key(item.uuid or digest)
@@ -187,9 +187,9 @@ class Encoder:
     async def _produce(self, flight: Flight[Entry], key: str, item: MediaItem, data: bytes | None) -> Entry:
         if (recalled := await self._recall(flight, key)) is not None:
             return recalled
-        prepared = await self._prepare(await self._fetch(item.url) if data is None else data, item.size)
+        prepared = await self._prepare(await self._fetch(item) if data is None else data, item)
         outline = self._outline(prepared)
-        entry = await self._reserve(key, self._model.nbytes(prepared.tokens), prepared.tokens)
+        entry = await self._reserve(key, self._model.nbytes(prepared.tokens), outline)
         try:
             if self._transfer.durable:
                 await self._compute(flight, entry, prepared)
@@ -216,7 +216,7 @@ class Encoder:
         async with self.store.found(key, self._model.dtype_name) as record:
             if record is None or (outline := self._described(record)) is None:
                 return None
-            entry = await self._reserve(key, len(record.rows), outline.tokens)
+            entry = await self._reserve(key, len(record.rows), outline)
             try:
                 flight.commit()  # a thread writes its memory from here on
                 await asyncio.to_thread(self._fill, entry, record.rows)
@@ -253,17 +253,17 @@ class Encoder:
             meta = msgspec.json.encode(replace(entry.value, where={}))
             self.store.keep(entry.key, self._model.dtype_name, meta, rows, lambda: entry.state is State.READY)
 
-    async def _fetch(self, url: str) -> bytes:
+    async def _fetch(self, item: MediaItem) -> bytes:
         started = time.monotonic()
-        data = await self._fetcher.fetch(url)
+        data = await self._fetcher.fetch(item.url, item.modality)
         self.metrics.stage("fetch", time.monotonic() - started)
         return data
 
-    async def _prepare(self, data: bytes, size: Mapping[str, int]) -> Prepared:
+    async def _prepare(self, data: bytes, item: MediaItem) -> Prepared:
         async with self._slots:  # as many as there are threads: the others wait as files, which are smaller than pixels
             await self._thread.room()
             started = time.monotonic()
-            prepared = await self._pool.run(lambda: self._reader.read(data, size))
+            prepared = await self._pool.run(lambda: self._reader.read(data, item), item.modality)
         self.metrics.stage("decode", time.monotonic() - started)
         return prepared
 
@@ -280,7 +280,7 @@ class Encoder:
     def _outline(self, prepared: Prepared) -> Embedding:
         """Without a place."""
         shape = (prepared.tokens, self._model.width)
-        return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, {})
+        return Embedding(prepared.grid, prepared.tokens, self._model.dtype_name, shape, {}, prepared.clip)
 
     async def _publish(self, entry: Entry, outline: Embedding, promised: bool = False) -> Embedding:
         started = time.monotonic()
@@ -301,10 +301,11 @@ class Encoder:
 
     # ---- room in the arena
 
-    async def _reserve(self, key: str, nbytes: int, tokens: int) -> Entry:
+    async def _reserve(self, key: str, nbytes: int, outline: Embedding) -> Entry:
         if not self.cache.fits(nbytes):
             limit = f"--cache-bytes {self.settings.cache_bytes}"
-            raise TooLarge(f"{tokens} embeddings are {nbytes} bytes: more than {limit}", code="image_too_large")
+            told = f"{outline.tokens} embeddings are {nbytes} bytes: more than {limit}"
+            raise TooLarge(told, code=f"{outline.modality}_too_large")
         while (entry := self.cache.reserve(key, nbytes)) is None:
             if self.cache.settling(nbytes, time.monotonic()):
                 await self._wait_for_room()

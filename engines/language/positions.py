@@ -2,7 +2,7 @@
 and runs no model.
 
 Text counts up, the same in all three rows. An item of t × h × w merged patches starts at the next free number `p`: its
-tokens have (p + t · interval, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w), also where
+tokens have (p + t · interval, p + h, p + w) in raster order, and the text behind it goes on at p + max(h, w), even if
 a video's time has come further than that:
 
     prompt     text  │ video of 12 steps, 2 × 4          │ text        ┊ generated

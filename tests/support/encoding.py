@@ -44,7 +44,7 @@ def embedding(tokens: int, seed: str = "cat") -> torch.Tensor:
 class ToyReader:
     """Raises the 4xx of broken media for `broken`."""
 
-    def read(self, data: bytes, size: Mapping[str, int]) -> Prepared:
+    def read(self, data: bytes, item: MediaItem) -> Prepared:
         tokens, _, seed = data.decode().partition(" ")
         if seed == "broken":
             raise BadRequest("the image cannot be decoded", code="invalid_image")

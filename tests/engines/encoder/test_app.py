@@ -244,7 +244,7 @@ async def test_the_deadline_names_its_flag_and_unpins() -> None:
     [
         ({"model": "gpt"}, 404),
         ({"stream": True}, 400),
-        ({"mm_processor_kwargs": {"fps": 2}}, 400),
+        ({"mm_processor_kwargs": {"fps": 0}}, 400),
         ({"mm_processor_kwargs": {"min_pixels": 100}}, 200),
         ({"messages": []}, 400),
     ],
