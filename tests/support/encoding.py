@@ -104,9 +104,9 @@ class Toy:
 
 @asynccontextmanager
 async def toy_encoder(
-    *, tokens: int = 16, transport: str = "memory", folder: Path | None = None, **changes: Any
+    *, tokens: int = 16, transport: str = "memory", folder: Path | None = None, store: Any = None, **changes: Any
 ) -> AsyncIterator[Toy]:
-    """An encoder with room for `tokens` embeddings. `folder`: of the storage transport."""
+    """An encoder with room for `tokens` embeddings. `folder`: of the storage transport. `store`: an EmbeddingStore."""
     settings = EncoderSettings(
         model=Path("/models/toy"), port=0, **{"cache_bytes": tokens * TOKEN_BYTES, "handle_ttl": 60.0, **changes}
     )
@@ -117,7 +117,7 @@ async def toy_encoder(
     await transfer.start()
     await peer.start()
     try:
-        encoder = Encoder(settings, model, ToyReader(), transfer, arena, Metrics(CollectorRegistry()))
+        encoder = Encoder(settings, model, ToyReader(), transfer, arena, Metrics(CollectorRegistry()), store)
         async with encoder.running():
             try:
                 yield Toy(encoder, transfer, peer, model, settings, target)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from engines.encoder.cache import Entry
 from engines.errors import BadRequest, EngineError, Overloaded, TooLarge
+from engines.store.records import Record
 from engines.transfer.base import GoneError, TransferError
 from tests.support.encoding import TOKEN_BYTES, Toy, embedding, item, toy_encoder
 from tests.support.waiting import until
@@ -265,4 +269,101 @@ async def test_an_evicted_item_is_published_anew_while_its_old_bytes_are_still_r
         toy.transfer.plane.script = None  # type: ignore[attr-defined]
         assert (await toy.fetch(new.value.where, new.nbytes)).equal(embedding(5, "cat"))
         await until(lambda: toy.encoder.cache_info()["leaving"] == 0)
+        toy.check()
+
+
+# ---- with an embedding store
+
+
+class Shelf:
+    """An EmbeddingStore in memory. What is kept is there as soon as it is not `late`."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, str], Record] = {}
+        self.kept: list[tuple[str, str, bytes, memoryview, Callable[[], bool]]] = []
+        self.late = False
+
+    @asynccontextmanager
+    async def found(self, mm_hash: str, dtype: str) -> AsyncIterator[Record | None]:
+        await asyncio.sleep(0)
+        yield self.records.get((mm_hash, dtype))
+
+    def keep(self, mm_hash: str, dtype: str, meta: bytes, rows: memoryview, valid: Callable[[], bool]) -> None:
+        self.kept.append((mm_hash, dtype, meta, rows, valid))
+        if not self.late:
+            self.write()
+
+    def write(self) -> None:
+        for mm_hash, dtype, meta, rows, valid in self.kept:
+            copy = memoryview(bytes(rows))
+            if valid():
+                self.records[mm_hash, dtype] = Record(meta, copy)
+        self.kept.clear()
+
+
+@pytest.mark.parametrize("transport", ["memory", "storage"])
+async def test_what_another_encoder_put_into_the_store_is_neither_fetched_nor_computed(
+    transport: str, tmp_path: Path
+) -> None:
+    shelf, named = Shelf(), {"uuid": "a" * 64}
+    folder = tmp_path if transport == "storage" else None
+    async with toy_encoder(transport=transport, folder=folder, store=shelf) as first:
+        made = await first.encoder.encode(item(5, "cat", **named))
+    if folder is not None:
+        folder = tmp_path / "another"
+    async with toy_encoder(transport=transport, folder=folder, store=shelf) as second:
+        places: list[Entry] = []
+        found = await second.encoder.encode(item(5, "broken", **named), lambda entry, _: places.append(entry))
+        assert second.model.items == 0
+        assert places == [found]
+        assert replace(found.value, where={}) == replace(made.value, where={})
+        assert (await second.fetch(found.value.where, found.nbytes)).equal(embedding(5, "cat"))
+        second.encoder.release(found)
+        assert await second.encoder.encode(item(5, "broken", **named)) is found, "it is in the cache now"
+        second.check()
+
+
+@pytest.mark.parametrize(
+    ("meta", "rows"),
+    [
+        (b"not json", bytes(5 * TOKEN_BYTES)),
+        (b'{"tokens": 5}', bytes(5 * TOKEN_BYTES)),
+        (None, bytes(4 * TOKEN_BYTES)),
+        (None, bytes(0)),
+    ],
+)
+async def test_a_record_that_this_model_cannot_have_made_is_computed_instead(meta: bytes | None, rows: bytes) -> None:
+    shelf = Shelf()
+    async with toy_encoder(store=shelf, **NEVER_HELD) as toy:
+        entry = await encoded(toy, 5, "cat")
+        ((where, record),) = shelf.records.items()
+        shelf.records[where] = Record(record.meta if meta is None else meta, memoryview(rows))
+        assert toy.encoder._evict()
+        await until(lambda: toy.encoder.cache_info()["leaving"] == 0)
+        again = await encoded(toy, 5, "cat")
+        assert again is not entry
+        assert (await toy.fetch(again.value.where, again.nbytes)).equal(embedding(5, "cat"))
+        toy.check()
+
+
+async def test_an_embedding_that_has_left_before_its_turn_is_not_put_there() -> None:
+    shelf = Shelf()
+    async with toy_encoder(tokens=10, store=shelf, **NEVER_HELD) as toy:
+        shelf.late = True
+        await encoded(toy, 6, "gone")
+        last = await encoded(toy, 6, "here")
+        shelf.write()
+        assert [bytes(record.rows) for record in shelf.records.values()] == [embedding(6, "here").numpy().tobytes()]
+        assert list(shelf.records) == [(last.key, "float32")]
+
+
+async def test_a_full_arena_is_said_of_what_the_store_has_too() -> None:
+    shelf = Shelf()
+    async with toy_encoder(tokens=10, store=shelf) as toy:
+        await encoded(toy, 6, "a")
+    async with toy_encoder(tokens=10, store=shelf) as toy:
+        pinned = await toy.encoder.encode(item(6, "b"))
+        with pytest.raises(Overloaded):
+            await toy.encoder.encode(item(6, "a"))
+        toy.encoder.release(pinned)
         toy.check()

@@ -129,18 +129,19 @@ async def test_when_the_store_is_full_the_oldest_make_room_and_nothing_fails() -
         assert any(name.startswith("second") for name in found)
 
 
-async def test_a_store_that_hangs_costs_one_deadline_and_serves_again_afterwards() -> None:
+@pytest.mark.parametrize("who", ["its master", "its memory"])
+async def test_a_store_that_hangs_costs_one_deadline_and_serves_again_afterwards(who: str) -> None:
     async with store_server() as server, engine(server, embedding_store_timeout=0.3) as view:
         await put(view, "a")
-        (master,) = masters(server)
-        os.kill(master, signal.SIGSTOP)
+        (hung,) = masters(server) if who == "its master" else [server.pid]
+        os.kill(hung, signal.SIGSTOP)
         assert await look(view, "a") is None
         await until(lambda: not view.info()["connected"])
         assert await look(view, "a") is None
         await put(view, "b")
         assert outcomes(view, "lookups") == {"error": 1, "skipped": 1}
         assert outcomes(view, "writes") == {"written": 1, "skipped": 1}
-        os.kill(master, signal.SIGCONT)
+        os.kill(hung, signal.SIGCONT)
         await until(lambda: view.info()["connected"], 30)
         assert await look(view, "a") == ROWS
 
@@ -156,6 +157,21 @@ async def test_a_store_that_is_killed_and_started_again_is_empty_and_serves() ->
         assert await look(view, "a") is None
         await put(view, "a")
         assert await look(view, "a") == ROWS
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_what_is_lost_while_it_is_written_is_never_half_there(server: Child, number: signal.Signals) -> None:
+    rows, fields = bytes(15 << 20), {"embedding_store_buffer": 16 << 20, "embedding_store_timeout": 0.5}
+    async with engine(server, **fields) as writer, engine(server, embedding_store_buffer=16 << 20) as reader:
+        client = writer._link.client
+        assert client is not None and client._process is not None
+        writer.keep("half", "float32", b"{}", memoryview(rows), lambda: client._process.send_signal(number) is None)
+        await until(lambda: outcomes(writer, "writes") == {"error": 1})
+        assert await look(reader, "half") in (None, rows)
+        assert outcomes(reader, "lookups").keys() <= {"miss", "hit"}
+        await until(lambda: writer._link.client not in (None, client))
+        await put(writer, "whole")
+        assert await look(reader, "whole") == ROWS
 
 
 async def test_what_another_engine_wrote_outlives_it(server: Child) -> None:
