@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,32 @@ def into(tensor: torch.Tensor, array: npt.NDArray[Any]) -> None:
     if tensor.device.type == "cuda":
         held = held.pin_memory()
     tensor.copy_(held, non_blocking=True)
+
+
+class Beside:
+    """A stream for each thread that works on one device, so that a thread's work there waits for no other's. Devices
+    without streams need nothing of the kind."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._own = threading.local()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within, what this thread has the device do goes to its stream; at the end all of that is done."""
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    def _stream(self) -> Any:
+        if not hasattr(self._own, "stream"):  # kept: the allocator keeps memory for each stream
+            self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._own.stream.wait_stream(torch.cuda.default_stream(self._device))  # which loaded the weights
+        return self._own.stream
 
 
 @contextmanager

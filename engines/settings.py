@@ -78,7 +78,9 @@ class EngineSettings(BaseSettings):
         8100, ge=0, le=65535, description="port to serve HTTP on; 0 lets the kernel choose (see the READY line)"
     )
     dtype: Dtype = Field("auto", description="dtype of weights and activations; auto takes the checkpoint's")
-    device: str = Field("cpu", description="torch device of the model, e.g. cpu or cuda:0")
+    device: str = Field(
+        "cpu", description="torch device of the model, e.g. cpu or cuda:0; of an encoder also several: cuda:0,cuda:1"
+    )
     threads: int = Field(0, ge=0, description="threads that torch may use; 0 leaves torch's own choice")
 
     transfer: TransferName = Field(
@@ -209,7 +211,9 @@ class EncoderSettings(EngineSettings):
         False, description="speak SGLang's encoder protocol too, for its language-only servers (zmq_to_scheduler)"
     )
 
-    media_workers: Count = Field(2, description="threads that decode and preprocess images and videos")
+    media_workers: int = Field(
+        0, ge=0, description="threads that decode and preprocess images and videos; 0: one for each core, 16 at most"
+    )
     max_media_bytes: Bytes = Field(ByteSize(64 << 20), description="largest file of an image or video")
     max_media_pixels: Count = Field(
         64_000_000, description="pixels of the largest image or frame, checked before it is decoded"
@@ -227,6 +231,10 @@ class EncoderSettings(EngineSettings):
     allowed_media_roots: Paths = Field(
         (), description="folders that file:// URLs may name, comma-separated; none by default"
     )
+
+    @property
+    def media_threads(self) -> int:
+        return self.media_workers or min(16, len(os.sched_getaffinity(0)))
 
 
 class LanguageSettings(EngineSettings):
@@ -314,7 +322,7 @@ class ColocatedSettings(LanguageSettings, EncoderSettings):
         description="with --encode: port of the encoder's own routes, for engines that have none; default: not served",
     )
     encoder_device: str | None = Field(
-        None, description="with --encode: torch device of the vision tower; default: that of --device"
+        None, description="with --encode: torch device of the vision tower, or several; default: that of --device"
     )
 
     @model_validator(mode="after")

@@ -14,10 +14,11 @@ import torch
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from engines.devices import devices_of, pinned
 from engines.encoder.cache import Entry, State
 from engines.encoder.media import MediaReader
 from engines.encoder.metrics import Metrics
-from engines.encoder.model import VisionModel
+from engines.encoder.model import Replicas
 from engines.encoder.request import MediaItem, answer, parse
 from engines.encoder.service import Encoder
 from engines.encoder.sglang import SglangProtocol
@@ -207,6 +208,7 @@ async def build(settings: EncoderSettings) -> AsyncIterator[EncoderApp]:
             await transfer.start()
         except (TransferError, OSError) as error:
             raise SetupError(f"--transfer {settings.transfer}: {error}") from None
+        stack.enter_context(pinned(arena.buffer, devices_of(settings.device)[0]))
         metrics = Metrics(CollectorRegistry())
         store = await stack.enter_async_context(opened(settings, metrics.registry))
         encoder = Encoder(settings, model, reader, transfer, arena, metrics, store)
@@ -227,11 +229,12 @@ def _create(settings: EncoderSettings) -> Transfer:
     )
 
 
-def _load(settings: EncoderSettings) -> tuple[VisionModel, MediaReader]:
+def _load(settings: EncoderSettings) -> tuple[Replicas, MediaReader]:
     if not settings.model.is_dir():
         raise SetupError(f"--model {settings.model} is not a folder")
     try:
         reader = MediaReader(settings.model, settings)
     except (OSError, ValueError) as error:
         raise SetupError(f"--model {settings.model}: {error}") from None
-    return VisionModel.load(settings.model, dtype=settings.dtype, device=settings.device), reader
+    devices = devices_of(settings.device)
+    return Replicas.load(settings.model, dtype=settings.dtype, devices=devices), reader

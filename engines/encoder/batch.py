@@ -1,7 +1,8 @@
 """Chooses which waiting items share the next forward. It runs nothing and knows no tensor.
 
 First come, first served: a batch is the longest prefix of the queue that fits the patch budget, so no item
-overtakes another and none waits for ever. An item larger than the budget runs alone.
+overtakes another and none waits for ever. An item larger than the budget runs alone. Where several devices wait for
+work, a batch is no more than a share of what there is, so that none of them stands idle.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class Batcher(Generic[ItemT]):
         self._patches -= found[1]
         return True
 
-    def take(self) -> list[ItemT]:
-        """Remove and return the next batch; empty when nothing waits."""
+    def take(self, shares: int = 1) -> list[ItemT]:
+        """Remove and return the next batch, where `shares` of them are to be had now; empty when nothing waits."""
         batch: list[ItemT] = []
-        room = self.budget
+        room = min(self.budget, -(-self._patches // shares))
         for item, patches in list(self._queue.values()):
             if batch and patches > room:
                 break

@@ -17,11 +17,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import torch
@@ -35,7 +35,7 @@ from engines.encoder.flights import Flight, Flights
 from engines.encoder.media import MediaPool
 from engines.encoder.metrics import Metrics
 from engines.encoder.request import Embedding, MediaItem
-from engines.encoder.worker import ModelThread
+from engines.encoder.worker import Encode, ModelThreads
 from engines.errors import EngineError, Overloaded, TooLarge
 from engines.settings import EncoderSettings
 from engines.store.records import Record
@@ -43,6 +43,9 @@ from engines.store.store import EmbeddingStore
 from engines.transfer.base import Arena, Transfer, TransferError
 
 log = logging.getLogger(__name__)
+
+LANDING = 1.0
+"""Seconds for which an embedding that has just been written is kept for those who wait for it."""
 
 Placed = Callable[[Entry, bool], None]
 """Told, for one item, where its embedding is or will be, and whether it was there already."""
@@ -55,15 +58,19 @@ class Reader(Protocol):
 
 
 class Model(Protocol):
-    """Patches to embeddings; called on the model thread. See `model.VisionModel`."""
+    """Patches to embeddings, on one device or several. See `model.VisionModel`, `model.Replicas`."""
 
     width: int
     dtype: torch.dtype
 
     @property
     def dtype_name(self) -> str: ...
+    @property
+    def encodes(self) -> Sequence[Encode]: ...
+    @property
+    def depth(self) -> int: ...
     def nbytes(self, tokens: int) -> int: ...
-    def encode(self, batch: Any, outputs: Any) -> None: ...
+    def stage(self, item: Prepared, /) -> Prepared: ...
 
 
 @contextmanager
@@ -96,11 +103,11 @@ class Encoder:
         self._transfer = transfer
         self._arena = arena
         self._bytes = torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        self._pool = MediaPool(settings.media_workers, settings.decode_timeout)
-        self._slots = asyncio.Semaphore(settings.media_workers)
+        self._pool = MediaPool(settings.media_threads, settings.decode_timeout)
+        self._slots = asyncio.Semaphore(settings.media_threads)
         self._fetcher = Fetcher(settings, self._pool.run)
         self._flights: Flights[Entry] = Flights()
-        self._thread = ModelThread(model.encode, Batcher(settings.max_batch_patches), metrics.forward)
+        self._threads = ModelThreads(model.encodes, Batcher(settings.max_batch_patches), metrics.forward, model.depth)
         self._freed = asyncio.Event()
         metrics.watch(self.queue, self.cache_info)
 
@@ -110,7 +117,7 @@ class Encoder:
         async with AsyncExitStack() as stack:
             stack.callback(self._forget_arena)
             stack.callback(self._pool.close)
-            await stack.enter_async_context(self._thread)
+            await stack.enter_async_context(self._threads)
             stack.push_async_callback(self._fetcher.close)
             stack.push_async_callback(self._flights.close)
             yield self
@@ -120,12 +127,12 @@ class Encoder:
 
     def queue(self) -> dict[str, int]:
         """Items in flight, and of these: waiting for the model, in it; patches that wait."""
-        thread = self._thread
+        threads = self._threads
         return {
             "items": len(self._flights),
-            "waiting": thread.waiting,
-            "running": thread.running,
-            "patches": thread.patches,
+            "waiting": threads.waiting,
+            "running": threads.running,
+            "patches": threads.patches,
         }
 
     def cache_info(self) -> dict[str, int]:
@@ -203,7 +210,7 @@ class Encoder:
             self._transfer.withdraw(key)
             self.cache.abandon(entry)
             raise
-        self._commit(flight, entry)
+        self._commit(entry)
         if not self._transfer.durable:
             self._transfer.fulfil(key)
         self._remember(entry)
@@ -226,13 +233,12 @@ class Encoder:
                 self.cache.abandon(entry)
                 raise
         flight.tell(entry)
-        self._commit(flight, entry)
+        self._commit(entry)
         return entry
 
-    def _commit(self, flight: Flight[Entry], entry: Entry) -> None:
-        """It is held for those who wait, until they have pinned and named it; if all have left, for nobody."""
-        hold = self.settings.handle_ttl if flight.waiters else 0.0
-        self.cache.commit(entry, entry.value, time.monotonic() + hold)
+    def _commit(self, entry: Entry) -> None:
+        """Those who wait for it pin it now, and their answers hold it longer; if all have left, nobody does."""
+        self.cache.commit(entry, entry.value, time.monotonic() + min(LANDING, self.settings.handle_ttl))
 
     def _described(self, record: Record) -> Embedding | None:
         """What its writer said of it, without a place; None when that is not what this model makes."""
@@ -261,16 +267,16 @@ class Encoder:
 
     async def _prepare(self, data: bytes, item: MediaItem) -> Prepared:
         async with self._slots:  # as many as there are threads: the others wait as files, which are smaller than pixels
-            await self._thread.room()
+            await self._threads.room()
             started = time.monotonic()
-            prepared = await self._pool.run(lambda: self._reader.read(data, item), item.modality)
+            prepared = await self._pool.run(lambda: self._model.stage(self._reader.read(data, item)), item.modality)
         self.metrics.stage("decode", time.monotonic() - started)
         return prepared
 
     async def _compute(self, flight: Flight[Entry], entry: Entry, prepared: Prepared) -> None:
         """From the moment the model begins, the flight is not cancelled any more."""
         started = time.monotonic()
-        await self._thread.encode(prepared, self._on_arena(entry), flight.commit)
+        await self._threads.encode(prepared, self._on_arena(entry), flight.commit)
         self.metrics.stage("forward", time.monotonic() - started)
 
     def _on_arena(self, entry: Entry) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from engines.encoder import varlen
 from engines.encoder.cutting import Prepared
 from engines.families import Family
 
@@ -29,15 +30,19 @@ class Tower(Protocol):
 class GridTower:
     """Patches of images of any sizes in one row; `grid_thw` tells where one ends and the next begins (Qwen-VL)."""
 
-    def __init__(self, make: Any, config: Any) -> None:
+    def __init__(self, make: Any, config: Any, attention: str) -> None:
         vision = config.vision_config
         self.module: nn.Module = make._from_config(vision, attn_implementation="sdpa")
+        # Set behind its back: of whatever calls itself flash, transformers looks for a package, or on the network.
+        self.module.config._attn_implementation = attention
+        self._at_once = attention != "sdpa"
         hidden = getattr(vision, "out_hidden_size", None) or vision.hidden_size
         self.width: int = hidden * (1 + len(getattr(vision, "deepstack_visual_indexes", None) or ()))
 
     def __call__(self, pixels: torch.Tensor, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        grids = torch.tensor([item.grid for item in batch], device=pixels.device)
-        out = self.module(pixels, grid_thw=grids, return_dict=True)
+        grids = [item.grid for item in batch]
+        told = varlen.told(self.module, grids, pixels.device) if self._at_once else {}
+        out = self.module(pixels, grid_thw=torch.tensor(grids, device=pixels.device), return_dict=True, **told)
         return [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
 
 
@@ -54,8 +59,8 @@ class TileTower:
         return [tiles.flatten(0, 1)]
 
 
-def tower_of(family: Family, config: Any) -> Tower:
-    """Within `weights.on_meta`, without memory for its weights."""
+def tower_of(family: Family, config: Any, attention: str = "sdpa") -> Tower:
+    """Within `weights.on_meta`, without memory for its weights. `attention`: see `varlen.implementation`."""
     module, _, name = family.vision.partition(":")
     make = getattr(import_module(f"transformers.models.{module}"), name)
-    return TileTower(make, config) if family.tiled else GridTower(make, config)
+    return TileTower(make, config) if family.tiled else GridTower(make, config, attention)

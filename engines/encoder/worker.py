@@ -1,8 +1,11 @@
-"""Runs the model on its own thread, batch after batch, and hands results back to the loop. It chooses nothing:
-see `batch`.
+"""Runs the model, batch after batch, on threads of its own, and hands results back to the loop. It chooses nothing of
+what shares a batch: see `batch`.
 
-While one batch computes, the next one gathers. An item whose coroutine is cancelled before its batch is taken
-leaves the queue; later it is computed to the end, because the model already writes its memory.
+While batches compute, the next one gathers. An item whose coroutine is cancelled before its batch is taken leaves the
+queue; later it is computed to the end, because the model already writes its memory.
+
+    one queue ─┬─▶ device 0: `depth` threads      a batch goes to the device that computes the fewest
+               └─▶ device 1: …                    what waits is shared out over those that compute none
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class Item(Protocol):
 
 
 class Encode(Protocol):
-    """Writes the embedding of each item to its output. Called on the model thread."""
+    """Writes the embedding of each item to its output. Called on its device's threads, `depth` at a time."""
 
     def __call__(self, batch: Sequence[Any], outputs: Sequence[Any], /) -> None: ...
 
@@ -44,35 +47,57 @@ class Job:
     taken: Callable[[], None]
 
 
-class ModelThread:
-    """One model, one thread, one queue. Use as an async context manager."""
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One device. `busy`: batches that it computes."""
 
-    def __init__(self, encode: Encode, batcher: Batcher[Job], observe: Observe = lambda *_: None) -> None:
-        self._encode = encode
+    encode: Encode
+    threads: ThreadPoolExecutor
+    busy: int = 0
+
+
+class ModelThreads:
+    """One model on one device or several, and one queue. Use as an async context manager."""
+
+    def __init__(
+        self,
+        encodes: Sequence[Encode],
+        batcher: Batcher[Job],
+        observe: Observe = lambda *_: None,
+        depth: int = 1,
+    ) -> None:
+        """`encodes`: one for each device. `depth`: batches that a device is given at once."""
+        self._workers = [
+            Worker(encode, ThreadPoolExecutor(depth, thread_name_prefix=f"model-{number}"))
+            for number, encode in enumerate(encodes)
+        ]
+        self._depth = depth
         self._batcher = batcher
         self._observe = observe
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._work = asyncio.Event()
         self._roomy = asyncio.Event()
         self._roomy.set()
         self._closing = False
         self._pump: asyncio.Task[None] | None = None
+        self._batches: set[asyncio.Task[None]] = set()
         self.running = 0
 
-    async def __aenter__(self) -> ModelThread:
+    async def __aenter__(self) -> ModelThreads:
         self._pump = asyncio.create_task(self._run())  # noqa: TID251 - owned here, awaited in __aexit__
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Ends after the batch that computes now; what waits is cancelled."""
+        """Ends after the batches that compute now; what waits is cancelled."""
         assert self._pump is not None
         self._closing = True
         self._work.set()
         await self._pump
+        await asyncio.gather(*self._batches)
         while batch := self._batcher.take():
             for job in batch:
                 job.done.cancel()
-        self._thread.shutdown(wait=True)
+        for worker in self._workers:
+            worker.threads.shutdown(wait=True)
 
     @property
     def waiting(self) -> int:
@@ -83,7 +108,8 @@ class ModelThread:
         return self._batcher.patches
 
     async def room(self) -> None:
-        """Until less than two batches wait: whoever prepares items pauses here, so that pixels do not pile up."""
+        """Until less than two batches for each device wait: whoever prepares items pauses here, so that pixels do not
+        pile up."""
         await self._roomy.wait()
 
     async def encode(self, item: Item, output: Any, taken: Callable[[], None]) -> None:
@@ -102,7 +128,7 @@ class ModelThread:
                 self._queue_changed()
 
     def _queue_changed(self) -> None:
-        if self._batcher.patches < 2 * self._batcher.budget:
+        if self._batcher.patches < 2 * self._batcher.budget * len(self._workers):
             self._roomy.set()
         else:
             self._roomy.clear()
@@ -111,20 +137,37 @@ class ModelThread:
         while not self._closing:
             await self._work.wait()
             self._work.clear()
-            while not self._closing and (batch := self._batcher.take()):
+            while not self._closing and (worker := self._free()) and (batch := self._batcher.take(self._idle())):
                 self._queue_changed()
                 # A cancelled future belongs to a coroutine that has not run since: its memory may go at any moment.
-                await self._compute([job for job in batch if not job.done.done()])
+                self._start(worker, [job for job in batch if not job.done.done()])
 
-    async def _compute(self, batch: list[Job]) -> None:
+    def _free(self) -> Worker | None:
+        """Whoever computes least, if it may compute more."""
+        worker = min(self._workers, key=lambda worker: worker.busy)
+        return worker if worker.busy < self._depth else None
+
+    def _idle(self) -> int:
+        """Among how many devices what waits is to be shared out."""
+        return max(1, sum(not worker.busy for worker in self._workers))
+
+    def _start(self, worker: Worker, batch: list[Job]) -> None:
         if not batch:
             return
         for job in batch:
             job.taken()
-        self.running = len(batch)
+        worker.busy += 1
+        self.running += len(batch)
+        task = asyncio.create_task(self._compute(worker, batch))  # noqa: TID251 - awaited in __aexit__
+        self._batches.add(task)
+        task.add_done_callback(self._batches.discard)
+
+    async def _compute(self, worker: Worker, batch: list[Job]) -> None:
         loop = asyncio.get_running_loop()
-        errors, seconds = await loop.run_in_executor(self._thread, self._forward, batch)
-        self.running = 0
+        errors, seconds = await loop.run_in_executor(worker.threads, _forward, worker.encode, batch)
+        worker.busy -= 1
+        self.running -= len(batch)
+        self._work.set()
         self._observe(len(batch), sum(job.item.patches for job in batch), seconds)
         for job, error in zip(batch, errors, strict=True):
             if error is None:
@@ -132,19 +175,21 @@ class ModelThread:
             else:
                 job.done.set_exception(error)
 
-    def _forward(self, batch: list[Job]) -> tuple[list[EngineError | None], float]:
-        """On the model thread: one error or None per job. A batch that fails is tried again one by one."""
-        started = time.monotonic()
-        error = self._try(batch)
-        errors = [error] if len(batch) == 1 or error is None else [self._try([job]) for job in batch]
-        if error is None:
-            errors = [None] * len(batch)
-        return errors, time.monotonic() - started
 
-    def _try(self, batch: list[Job]) -> EngineError | None:
-        try:
-            self._encode([job.item for job in batch], [job.output for job in batch])
-        except Exception as error:  # the edge of the model thread: the items fail, the thread goes on
-            log.exception("a forward over %d items failed", len(batch))
-            return EngineError(f"the vision model failed on this item: {error}", code="encode_failed")
-        return None
+def _forward(encode: Encode, batch: list[Job]) -> tuple[list[EngineError | None], float]:
+    """On a model thread: one error or None per job. A batch that fails is tried again one by one."""
+    started = time.monotonic()
+    error = _try(encode, batch)
+    errors = [error] if len(batch) == 1 or error is None else [_try(encode, [job]) for job in batch]
+    if error is None:
+        errors = [None] * len(batch)
+    return errors, time.monotonic() - started
+
+
+def _try(encode: Encode, batch: list[Job]) -> EngineError | None:
+    try:
+        encode([job.item for job in batch], [job.output for job in batch])
+    except Exception as error:  # the edge of the model threads: the items fail, the thread goes on
+        log.exception("a forward over %d items failed", len(batch))
+        return EngineError(f"the vision model failed on this item: {error}", code="encode_failed")
+    return None

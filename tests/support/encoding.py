@@ -57,12 +57,17 @@ class ToyModel:
     width = WIDTH
     dtype = torch.float32
     dtype_name = "float32"
+    depth = 1
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.items = 0
+        self.encodes = (self.encode,)
+
+    def stage(self, item: Prepared) -> Prepared:
+        return item
 
     def nbytes(self, tokens: int) -> int:
         return tokens * TOKEN_BYTES

@@ -29,6 +29,7 @@ FAMILY = "qwen3_vl"
 def settings(**changes: Any) -> ColocatedSettings:
     fields = {"model": checkpoint(FAMILY), "served_model_name": "tiny", "port": 0, "dtype": "float32", "encode": True}
     fields |= {"kv_blocks": 256, "max_batched_tokens": 64, "prefix_cache": False, "encoder_port": 0}
+    fields |= {"encoder_device": "cpu,cpu"}
     return ColocatedSettings(**{**fields, **changes})
 
 
@@ -95,4 +96,4 @@ async def test_whoever_leaves_while_media_are_encoded_leaves_nothing_behind(engi
 @pytest.mark.parametrize(("name", "value"), [("encoder_port", 5), ("encoder_device", "cpu")])
 async def test_flags_of_an_encoder_that_is_not_there_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=f"--{name.replace('_', '-')} needs --encode"):
-        settings(**{"encode": False, "encoder_port": None, name: value})
+        settings(**{"encode": False, "encoder_port": None, "encoder_device": None, name: value})

@@ -48,6 +48,15 @@ def test_a_batch_is_the_longest_prefix_that_fits(sizes: list[int], batches: list
     assert repr(batcher) == "<Batcher 0 waiting, 0 patches, budget 10>"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shares", "first"),
+    [([4, 4], 2, 1), ([2, 2, 2, 2], 2, 2), ([2, 2, 2], 2, 1), ([9, 1], 2, 1), ([2], 3, 1), ([8, 8, 8, 8], 2, 1)],
+)
+def test_a_share_is_no_more_than_its_part_and_never_nothing(sizes: list[int], shares: int, first: int) -> None:
+    batcher, items = filled(10, sizes)
+    assert batcher.take(shares) == items[:first]
+
+
 @given(st.integers(1, 50), st.lists(st.integers(1, 80), max_size=30))
 def test_order_is_kept_and_only_a_lone_item_exceeds_the_budget(budget: int, sizes: list[int]) -> None:
     batcher, items = filled(budget, sizes)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines.devices import devices_of
 from engines.encoder.cutting import Prepared
 from engines.encoder.media import ImageReader
-from engines.encoder.model import VisionModel
+from engines.encoder.model import Replicas, VisionModel
 from engines.errors import SetupError
 from engines.settings import EncoderSettings
 from tests.support.checkpoints import FAMILIES, checkpoint
@@ -106,3 +107,28 @@ def test_its_numbers_are_those_of_the_checkpoint(family: str) -> None:
     assert told["vision_config"].items() <= config.items()
     assert {"depth", "hidden_size", "patch_size"} <= told["vision_config"].keys()
     assert ("deepstack_visual_indexes" in told["vision_config"]) == (family == "qwen3_vl")
+
+
+def test_replicas_say_the_same_on_each_device_and_are_told_by_the_first() -> None:
+    one = model("qwen3_vl")
+    both = Replicas.load(checkpoint("qwen3_vl"), dtype="auto", devices=devices_of("cpu,cpu"))
+    assert len(both.encodes) == 2 and both.depth == one.depth == 1
+    assert (both.width, both.dtype_name, both.nbytes(3)) == (one.width, one.dtype_name, one.nbytes(3))
+    item = prepared("qwen3_vl")[1]
+    (wanted,) = encode("qwen3_vl", [item])
+    for run in both.encodes:
+        output = torch.empty_like(wanted)
+        run([item], [output])
+        assert output.equal(wanted)
+
+
+def test_what_is_staged_has_the_towers_dtype_and_gives_the_same() -> None:
+    small = VisionModel.load(checkpoint("qwen2_vl"), dtype="bfloat16")
+    item = prepared("qwen2_vl")[0]
+    staged = small.stage(item)
+    assert staged.pixels.dtype == torch.bfloat16 and (staged.grid, staged.tokens) == (item.grid, item.tokens)
+    outputs = [torch.empty(item.tokens, small.width, dtype=small.dtype) for _ in range(2)]
+    small.encode([item], outputs[:1])
+    small.encode([staged], outputs[1:])
+    assert outputs[0].equal(outputs[1])
+    assert model("qwen2_vl").stage(item).pixels is item.pixels, "what needs no change is not copied"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from engines.encoder.batch import Batcher
-from engines.encoder.worker import ModelThread
+from engines.encoder.worker import ModelThreads
 from engines.errors import EngineError
 
 
@@ -49,18 +49,18 @@ class Seen(list[tuple[int, int]]):
 
 
 @asynccontextmanager
-async def running(budget: int = 10) -> AsyncIterator[tuple[ModelThread, Model, Seen]]:
+async def running(budget: int = 10, depth: int = 1) -> AsyncIterator[tuple[ModelThreads, Model, Seen]]:
     model, seen = Model(), Seen()
     async with asyncio.timeout(30):
         try:
-            async with ModelThread(model, Batcher(budget), seen) as thread:
+            async with ModelThreads([model], Batcher(budget), seen, depth) as thread:
                 yield thread, model, seen
                 model.gate.set()
         finally:
             model.gate.set()
 
 
-def start(thread: ModelThread, *items: Item) -> list[asyncio.Task[int]]:
+def start(thread: ModelThreads, *items: Item) -> list[asyncio.Task[int]]:
     async def one(item: Item) -> int:
         output: list[int] = []
         await thread.encode(item, output, lambda: None)
@@ -155,3 +155,36 @@ async def test_closing_ends_the_batch_and_cancels_what_waits() -> None:
     assert await first[0] == 4
     with pytest.raises(asyncio.CancelledError):
         await waiting[0]
+
+
+async def test_what_waits_is_shared_out_over_idle_devices_and_each_gets_as_much_as_it_may() -> None:
+    models, seen = [Model(), Model()], Seen()
+    async with asyncio.timeout(30), ModelThreads(models, Batcher(10), seen, depth=2) as thread:
+        try:
+            first = start(thread, Item(1), Item(2), Item(3))
+            for model in models:
+                await model.enter()
+            rest = start(thread, Item(4), Item(5), Item(6))
+            for model in models:
+                await model.enter()
+            last = start(thread, Item(7))
+            await settle()
+            assert (thread.waiting, thread.running) == (1, 6), "two batches for each device, and no more"
+            sizes = [[[item.patches for item in batch] for batch in model.batches] for model in models]
+            assert sizes == [[[1, 2], [4, 5]], [[3], [6]]]
+        finally:
+            for model in models:
+                model.gate.set()
+        assert await asyncio.gather(*first, *rest, *last) == [2, 4, 6, 8, 10, 12, 14]
+
+
+async def test_a_device_that_fails_fails_its_own_items_alone(caplog: pytest.LogCaptureFixture) -> None:
+    models = [Model(), Model()]
+    for model in models:
+        model.gate.set()
+    async with asyncio.timeout(30), ModelThreads(models, Batcher(10)) as thread:
+        broken, good = start(thread, Item(broken=True), Item(3))
+        assert await good == 6
+        with pytest.raises(EngineError, match="cannot compute"):
+            await broken
+    assert "a forward over 1 items failed" in caplog.text
