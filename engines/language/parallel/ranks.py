@@ -159,6 +159,7 @@ class Ranks:
     def __init__(self, settings: LanguageSettings) -> None:
         self._timeout = settings.rank_timeout
         self._loop = asyncio.get_running_loop()
+        self._connected = False
         self._failed: asyncio.Future[str] = self._loop.create_future()
         size = settings.tensor_parallel
         self._processes = Processes(0, size, settings.rank_timeout) if size > 1 else None
@@ -186,6 +187,8 @@ class Ranks:
         processes = self._processes
         if processes is None:
             return await asyncio.to_thread(make)
+
+        self._connected = True
 
         def meet() -> T:
             processes.connect(meeting, device)
@@ -272,11 +275,11 @@ class Ranks:
         self._loop.call_soon_threadsafe(fail)
 
     async def close(self) -> None:
-        """End them: by themselves, or the hard way."""
+        """End them: by themselves where they have something to leave in order, else the hard way."""
         for link in self.links:
             link.close()
         for link in self.links:
-            if not await link.ended(END_TIMEOUT if not self._failed.done() else 0):
+            if not await link.ended(END_TIMEOUT if self._connected and not self._failed.done() else 0):
                 link.process.kill()
                 await link.ended(END_TIMEOUT)
 
