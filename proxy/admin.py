@@ -112,7 +112,7 @@ class Admin:
             instance = self._membership.register(role, endpoint, asked.life, until)
         except (ValueError, LookupError) as error:
             raise (Conflict if "already" in str(error) else BadRequest)(str(error), param="url") from None
-        if instance is not None and instance.state is State.JOINING:
+        if instance is not None and instance.state in (State.JOINING, State.DOWN):
             self._health.wake()
         shown = None if instance is None else self.shown(instance)
         return json_response({"registered": instance is not None, "instance": shown})

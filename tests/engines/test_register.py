@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,6 +173,28 @@ async def test_what_is_no_json_is_no_proxy(caplog: pytest.LogCaptureFixture) -> 
         ours = settings(proxies=(stranger,), register_ttl=0.1)
         async with registered(ours, lambda: "both", "http://e:1"):
             await until(lambda: "does not know this engine" in caplog.text)
+
+
+class Turning(Toy):
+    """A language engine of ours whose role is set from outside."""
+
+    role = "prefill"
+
+    def info(self) -> Any:
+        return {"started_as": "prefill"}
+
+
+async def test_an_engine_that_has_turned_is_taken_at_its_word() -> None:
+    async with proxies(1) as (d,):
+        d.proxy.health.probing = replace(d.proxy.health.probing, interval=600.0)  # heartbeats alone tell of it
+        engine, ours = Turning(), settings(proxies=(d.url,), register_ttl=600)
+        async with running(engine, ours) as url, registered(ours, lambda: engine.role, url):
+            await until(lambda: state(d, url) is State.READY)
+            instance = d.proxy.fleet.get(url)
+            assert instance is not None and instance.role is Role.PREFILL
+            engine.role = "decode"
+            await until(lambda: instance.role is Role.DECODE and instance.state is State.READY)
+            assert instance.listed is Role.PREFILL
 
 
 async def test_proxies_hear_of_another_role_at_once() -> None:
