@@ -98,8 +98,7 @@ class EngineSettings(BaseSettings):
         "lost; see triptych store",
     )
     embedding_store_timeout: Seconds = Field(
-        1.0,
-        description="seconds for one embedding to come from there or to go there; after that it is left alone a while",
+        1.0, description="seconds that a request waits for an embedding from there, until it is done without"
     )
     embedding_store_buffer: Bytes = Field(
         ByteSize(256 << 20), description="memory for embeddings on their way there and back; holds the largest of them"

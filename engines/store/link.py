@@ -27,12 +27,14 @@ MISSING = -704
 REFUSALS = frozenset({-200, -600, MISSING, -705, -706})
 """No room, another size than it was, not there, there already, in use: after these nothing goes on."""
 LOAD_SECONDS, CONNECT_SECONDS = 30.0, 10.0
+PATIENCE = 10.0
+"""Seconds beyond its deadline after which a call is given up, and its client with it."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the next life; twice as many after each one that was of no use."""
 
 
 class StoreLost(Exception):
-    """The store did not answer in time, or with an error after which nothing is certain. The client is gone."""
+    """The store did not answer in time, or with an error after which nothing is certain and its client is ended."""
 
 
 class Span:
@@ -52,11 +54,12 @@ class Span:
 
 
 class Client:
-    """One life of the process. `useful`: it has moved rows."""
+    """One life of the process. `useful`: it has moved rows. `late`: calls beyond their deadline; better ask no more."""
 
     def __init__(self, nbytes: int) -> None:
         self.ranges = Ranges(nbytes)
         self.useful = False
+        self.late = 0
         self._over = False
         self._fd = os.memfd_create("triptych-store")
         os.ftruncate(self._fd, nbytes)
@@ -131,15 +134,24 @@ class Client:
         self._process.stdin.write(msgspec.json.encode(question) + b"\n")
         answer = await _within(timeout, answered)
         if not answered.done():
-            self.kill()
-            raise StoreLost(f"no answer to {verb} within {timeout:g} s")
+            self._is_late(answered)
+            raise StoreLost(f"no answer to {verb} within {timeout:.3g} s")
         if answer is None:
             raise StoreLost("its client ended")
-        if answer.result < 0 and answer.result not in REFUSALS:
-            self.kill()
+        if not _settled(answer):
             raise StoreLost(f"{verb} failed with {answer.result}")
         self.useful = self.useful or (span is not None and answer.result >= 0)
         return answer.result
+
+    def _is_late(self, answered: asyncio.Future[Answer | None]) -> None:
+        self.late += 1
+        giving_up = asyncio.get_running_loop().call_later(PATIENCE, self.kill)
+
+        def came(_: object) -> None:
+            self.late -= 1
+            giving_up.cancel()
+
+        answered.add_done_callback(came)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -159,9 +171,16 @@ class Client:
         async for line in self._process.stdout:
             answer = msgspec.json.decode(line, type=Answer)
             self._waiting.pop(answer.id).set_result(answer)
+            if not _settled(answer):
+                self.kill()
         self._over = True
         for future in self._waiting.values():
             future.set_result(None)
+
+
+def _settled(answer: Answer) -> bool:
+    """Whether nothing goes on after it."""
+    return answer.result >= 0 or answer.result in REFUSALS
 
 
 async def _within(seconds: float, answered: asyncio.Future[Answer | None]) -> Answer | None:
@@ -174,9 +193,14 @@ class Link:
     """Always a client, or soon another one. `masters` are tried in turn."""
 
     def __init__(self, masters: Sequence[str], host: str, protocol: str, nbytes: int) -> None:
-        self.client: Client | None = None
+        self._client: Client | None = None
         self._masters = masters
         self._host, self._protocol, self._nbytes = host, protocol, nbytes
+
+    @property
+    def client(self) -> Client | None:
+        """None while there is none that answers in time."""
+        return None if self._client is None or self._client.late else self._client
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Link]:
@@ -216,9 +240,9 @@ class Link:
             log.warning("the embedding store at %s does not answer", master)
             return False
         log.info("connected to the embedding store at %s", master)
-        self.client = client
+        self._client = client
         try:
             await client.ended()
         finally:
-            self.client = None
+            self._client = None
         return client.useful

@@ -1,7 +1,7 @@
 """An engine's view of the embedding store: look for rows, put rows there. What it is not told of in time is a miss.
 
-Looking costs a request at most --embedding-store-timeout, and that only once until the store is asked again: who does
-not answer is not asked for a while. Writing costs it nothing: rows are copied after the answer, one embedding at a
+Looking costs a request at most --embedding-store-timeout, and it costs nobody while an earlier call is late: a store
+that does not answer is not asked. Writing costs nothing: rows are copied after the answer, one embedding at a
 time, and only as long as they are still there.
 """
 
@@ -27,6 +27,8 @@ from engines.weights import WeightsError
 
 log = logging.getLogger(__name__)
 
+WRITE_PACE = 100 << 20
+"""Bytes per second that a write may take its time at, as nobody waits for it."""
 LONGEST_QUEUE = 64
 """Embeddings that wait to be written; what comes on top is left out."""
 
@@ -40,7 +42,7 @@ class _Write:
 
 
 class EmbeddingStore:
-    """Of one model. Made by `opened`. `timeout`: seconds for one lookup, and for one write."""
+    """Of one model. Made by `opened`. `timeout`: seconds for one lookup."""
 
     def __init__(self, link: Link, fingerprint: str, timeout: float, metrics: Metrics) -> None:
         self._link = link
@@ -144,7 +146,8 @@ class EmbeddingStore:
         if not write.valid():
             return "skipped"
         try:
-            return "written" if await client.ask("put", write.key, self._timeout, span) == 0 else "refused"
+            deadline = self._timeout + nbytes / WRITE_PACE
+            return "written" if await client.ask("put", write.key, deadline, span) == 0 else "refused"
         except StoreLost as error:
             _say(error)
             return "error"

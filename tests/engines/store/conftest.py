@@ -21,3 +21,4 @@ async def server() -> AsyncIterator[Child]:
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(link, "PATIENCE", 0.5)

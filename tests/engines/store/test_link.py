@@ -68,10 +68,27 @@ async def test_whoever_asks_a_client_that_hangs_is_told_in_time_and_it_is_replac
         os.kill(pid(client), signal.SIGSTOP)
         with pytest.raises(StoreLost, match=r"no answer to size within 0\.1 s"):
             await client.ask("size", "link", 0.1)
+        assert running.client is None
         after = await connected(running, client)
         assert await after.ask("size", "nothing", 5.0) == MISSING
         with pytest.raises(StoreLost, match="ended"):
             await client.ask("size", "link", 5.0)
+
+
+async def test_a_client_that_answers_late_is_asked_again_from_then_on(
+    server: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "PATIENCE", 30.0)
+    async with linked(address(server)) as running:
+        client = await connected(running)
+        os.kill(pid(client), signal.SIGSTOP)
+        with client.span(64) as span:
+            lost = await asyncio.gather(*(client.ask("get", "no", 0.1, span) for _ in range(2)), return_exceptions=True)
+        assert [type(error) for error in lost] == [StoreLost] * 2
+        assert (running.client, client.late, client.ranges.free) == (None, 2, NBYTES - 64)
+        os.kill(pid(client), signal.SIGCONT)
+        assert await connected(running) is client
+        assert client.ranges.free == NBYTES
 
 
 async def test_all_who_wait_for_a_client_that_dies_are_told(server: Child) -> None:
