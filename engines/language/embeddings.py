@@ -249,6 +249,7 @@ class Delivery:
         self._missing: int | None = None  # as it was told
         self._under_way = asyncio.Semaphore(order.at_once)
         self._rescued: dict[str, torch.Tensor] = {}  # what its encoder has lost
+        self._rescuing = asyncio.Lock()
         self._patience: asyncio.Timeout | None = None  # with the wait for room
         self._fetching: asyncio.Task[None] | None = None
 
@@ -340,11 +341,7 @@ class Delivery:
             if handle.mm_hash not in self._rescued:
                 await self._ask(ticket, piece, handle)
         except TransferError as error:
-            rows = await self._receiver.elsewhere(handle) if self.held.keeps(ticket) else None
-            if rows is not None:
-                self._rescued[handle.mm_hash] = rows
-            elif self.held.keeps(ticket):
-                raise lost_embedding(error, handle.mm_hash) from error
+            await self._rescue(ticket, handle, error)
         finally:
             self._under_way.release()
         if not self.held.keeps(ticket):
@@ -354,6 +351,17 @@ class Delivery:
             ticket.release()
         self.held.add(ticket, handle.shape, parts)
         self._tell()
+
+    async def _rescue(self, ticket: Ticket, handle: Handle, error: TransferError) -> None:
+        """Have the embedding from elsewhere, once for all its pieces, unless nobody needs this one any more."""
+        async with self._rescuing:
+            if handle.mm_hash in self._rescued or not self.held.keeps(ticket):
+                return
+            rows = await self._receiver.elsewhere(handle)
+            if rows is not None:
+                self._rescued[handle.mm_hash] = rows
+            elif self.held.keeps(ticket):
+                raise lost_embedding(error, handle.mm_hash) from error
 
     @staticmethod
     async def _ask(ticket: Ticket, piece: Stretch, handle: Handle) -> None:

@@ -110,9 +110,11 @@ class Elsewhere:
 
     def __init__(self, rows: dict[str, torch.Tensor]) -> None:
         self._rows = rows
+        self.asked: list[str] = []
 
     async def get(self, mm_hash: str, dtype: str, target: memoryview) -> bool:
-        await asyncio.sleep(0)
+        self.asked.append(mm_hash)
+        await asyncio.sleep(0.01)
         assert dtype == "float32"
         if mm_hash in self._rows:
             target[:] = self._rows[mm_hash].numpy().tobytes()
@@ -361,12 +363,21 @@ async def test_an_encoder_that_loses_an_item_between_two_pieces_fails_the_reques
         await here.at_rest()
 
 
-async def test_what_is_lost_between_two_pieces_comes_from_the_fallback() -> None:
+async def test_what_is_lost_between_two_pieces_comes_from_the_fallback_once_for_all_of_them() -> None:
     rows = values(ord("a"), 40)
-    async with world(blocks=4, default_tokens=BLOCK, fallback=Elsewhere({"a": rows})) as here:
+    fallback = Elsewhere({"a": rows})
+    async with world(blocks=4, default_tokens=BLOCK, fallback=fallback) as here:
         asked = await prompt(here, item("a", 40))
-        asked.entries["a"]["where"]["secret"] = "0" * 32
-        await asked.run()
+        async with here.receiver.receiving(asked.items, asked.entries) as held:
+            await until(lambda: held.missing == 3 * BLOCK)
+            here.encoder.withdraw("a")
+            held.compute(3 * BLOCK)
+            await until(lambda: held.missing is None)
+            found = held.rows[0]
+            assert found is not None
+            assert torch.equal(found[3 * BLOCK : 40], rows[3 * BLOCK :])
+            assert fallback.asked == ["a"]
+            held.release()
         await here.at_rest()
 
 
