@@ -65,6 +65,7 @@ FLAGS_OF_OTHERS = {
     *("help", "engines", "scenario"),  # triptych plan; python -m bench.simulate
     *("url", "once"),  # triptych top
     "json",  # triptych check
+    *("bytes", "join"),  # triptych store
     *("models", "requests-per-minute", "concurrent"),  # triptych key
     *("no-deps", "detach", "build", "kustomize"),  # docker compose, kubectl
     *("cpunodebind", "membind"),  # numactl
