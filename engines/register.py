@@ -108,6 +108,7 @@ class Proxy:
         """For ever."""
         known, trouble = False, ""
         while True:
+            role = self._role()
             try:
                 taken = (await self._register()).get("registered") is True
                 if taken is not known or trouble:
@@ -117,11 +118,10 @@ class Proxy:
                 if str(error) != trouble:
                     log.warning("%s does not know this engine: %s", self._proxy, error)
                 known, trouble = False, str(error)
-            await self._pause(self._settings.register_ttl / _BEATS)
+            await self._pause(self._settings.register_ttl / _BEATS, role)
 
-    async def _pause(self, seconds: float) -> None:
-        """Until the next word is due, which another role is at once."""
-        role = self._role()
+    async def _pause(self, seconds: float, role: str) -> None:
+        """Until the next word is due: at once where the role is not `role` any more."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._role() == role:  # noqa: ASYNC110 - roles change once in hours: a look costs less than an event
