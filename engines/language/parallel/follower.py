@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from engines.language.attention import Query
@@ -23,6 +22,7 @@ from engines.language.parallel.messages import (
     Stage,
     Step,
     Write,
+    array_of,
     unpacked,
     unpacked_spans,
 )
@@ -98,8 +98,8 @@ class Follower:
 
     def _pack(self, step: Step) -> Pack:
         return Pack(
-            token_ids=np.frombuffer(step.token_ids, np.int64),
-            positions=np.frombuffer(step.positions, np.int64).reshape(3, -1),
+            token_ids=array_of(step.token_ids),
+            positions=array_of(step.positions).reshape(3, -1),
             queries=tuple(Query(unpacked(share.blocks), share.start, share.count) for share in step.shares),
             patches=tuple(self._patch(rows) for rows in step.patches),
             last_rows=tuple(step.last_rows),

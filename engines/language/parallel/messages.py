@@ -32,12 +32,17 @@ def packed_spans(spans: Spans) -> bytes:
 
 
 def unpacked(data: bytes) -> list[int]:
-    numbers: list[int] = np.frombuffer(data, np.int64).tolist()
+    numbers: list[int] = array_of(data).tolist()
     return numbers
 
 
+def array_of(data: bytes) -> Numbers:
+    """Writable, as torch asks for."""
+    return np.frombuffer(data, np.int64).copy()
+
+
 def unpacked_spans(data: bytes) -> list[tuple[int, int]]:
-    return [(offset, length) for offset, length in np.frombuffer(data, np.int64).reshape(-1, 2).tolist()]
+    return [(offset, length) for offset, length in array_of(data).reshape(-1, 2).tolist()]
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ class ParallelRunner:
     @torch.inference_mode()
     def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None) -> list[Sampled]:
         """As `Runner.run`. Raises BadEmbeddings, which is before the others hear of the step, and ShuttingDown."""
+        if not batch:
+            return []
         pack = self._runner.pack(batch)
         rows = [patch.rows.contiguous() for patch in pack.patches]
         self._steps.tell(step_of(pack, on_layers is not None), [bytes_of(each) for each in rows])
