@@ -80,7 +80,8 @@ class Roles:
         except BadRequest as error:
             if error.code != descriptors.WRONG_ROLE or not self._switched:
                 raise
-            raise OtherRole(error.message, param=error.param) from None
+            meant = "decode" if self.stage == "prefill" else "prefill"  # whom its sender has to replace
+            raise OtherRole(error.message, param=error.param, stage=meant) from None
 
     async def switch(self, role: str, seconds: float) -> None:
         """Refuse what is new until all in flight is over and handed over, and have the role `role` from then on. At

@@ -49,7 +49,7 @@ class Fleet:
             shown = [one for instances in listed for one in instances if one["url"] == self.engine.url]
             return all((one["role"], one["state"]) == (role, "READY") for one in shown)
 
-        await eventually(so, 60)
+        await eventually(so, 120)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -108,8 +108,9 @@ async def test_only_who_may_not_have_heard_of_a_switch_is_sent_elsewhere() -> No
         roles.plan(PUBLISH)
     await roles.switch("prefill", 60)
     assert roles.plan(PUBLISH) == Publish()
-    with pytest.raises(OtherRole, match="role is prefill"):
-        roles.plan(None)
+    with pytest.raises(OtherRole, match="role is prefill") as caught:
+        roles.plan({"do_remote_prefill": True, "metaserver": "http://p/v1/metaserver"})
+    assert caught.value.stage == "decode", "that is who must be another"
     with pytest.raises(BadRequest, match="exclude each other"):
         roles.plan({"do_remote_decode": True, "do_remote_prefill": True})
 
