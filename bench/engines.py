@@ -3,6 +3,9 @@
 Prefill and decode go through the language engine's runner, images through the encoder's model, both on one small
 checkpoint in float32; HTTP and transfers are not in these figures. Every compared pair is measured in turns, and the
 medians are compared. `--model DIR` measures a checkpoint of your own.
+
+`--device cuda` measures random weights at the true shapes of served models on a GPU instead, beside `transformers` and
+beside what the GPU could do at best: see `bench.device`.
 """
 
 from __future__ import annotations
@@ -10,28 +13,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import itertools
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from PIL import Image
 
+from bench import device, shapes
 from bench.pictures import image_file
 from bench.reference import Reference, load_reference
 from bench.report import Report, add_arguments
+from bench.stepping import Ours, Work, decode, interleave, prefill, timed
 from deploy.up import tiny_checkpoint
 from engines.encoder.cutting import Prepared
 from engines.encoder.model import VisionModel
 from engines.language.kv import KVCache, KVLayout
 from engines.language.model import LanguageModel
 from engines.language.runner import Runner
-from engines.language.sequence import SamplingParams, Scheduled, Sequence
 
 BLOCK_SIZE = 16
 CONTEXT = 64
@@ -43,56 +43,12 @@ PICTURES = ((448, 336), (336, 448), (512, 288), (280, 280))
 NOT_SLOWER = 0.97
 """The same forward on both sides differs by 2 % from run to run."""
 
-Work = Callable[[], float]  # does it once; seconds
 
-
-@dataclass(frozen=True)
-class Ours:
-    """The language engine's model side with a cache that holds every benchmark's sequences."""
-
-    runner: Runner
-    blocks: itertools.count[int]
-
-    @classmethod
-    def load(cls, folder: Path) -> Ours:
-        model = LanguageModel.load(folder, torch.float32)
-        facts = model.facts
-        layout = KVLayout(facts.num_layers, 4096, BLOCK_SIZE, facts.num_kv_heads, facts.head_dim, torch.float32)
-        return cls(Runner(model, KVCache(layout)), itertools.count())
-
-    def sequences(self, count: int, prompt: list[int], room: int) -> list[Sequence]:
-        """Fresh sequences with blocks for `room` more tokens each; blocks are used round and round."""
-        need = -(-(len(prompt) + room) // BLOCK_SIZE)
-        tables = [[next(self.blocks) % 4096 for _ in range(need)] for _ in range(count)]
-        params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
-        return [
-            Sequence(f"s{n}", list(prompt), len(prompt), params, block_table=table) for n, table in enumerate(tables)
-        ]
-
-    def step(self, sequences: list[Sequence]) -> None:
-        """Run everything that is not computed yet, and append the sampled tokens."""
-        batch = [Scheduled(seq, seq.num_computed, seq.remaining, sample=True) for seq in sequences]
-        for seq, sampled in zip(sequences, self.runner.run(batch), strict=True):
-            seq.num_computed = seq.num_tokens
-            seq.token_ids.append(sampled.token_id)
-
-    def steps(self, sequences: list[Sequence], count: int) -> None:
-        for _ in range(count):
-            self.step(sequences)
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def prefill_ours(ours: Ours, prompt: list[int]) -> Work:
-    def work() -> float:
-        sequences = ours.sequences(1, prompt, room=1)
-        return timed(lambda: ours.step(sequences))
-
-    return work
+def load_ours(folder: Path) -> Ours:
+    model = LanguageModel.load(folder, torch.float32)
+    facts = model.facts
+    layout = KVLayout(facts.num_layers, 4096, BLOCK_SIZE, facts.num_kv_heads, facts.head_dim, torch.float32)
+    return Ours(Runner(model, KVCache(layout)))
 
 
 def prefill_theirs(reference: Reference, prompt: list[int]) -> Work:
@@ -104,17 +60,6 @@ def prefill_theirs(reference: Reference, prompt: list[int]) -> Work:
         output.logits[0, -1].argmax().item()
 
     return lambda: timed(forward)
-
-
-def decode_ours(ours: Ours, batch: int, prompt: list[int]) -> Work:
-    """Seconds for `STEPS` tokens of each of `batch` sequences, prefill not counted."""
-
-    def work() -> float:
-        sequences = ours.sequences(batch, prompt, room=STEPS + 1)
-        ours.step(sequences)
-        return timed(lambda: ours.steps(sequences, STEPS))
-
-    return work
 
 
 def decode_theirs(reference: Reference, batch: int, prompt: list[int]) -> Work:
@@ -163,28 +108,17 @@ def encode_theirs(reference: Reference, items: list[Prepared]) -> Work:
     return lambda: timed(forward)
 
 
-def interleave(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
-    """Median seconds of each, after one unmeasured turn; the order turns round each time, so none is always second."""
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats):
-        for name in list(works)[:: 1 if turn % 2 else -1]:
-            seconds[name].append(works[name]())
-    return {name: median(values) for name, values in seconds.items()}
-
-
 def measure(folder: Path, repeats: int) -> Report:
     report = Report("engines")
     progress = report.progress
     progress("loading the engines' model and the reference")
-    ours, reference, vision = Ours.load(folder), load_reference(folder), VisionModel.load(folder, dtype="float32")
+    ours, reference, vision = load_ours(folder), load_reference(folder), VisionModel.load(folder, dtype="float32")
     text = [index % 200 for index in range(max(PROMPTS))]
 
     for length in PROMPTS:
         progress(f"prefill {length} tokens")
         works = {
-            "triptych": prefill_ours(ours, text[:length]),
+            "triptych": prefill(ours, text[:length]),
             "transformers": prefill_theirs(reference, text[:length]),
         }
         seconds = interleave(works, repeats)
@@ -196,7 +130,7 @@ def measure(folder: Path, repeats: int) -> Report:
         progress(f"decode at batch {batch}")
         prompt = text[:CONTEXT]
         works = {
-            "triptych": decode_ours(ours, batch, prompt),
+            "triptych": decode(ours, batch, prompt, STEPS),
             "transformers": decode_theirs(reference, batch, prompt),
         }
         seconds = interleave(works, repeats)
@@ -228,11 +162,30 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: a tiny random Qwen3-VL")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="torch threads, for both sides")
+    parser.add_argument("--device", default="cpu", help="cpu, or the GPU that true shapes are measured on, e.g. cuda")
+    parser.add_argument("--shapes", default=",".join(shapes.configs()), help="which of them, with commas between")
+    parser.add_argument("--peak-tflops", type=float, help="what the GPU does at most; default: by its name")
+    parser.add_argument("--peak-gbytes", type=float, help="GB/s of its memory; default: by its name")
     add_arguments(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.device != "cpu":
+        sys.exit(on_gpu(arguments).emit(arguments))
     folder = arguments.model or asyncio.run(tiny_checkpoint("qwen3_vl", Path(".checkpoints/qwen3_vl")))
     sys.exit(measure(folder, arguments.repeats).emit(arguments))
+
+
+def on_gpu(arguments: argparse.Namespace) -> Report:
+    chosen = torch.device(arguments.device)
+    if arguments.peak_tflops and arguments.peak_gbytes:
+        peak = shapes.Peak(arguments.peak_tflops * 1e12, arguments.peak_gbytes * 1e9)
+    else:
+        peak = shapes.peak_of(torch.cuda.get_device_name(chosen))
+    report = Report("engines")
+    known = shapes.configs()
+    for name in arguments.shapes.split(","):
+        device.measure(report, device.Subject(name, known[name], chosen, torch.bfloat16, peak), arguments.repeats)
+    return report
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The arithmetic against published figures: /1.5 % is their rounding."""
+"""The arithmetic against published figures, which are rounded."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bench.shapes import (
     tower_flops,
     weight_nbytes,
 )
+from engines.language.model import LanguageModel
+from engines.weights import on_meta
 
 CONFIGS = configs()
 
@@ -63,3 +65,11 @@ def test_a_device_is_known_by_its_name() -> None:
     assert peak_of("NVIDIA H200") == Peak(989e12, 4.8e12)
     with pytest.raises(LookupError, match="--peak-tflops"):
         peak_of("abacus")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_those_of_the_model_that_is_made(name: str) -> None:
+    model = on_meta(lambda: LanguageModel(CONFIGS[name]))
+    matrices = {key: value for key, value in model.state_dict().items() if value.ndim > 1}
+    del matrices["model.embed_tokens.weight"]
+    assert weight_nbytes(CONFIGS[name], 1) == sum(matrix.numel() for matrix in matrices.values())
