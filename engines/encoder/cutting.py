@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from engines.encoder.frames import Clip
+from engines.encoder.patches import Patches, known
 from engines.errors import BadRequest
 from engines.families import family_of, merge_size
 
@@ -65,6 +66,7 @@ class GridCutter:
         self._processor = processor
         self._patch: int = processor.patch_size
         self._merge: int = processor.merge_size
+        self._patches = Patches(processor) if known(processor) else None
 
     def numbers(self) -> dict[str, Any]:
         return {
@@ -80,7 +82,11 @@ class GridCutter:
         return max(min(pixels, bounds["longest_edge"]), bounds["shortest_edge"]) // self._patch**2
 
     def cut(self, picture: Image.Image, size: Mapping[str, int]) -> Prepared:
-        options = {"size": self._bounds(size)} if size else {}
+        bounds = self._bounds(size)
+        if self._patches is not None:
+            pixels, grid = self._patches.cut(picture, bounds["shortest_edge"], bounds["longest_edge"])
+            return Prepared(pixels, grid, math.prod(grid) // self._merge**2)
+        options = {"size": bounds} if size else {}
         out = self._processor(images=[picture], return_tensors="pt", **options)
         t, h, w = (int(n) for n in out["image_grid_thw"][0])
         return Prepared(out["pixel_values"], (t, h, w), t * h * w // self._merge**2)
