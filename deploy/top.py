@@ -259,6 +259,8 @@ def _plan(state: State) -> RenderableType:
         return Text(f"no plan: {plan['reason']}", QUIET)
     asked = f"asked for {_rate(plan['offered']['requests'])} requests/s, carries {_rate(plan['carries'])}; "
     advised = f"{NAMES[plan['bottleneck']]} gives way first; advised are {plan['ratio']}"
+    if switch := plan.get("switch"):
+        advised += f"; {switch['url'].partition('://')[2]} should be {switch['to']}"
     return Text(asked + advised, QUIET, no_wrap=True, overflow="ellipsis")
 
 

@@ -130,5 +130,6 @@ async def test_at_a_terminal_it_goes_on_until_q_is_pressed() -> None:
 
 async def test_a_fleet_of_nobody_is_drawn_too() -> None:
     state, _ = await looked()
-    lines = drawn({**state, "instances": [], "ready": False})
-    assert "● cannot serve" in lines[0] and "gives way first" in lines[-1]
+    switch = {"url": "http://d:1", "from": "decode", "to": "prefill", "would_carry": 9.0}
+    lines = drawn({**state, "instances": [], "ready": False, "plan": {**state["plan"], "switch": switch}}, 140)
+    assert "● cannot serve" in lines[0] and "gives way first" in lines[-1] and "; d:1 should be prefill" in lines[-1]

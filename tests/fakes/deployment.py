@@ -15,6 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.app import Proxy
 from proxy.core import State
+from proxy.membership import CONFIGURED
 from proxy.settings import ProxySettings
 from tests.fakes import native
 from tests.fakes.native import Decode, Encoder, Engine, Language, Prefill
@@ -119,7 +120,8 @@ async def deployment(
         async with proxy.serving(), aiohttp.ClientSession() as http:
             found = Deployment(proxy, http, encoders, prefills, decodes, combined)
             await proxy.health.tick()
-            assert all(instance.state is State.READY for instance in proxy.fleet), found.states()
+            ours = [instance for instance in proxy.fleet if CONFIGURED in instance.sources]
+            assert all(instance.state is State.READY for instance in ours), found.states()
             yield found
             await found.settle()
 
