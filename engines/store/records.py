@@ -6,12 +6,14 @@
 cut, mixed up with another or half overwritten does not open. It is no signature: who can write to the store can lie.
 
 Rows are of one model and one dtype, so both are in the key: the model as its fingerprint, which is the content of its
-vision tower and of every file that says how media are cut. How a checkpoint is split into files does not matter.
+vision tower and of every file that says how media are cut, and the release of Triptych, which does it. How a checkpoint
+is split into files does not matter.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
@@ -50,7 +52,7 @@ def fingerprint(folder: Path) -> str:
         ).hexdigest()
         tensors.append([name, str(tensor.dtype), list(tensor.shape), digest])
     files = {name: json.loads((folder / name).read_text()) for name in _CUT_BY if (folder / name).exists()}
-    return blake3(json.dumps([sorted(tensors), files], sort_keys=True).encode()).hexdigest()
+    return blake3(json.dumps([version("triptych"), sorted(tensors), files], sort_keys=True).encode()).hexdigest()
 
 
 def size(meta: bytes, nbytes: int) -> int:

@@ -82,6 +82,12 @@ def test_other_weights_of_the_tower_are_another_model_and_those_of_the_language_
     assert records.fingerprint(copy) != before
 
 
+def test_another_release_may_do_everything_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = records.fingerprint(checkpoint("qwen2_vl"))
+    monkeypatch.setattr(records, "version", lambda _: "99")
+    assert records.fingerprint(checkpoint("qwen2_vl")) != before
+
+
 def test_pixels_prepared_another_way_are_another_model(copy: Path) -> None:
     before = records.fingerprint(copy)
     file = copy / "preprocessor_config.json"
