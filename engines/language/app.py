@@ -24,6 +24,7 @@ from engines.language.embeddings import EmbeddingReceiver
 from engines.language.engine import LanguageEngine
 from engines.language.handoff import Leg
 from engines.language.metrics import Metrics
+from engines.language.parallel.carrier import Carrier
 from engines.language.requests import Generation, Served, parse
 from engines.language.roles import Roles
 from engines.language.service import Service
@@ -45,6 +46,7 @@ class Parts:
     engine: LanguageEngine
     receiver: EmbeddingReceiver
     transfers: Sequence[Transfer]
+    carrier: Carrier
     weights: LoadReport
     metrics: Metrics
     store: EmbeddingStore | None = None
@@ -91,6 +93,7 @@ class LanguageApp:
                 "nonce": transfer.address.nonce,
                 "audit": self._audit(),
             },
+            "tensor_parallel": self._parts.carrier.size,
             "started_as": self._roles.started_as,
             "turning_to": self._roles.next,
             "block_size": limits.block_size,
@@ -182,7 +185,8 @@ class LanguageApp:
         )
 
     def _audit(self) -> dict[str, int]:
-        audits = [transfer.audit() for transfer in self._parts.transfers]
+        parts = self._parts
+        audits = [parts.carrier.audit(), *(transfer.audit() for transfer in parts.transfers[1:])]
         return {name: sum(audit[name] for audit in audits) for name in audits[0]}
 
 

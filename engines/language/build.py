@@ -78,7 +78,8 @@ async def build(settings: LanguageSettings) -> AsyncIterator[LanguageApp]:
         rules = Rules(facts.merge_size, facts.mrope, settings.max_queue, settings.request_timeout)
         service = Service(engine, handoffs, receiver, metrics, rules)
         served = Served(tokenizer, limits, facts.vocab_size)
-        yield LanguageApp(settings, served, service, Parts(engine, receiver, transfers, model.report, metrics, store))
+        parts = Parts(engine, receiver, transfers, carrier, model.report, metrics, store)
+        yield LanguageApp(settings, served, service, parts)
 
 
 def layout_of(settings: LanguageSettings, facts: ModelFacts, dtype: torch.dtype) -> KVLayout:

@@ -106,7 +106,7 @@ PROGRAM = """
 import asyncio, sys
 from contextlib import asynccontextmanager
 from prometheus_client import CollectorRegistry
-from engines.errors import SetupError
+from engines.errors import Fatal, SetupError
 from engines.serve import serve
 from engines.settings import EngineSettings
 
@@ -125,7 +125,13 @@ async def build(settings):
         if settings.device == "slow":
             print("LOADING", flush=True)
             await asyncio.sleep(3600)
+        if settings.device == "lost":
+            asyncio.get_running_loop().call_later(0.1, asyncio.current_task().cancel)
         yield Toy()
+    except asyncio.CancelledError:
+        if settings.device == "lost":
+            raise Fatal("the device is lost") from None
+        raise
     finally:
         print("CLOSED", flush=True)
 
@@ -162,3 +168,12 @@ def test_what_cannot_start_says_why_without_a_traceback() -> None:
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (2, "")
     assert err == "toy: no such device: choose another --device\n"
+
+
+def test_what_cannot_go_on_says_why_without_a_traceback() -> None:
+    with start("--device", "lost") as process:
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert out.startswith("READY ")
+    assert out.endswith("\nCLOSED\n")
+    assert err == "toy: the device is lost\n"

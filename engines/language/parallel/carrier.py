@@ -91,11 +91,15 @@ class Carrier:
         self._others = others
         self._errand = errand
         self._keys = count()
-        self._published: dict[str, int] = {}
+        self._published: dict[str, int] = {}  # keys of those that are not free, by name
 
     @property
     def size(self) -> int:
         return 1 + len(self._others)
+
+    def audit(self) -> dict[str, int]:
+        """As `Transfer.audit`; a publication counts until every rank's part of it is free."""
+        return {**self._transfer.audit(), "publications": len(self._published)}
 
     @property
     def address(self) -> Address:
@@ -105,8 +109,9 @@ class Carrier:
         self, arena: Arena, spans: Spans, *, timeout: float, on_free: Callable[[], None]
     ) -> ParallelTicket:
         """As `Transfer.reserve`; when it returns, all ranks have."""
-        key, freed = self._key(on_free)
+        freed = after(self.size, on_free)
         own = self._transfer.reserve(arena, spans, timeout=timeout, on_free=freed)
+        key = self._key(freed)
         ticket = ParallelTicket(own, key, self._others)
         try:
             await ticket.reserve(Reserve(key, packed_spans(spans), timeout))
@@ -134,9 +139,14 @@ class Carrier:
         self, name: str, arena: Arena, spans: Spans, *, ttl: float | None, on_free: Callable[[], None]
     ) -> dict[str, Any]:
         """As `Transfer.publish`, to be read once."""
-        key, freed = self._key(on_free)
+
+        def free() -> None:
+            self._published.pop(name, None)
+            on_free()
+
+        freed = after(self.size, free)
         where = await self._transfer.publish(name, arena, spans, ttl=ttl, once=True, on_free=freed)
-        self._published[name] = key
+        key = self._published[name] = self._key(freed)
         question = Publish(key, name, packed_spans(spans), ttl)
         try:
             return joined([where, *await every(link.ask(question) for link in self._others)])
@@ -145,17 +155,18 @@ class Carrier:
             raise
 
     def withdraw(self, name: str) -> None:
-        self._transfer.withdraw(name)
-        if (key := self._published.pop(name, None)) is not None:
+        """As `Transfer.withdraw`."""
+        if (key := self._published.get(name)) is not None:
             for link in self._others:
                 link.tell(Release(key))
+        self._transfer.withdraw(name)
 
-    def _key(self, on_free: Callable[[], None]) -> tuple[int, Callable[[], None]]:
-        """A new key, and what rank 0's own part of it calls: `on_free` is called when all ranks' parts are free."""
-        key, freed = next(self._keys), after(self.size, on_free)
+    def _key(self, freed: Callable[[], None]) -> int:
+        """A new key; `freed` is called as each of the others frees its part."""
+        key = next(self._keys)
         for link in self._others:
             link.on_freed(key, freed)
-        return key, freed
+        return key
 
 
 def after(calls: int, then: Callable[[], None]) -> Callable[[], None]:

@@ -84,7 +84,7 @@ class Link:
                     case Answered() as answered:
                         self._take(answered)
                     case Freed(key):
-                        self._freed.pop(key)()
+                        self._freed.pop(key, lambda: None)()  # a publication may end while it is released
         self._gone = f"rank {self.rank} is gone"
         for future in self._answers.values():
             if not future.done():

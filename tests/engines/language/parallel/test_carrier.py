@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from engines.language.parallel.carrier import after, every, joined, parts_of
-from engines.language.parallel.messages import Finish, Open, Publish, Question, Reserve
+from engines.language.parallel.messages import Finish, Freed, Open, Publish, Question, Reserve
 from engines.transfer.base import GoneError, LayoutMismatch, PeerFailed, TransferError
 from tests.support.parallel_transfers import Side, refused, side
 from tests.support.waiting import until
@@ -77,6 +77,32 @@ async def test_every_rank_fetches_from_its_own(sides: tuple[Side, Side]) -> None
     ticket.release()
     await until(lambda: sorted(freed) == ["receiver", "sender"])
     await at_rest(sender, receiver)
+    assert not any(sender.carrier.audit().values())
+
+
+@pytest.mark.asyncio
+async def test_a_publication_counts_until_the_last_rank_has_freed_its_part(two: tuple[Side, Side]) -> None:
+    sender, _ = two
+    told: list[Freed] = []
+    assert sender.links[0].rank is not None
+    sender.links[0].rank._say = told.append
+    await sender.carrier.publish("kv", sender.arenas[0], OURS, ttl=5.0, on_free=lambda: None)
+    sender.carrier.withdraw("kv")
+    await until(lambda: bool(told))
+    assert sender.transfers[0].audit()["publications"] == 0
+    assert sender.carrier.audit()["publications"] == 1
+    sender.links[0].freed(told[0])
+    assert not any(sender.carrier.audit().values())
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_is_published_already_is_refused(two: tuple[Side, Side]) -> None:
+    sender, _ = two
+    await sender.carrier.publish("kv", sender.arenas[0], OURS, ttl=5.0, on_free=lambda: None)
+    with pytest.raises(ValueError, match="kv"):
+        await sender.carrier.publish("kv", sender.arenas[0], OURS, ttl=5.0, on_free=lambda: None)
+    sender.carrier.withdraw("kv")
+    await at_rest(sender)
 
 
 @pytest.mark.asyncio
