@@ -50,6 +50,7 @@ _FRAMES: Mapping[str, tuple[int, int]] = {
 _LEAST, _LARGEST = ("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")  # one thing, by either name
 _ASPECT = 200  # processors refuse what is longer
 _MOST_PIXELS = 1 << 28  # that a client's bounds are believed
+_MOST_FRAMES = 1 << 16
 
 _NAMES = (("qwen25vl", "qwen2_5_vl"), ("qwen25omni", "qwen2_5_vl"), ("qwen2vl", "qwen2_vl"), ("qvq", "qwen2_vl"),
           ("qwen3vl", "qwen3_vl"), ("qwen3omni", "qwen3_vl"), ("qwen35", "qwen3_vl"))  # fmt: skip
@@ -95,15 +96,22 @@ class Vision:
         return t * tokens, self._work(t, tokens)
 
     def bounded(self, kwargs: object) -> Vision:
-        """The same where a client's `mm_processor_kwargs` bound an image's pixels; what makes no sense is ignored."""
+        """The same where a client's `mm_processor_kwargs` bound pixels or sample videos; what makes no sense is
+        ignored."""
         if not isinstance(kwargs, dict):
             return self
         size = kwargs.get("size")
         named = {**(size if isinstance(size, dict) else {}), **kwargs}
-        low, high = (_first(named, *names) for names in (_LEAST, _LARGEST))
-        if low is None and high is None:
-            return self
-        return replace(self, min_pixels=low or self.min_pixels, max_pixels=high or self.max_pixels)
+        changes: dict[str, Any] = {}
+        for names, images, videos in ((_LEAST, "min_pixels", "video_min"), (_LARGEST, "max_pixels", "video_max")):
+            if (area := _first(named, *names)) is not None:
+                changes |= {images: area, videos: area}
+        fps, frames = named.get("fps"), named.get("num_frames")
+        if type(fps) in (int, float) and 0 < fps <= _MOST_FRAMES:
+            changes["fps"] = float(fps)
+        if type(frames) is int and 0 < frames <= _MOST_FRAMES:
+            changes |= {"min_frames": frames, "max_frames": frames}
+        return replace(self, **changes) if changes else self
 
     def _work(self, slices: int, tokens: int) -> int:
         return max(1, round(slices * tokens * (1 + tokens / self.knee)))
@@ -221,7 +229,8 @@ def told(said: object) -> Vision | None:
     if family is None:
         return None
     try:
-        return vision(family, said["vision_config"], said["image_processor"], None, int(said["itemsize"]))
+        image, video = said["image_processor"], said.get("video_processor")
+        return vision(family, said["vision_config"], image, video, int(said["itemsize"]))
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError):
         return None
 

@@ -164,11 +164,13 @@ def parse(body: Mapping[str, Any]) -> list[MediaItem]:
         raise BadRequest("missing or invalid req_id", param="req_id")
     if type(index) is not int or type(count) is not int or not 0 <= index < count:
         raise BadRequest("part_idx must be in [0, num_parts)", param="part_idx")
-    if str(body.get("modality", "IMAGE")).upper() != "IMAGE":
-        raise BadRequest("this encoder takes images only", param="modality", code="unsupported_modality")
+    modality = str(body.get("modality", "IMAGE")).lower()
+    if modality not in ("image", "video"):
+        told = "this encoder takes images and videos only: none of its models has audio"
+        raise BadRequest(told, param="modality", code="unsupported_modality")
     if not isinstance(items, list) or not items:
         raise BadRequest("missing or empty mm_items", param="mm_items")
-    return [MediaItem(n, f"mm_items[{n}]", _url(n, item)) for n, item in enumerate(items)]
+    return [MediaItem(n, f"mm_items[{n}]", _url(n, item), modality=modality) for n, item in enumerate(items)]
 
 
 def _url(number: int, item: object) -> str:
@@ -187,7 +189,7 @@ def metadata(body: Mapping[str, Any], embeddings: Sequence[Embedding] = (), erro
         "num_parts": body["num_parts"],
         "part_idx": body["part_idx"],
         "grid_dim": torch.tensor([found.grid for found in embeddings], dtype=torch.long) if embeddings else None,
-        "modality": modality("IMAGE"),
+        "modality": modality(str(body.get("modality", "IMAGE"))),
         "embedding": None,
         "send_time": None,
         "dtype": getattr(torch, embeddings[0].dtype) if embeddings else None,
@@ -195,6 +197,10 @@ def metadata(body: Mapping[str, Any], embeddings: Sequence[Embedding] = (), erro
         "error_msg": None if error is None else error.message,
         "error_code": None if error is None else error.status,
     }
+    clips = [found.clip for found in embeddings if found.clip is not None]
+    if clips:  # one entry for each video; of the two a server reads what its model asks for
+        fields["video_timestamps"] = [list(clip.timestamps) for clip in clips]
+        fields["second_per_grid_ts"] = [clip.spacing for clip in clips]
     return embedding_data(fields, new="encoder_url" in body)
 
 

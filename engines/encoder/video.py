@@ -62,9 +62,11 @@ class VideoReader:
                 if len(frames) == len(chosen):
                     return self._prepared(film, chosen, torch.stack(frames))
                 film = replace(film, frames=seen)  # the container promised more than it holds
-        except (EngineError, MemoryError):
+        except EngineError:
             raise
-        except Exception as error:  # noqa: BLE001 - on hostile bytes libav raises whatever it stumbles over
+        except Exception as error:  # on hostile bytes libav raises whatever it stumbles over
+            if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+                raise  # ours, and not what libav says of sizes that make no sense
             raise BadRequest(f"the video cannot be decoded: {_told(error)}", code="invalid_video") from None
         raise BadRequest("the video's frames cannot be counted", code="invalid_video")
 

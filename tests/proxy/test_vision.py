@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as resize_frames
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_film
 
-from engines.encoder.media import ImageReader
+from engines.encoder.media import MediaReader
 from engines.encoder.model import VisionModel
 from engines.settings import EncoderSettings
 from proxy import vision
@@ -157,6 +157,15 @@ def test_a_clients_bounds_hold() -> None:
     for odd in (None, [], {}, {"max_pixels": -1}, {"max_pixels": "9"}, {"size": 4}, {"min_pixels": True}):
         assert DEFAULT.bounded(odd) is DEFAULT
     assert DEFAULT.bounded({"min_pixels": 10**400}) is DEFAULT
+    for odd in ({"fps": "2"}, {"fps": 0}, {"fps": float("nan")}, {"num_frames": 2.5}, {"num_frames": 10**9}):
+        assert DEFAULT.bounded(odd) is DEFAULT
+
+
+def test_a_client_says_how_a_video_is_seen() -> None:
+    film = Shape("video", 1, 640, 360, 300, 10.0)
+    assert DEFAULT.bounded({"fps": 1}).tokens(film) * 2 == DEFAULT.tokens(film)
+    assert DEFAULT.bounded({"num_frames": 8}).tokens(film) * 5 == DEFAULT.tokens(film) * 2
+    assert DEFAULT.bounded({"max_pixels": 28 * 28 * 100}).tokens(film) <= 1000
 
 
 @given(st.integers(1, 1 << 32), st.integers(1, 1 << 32), st.floats(1e-9, 1e9), st.sampled_from(["image", "video"]))
@@ -186,12 +195,13 @@ def test_names_tell_their_family(name: str, family: str | None) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_an_encoder_tells_of_itself_is_what_its_files_say(family: str) -> None:
-    reader = ImageReader(checkpoint(family), EncoderSettings(model=checkpoint(family)))
-    said = {**VisionModel.load(checkpoint(family)).numbers(), "image_processor": reader.numbers()}
+    reader = MediaReader(checkpoint(family), EncoderSettings(model=checkpoint(family)))
+    said = {**VisionModel.load(checkpoint(family)).numbers(), **reader.numbers()}
     released, mine = FAMILIES[family], of_checkpoint(family)
-    assert vision.told(json.loads(json.dumps(said))) == replace(
-        mine, video_min=released.video_min, video_max=released.video_max
-    ), "which encodes no videos"
+    assert vision.told(json.loads(json.dumps(said))) == mine
+    del said["video_processor"]
+    older = replace(mine, video_min=released.video_min, video_max=released.video_max)
+    assert vision.told(said) == older, "which encodes no videos"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +215,7 @@ def test_what_an_encoder_tells_of_itself_is_what_its_files_say(family: str) -> N
         {"image_processor": 3},
         {"image_processor": {"patch_size": [1]}},
         {"image_processor": {"merge_size": float("inf")}},
+        {"video_processor": {"fps": "often"}},
         {"itemsize": "x"},
     ],
 )

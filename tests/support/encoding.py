@@ -16,6 +16,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from engines.encoder.cutting import Prepared
+from engines.encoder.frames import Clip
 from engines.encoder.metrics import Metrics
 from engines.encoder.request import MediaItem
 from engines.encoder.service import Encoder
@@ -48,7 +49,8 @@ class ToyReader:
         tokens, _, seed = data.decode().partition(" ")
         if seed == "broken":
             raise BadRequest("the image cannot be decoded", code="invalid_image")
-        return Prepared(torch.full((1,), float(sum(seed.encode()))), (1, 1, int(tokens)), int(tokens))
+        clip = Clip((0.5,), 1.0) if item.modality == "video" else None
+        return Prepared(torch.full((1,), float(sum(seed.encode()))), (1, 1, int(tokens)), int(tokens), clip)
 
 
 class ToyModel:

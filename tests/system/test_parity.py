@@ -19,6 +19,7 @@ from tests.support.checkpoints import FAMILIES
 from tests.support.cluster import Answer, Client, Cluster, cluster
 from tests.system.cases import CASES, MAX_TOKENS, Case
 from tests.system.topologies import TOPOLOGIES, fronts
+from tests.system.videos import VIDEOS, VideoCase, check
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -81,6 +82,11 @@ async def test_every_topology_equals_the_reference(family: Family, topology: str
     assert streamed.events[-1]["usage"] == whole.body["usage"]
     route = ROUTES[topology] if case.images else ROUTES[topology].removeprefix("E-")
     assert whole.headers["x-triptych-route"].split(";")[0] == route
+
+
+@pytest.mark.parametrize("case", VIDEOS, ids=lambda case: case.name)
+async def test_videos_too(family: Family, case: VideoCase) -> None:
+    await check(family.name, family.proxies, case)
 
 
 async def test_many_at_once_say_what_each_says_alone(family: Family) -> None:

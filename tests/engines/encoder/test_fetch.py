@@ -190,6 +190,13 @@ async def test_hosts_that_do_not_deliver(path: str, code: str) -> None:
     assert error.code == code
 
 
+async def test_an_error_names_what_it_is_about() -> None:
+    async with host(hang=hang) as url, fetcher(allow_private_hosts=True, fetch_timeout=0.1) as it:
+        with pytest.raises(BadRequest, match="the video did not arrive") as raised:
+            await it.fetch(f"{url}/hang", "video")
+    assert raised.value.code == "video_timeout"
+
+
 async def test_a_closed_port_is_unreachable() -> None:
     async with host() as url:
         pass

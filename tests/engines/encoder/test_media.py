@@ -20,7 +20,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 
-from engines.encoder.media import ImageReader, MediaPool
+from engines.encoder.media import ImageReader, MediaPool, MediaReader
+from engines.encoder.request import MediaItem
 from engines.errors import BadRequest, TooLarge
 from engines.settings import EncoderSettings
 from tests.support.checkpoints import FAMILIES, checkpoint
@@ -251,3 +252,13 @@ def test_a_readers_numbers_are_those_of_the_checkpoint() -> None:
         "temporal_patch_size": 2,
         "size": {"shortest_edge": 4096, "longest_edge": 1024 * 1024},
     }
+
+
+def test_a_file_is_read_as_what_its_request_calls_it() -> None:
+    it, data = MediaReader(checkpoint("qwen3_vl"), EncoderSettings(model=Path("m"))), animated()
+    still, film = (it.read(data, MediaItem(0, "p", "u", modality=modality)) for modality in ("image", "video"))
+    assert still.clip is None and film.clip is not None
+    assert still.grid[0] == 1 and film.grid[0] == 2
+    told = it.numbers()
+    assert told["image_processor"] == reader("qwen3_vl").numbers()
+    assert told["video_processor"]["temporal_patch_size"] == 2

@@ -93,6 +93,17 @@ async def test_the_rows_of_all_items_arrive_in_order_with_what_they_are(body: di
         assert not it.toy.encoder.cache_info()["pinned"], "nobody has to come for them"
 
 
+async def test_videos_tell_their_times() -> None:
+    async with server() as it, asyncio.TaskGroup() as group:
+        rank = it.receiver()
+        body = NEW | {"modality": "VIDEO", "mm_items": [media(3, "a"), media(2, "b")]}
+        group.create_task(it.post("/encode", body))
+        await it.post("/scheduler_receive_url", REGISTERED | {"receive_url": rank.url})
+        found, _ = await rank.got()
+        assert found.modality is Modality.VIDEO and found.grid_dim.tolist() == [[1, 1, 3], [1, 1, 2]]
+        assert (found.video_timestamps, found.second_per_grid_ts) == ([[0.5], [0.5]], [1.0, 1.0])
+
+
 async def test_a_receiver_may_register_first_and_every_rank_gets_all() -> None:
     async with server() as it:
         ranks = [it.receiver(), it.receiver()]
@@ -158,7 +169,7 @@ async def test_without_the_flag_nobody_can_have_embeddings_pushed() -> None:
     [
         ({"req_id": None}, "req_id"),
         ({"part_idx": 2}, "part_idx must be in"),
-        ({"modality": "VIDEO"}, "images only"),
+        ({"modality": "AUDIO"}, "none of its models has audio"),
         ({"mm_items": []}, "missing or empty"),
         ({"mm_items": [{"detail": "low"}]}, "an item is a string"),
     ],

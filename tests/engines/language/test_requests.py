@@ -34,6 +34,11 @@ def image(grid: object = (1, 4, 6), **fields: Any) -> dict[str, Any]:
     return {"type": "image_embeds", "image_embeds": described, "uuid": "ab" * 32, **fields}
 
 
+def video(**changes: Any) -> dict[str, Any]:
+    described = {"video_grid_thw": [2, 4, 6], "second_per_grid_ts": 0.5, "timestamps": [0.25, 0.75], **changes}
+    return {"type": "video_embeds", "video_embeds": described, "uuid": "cd" * 32}
+
+
 def test_defaults_are_openais() -> None:
     parsed = chat()
     room = LIMITS.max_tokens - len(parsed.prompt.token_ids)
@@ -92,6 +97,18 @@ def test_items_have_their_places() -> None:
     assert (second.grid, second.num_tokens) == ((1, 2, 2), 1)
     (token,) = set(parsed.prompt.token_ids) & served().tokenizer.pads
     assert parsed.prompt.token_ids[first.offset : first.offset + 6] == [token] * 6
+
+
+def test_a_video_tells_how_far_its_steps_are_apart() -> None:
+    (item,) = chat([video(), {"type": "text", "text": "see"}]).prompt.items
+    assert (item.mm_hash, item.modality, item.grid, item.num_tokens) == ("cd" * 32, "video", (2, 4, 6), 12)
+    assert item.interval == 2 * 0.5, "tokens_per_second of the checkpoint is 2"
+
+
+def test_audio_is_refused_with_the_reason() -> None:
+    with pytest.raises(BadRequest, match="this model has no audio") as raised:
+        chat([{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}])
+    assert raised.value.code == "unsupported_modality"
 
 
 def test_tools_reach_the_template() -> None:
@@ -153,6 +170,13 @@ def test_wrong_values_are_refused_with_their_path(fields: dict[str, Any], param:
         (image(grid=[1, 0, 2]), "messages[0].content[0].image_embeds.image_grid_thw"),
         (image(uuid=None), "messages[0].content[0].uuid"),
         (image(image_embeds=None), "messages[0].content[0].image_embeds.image_grid_thw"),
+        ({"type": "video_url", "video_url": {"url": "data:,"}}, "messages[0].content[0]"),
+        (video(video_grid_thw=[2, 4]), "messages[0].content[0].video_embeds.video_grid_thw"),
+        (video(timestamps=[0, -1]), "messages[0].content[0].video_embeds.timestamps"),
+        (video(timestamps="soon"), "messages[0].content[0].video_embeds.timestamps"),
+        (video(second_per_grid_ts="1"), "messages[0].content[0].video_embeds.second_per_grid_ts"),
+        (video(second_per_grid_ts=float("nan")), "messages[0].content[0].video_embeds.second_per_grid_ts"),
+        (video(second_per_grid_ts=None), "messages"),
     ],
 )
 def test_parts_that_this_engine_cannot_take(part: dict[str, Any], param: str) -> None:
