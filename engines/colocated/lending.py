@@ -2,6 +2,7 @@
 
     body with media ─▶ a loan per item ─ its place is known ─▶ body with `image_embeds`, entries are the loans
                               └─ forward (the encoder's thread) ─▶ rows, read in place ─ prefilled ─▶ given back
+    body with handles of the encoder's own ─▶ a loan for each: they are not fetched either
 
 An embedding is pinned in the encoder's cache while it is lent, and stays there afterwards as long as there is room:
 what comes again is not computed again.
@@ -10,18 +11,18 @@ what comes again is not computed again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import torch
 
 from engines.encoder.cache import Entry
-from engines.encoder.request import OTHER_MEDIA, MediaItem, answer, parse
+from engines.encoder.request import OTHER_MEDIA, TAKEN, MediaItem, answer, parse
 from engines.encoder.service import Encoder
 from engines.errors import BadRequest, DeadlineExceeded, EngineError, Overloaded
 
-MEDIA = OTHER_MEDIA | {"image_url", "image", "input_image"}
+MEDIA = OTHER_MEDIA | TAKEN.keys() | {"image", "input_image"}
 """Types of parts that the encoder is to judge; what it does not take it refuses with the reason."""
 
 EXTRAS = ("mm_processor_kwargs", "media_io_kwargs")
@@ -29,24 +30,15 @@ FULL = "cache_full"
 
 
 class Loan:
-    """One item of one request, encoded here. An `engines.language.embeddings.Loan`."""
+    """An embedding of our encoder, for one request. An `engines.language.embeddings.Loan`."""
 
-    def __init__(self, encoder: Encoder, item: MediaItem, on_end: Callable[[Loan], None]) -> None:
-        """`over` is set and `on_end` called once it is given back and holds nothing any more."""
-        self.item = item
+    def __init__(self, encoder: Encoder, found: Coroutine[Any, Any, Entry], on_end: Callable[[Loan], None]) -> None:
+        """`found`: the entry, pinned. `over` is set and `on_end` called once it is given back and holds nothing."""
         self.over = asyncio.Event()
         self._encoder = encoder
         self._on_end = on_end
-        self._placed: asyncio.Future[tuple[Entry, bool]] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._encode())  # noqa: TID251 - ends in `release`
+        self._task = asyncio.create_task(found)  # noqa: TID251 - ends in `release`
         self._released = False
-
-    async def place(self) -> tuple[Entry, bool]:
-        """Where the embedding is or will be, and whether it was there already. Raises EngineError."""
-        await asyncio.wait((self._task, self._placed), return_when=asyncio.FIRST_COMPLETED)
-        if not self._placed.done():
-            await self._task
-        return self._placed.result()
 
     async def rows(self) -> torch.Tensor:
         return self._encoder.rows(await asyncio.shield(self._task))
@@ -60,10 +52,29 @@ class Loan:
 
     def _give_back(self, task: asyncio.Task[Entry]) -> None:
         if not task.cancelled() and task.exception() is None:
-            self._encoder.cache.not_named(task.result())
-            self._encoder.release(task.result())
+            self._return(task.result())
         self.over.set()
         self._on_end(self)
+
+    def _return(self, entry: Entry) -> None:
+        self._encoder.cache.was_read(entry)  # in the place of the reader that its handle was for
+        self._encoder.release(entry)
+
+
+class Encoding(Loan):
+    """One that the request brought as media."""
+
+    def __init__(self, encoder: Encoder, item: MediaItem, on_end: Callable[[Loan], None]) -> None:
+        super().__init__(encoder, self._encode(), on_end)
+        self.item = item
+        self._placed: asyncio.Future[tuple[Entry, bool]] = asyncio.get_running_loop().create_future()
+
+    async def place(self) -> tuple[Entry, bool]:
+        """Where the embedding is or will be, and whether it was there already. Raises EngineError."""
+        await asyncio.wait((self._task, self._placed), return_when=asyncio.FIRST_COMPLETED)
+        if not self._placed.done():
+            await self._task
+        return self._placed.result()
 
     def _place(self, entry: Entry, cached: bool) -> None:
         if not self._placed.done():
@@ -84,6 +95,10 @@ class Loan:
         told.stage = told.stage or "encode"
         raise told
 
+    def _return(self, entry: Entry) -> None:
+        self._encoder.cache.not_named(entry)
+        self._encoder.release(entry)
+
 
 class Lender:
     """What stands before the prompts of one language engine."""
@@ -96,22 +111,38 @@ class Lender:
 
     @asynccontextmanager
     async def lend(self, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
-        """The body as this engine reads it, its media encoded or about to be. Raises EngineError, naming the item.
+        """The body as this engine reads it, its media encoded or about to be, and what its handles name read in place
+        where it is our encoder's. Raises EngineError, naming the item.
 
         Where the cache is full of what others have borrowed, it waits for them, --encode-timeout seconds at most. The
         end of the block takes back what has not been given back: nothing of it may be read any more.
         """
-        media = _media(body)
-        if not media:
-            yield body
-            return
-        loans, places = await self._borrowed(parse(_asked(body, media), self._encoder.settings.max_items))
+        named = self._named(body)
         try:
-            yield _lent(body, media, loans, places)
+            if named:
+                body = {**body, "ec_transfer_params": {**body["ec_transfer_params"], **named}}
+            media = _media(body)
+            if not media:
+                yield body
+                return
+            loans, places = await self._encoded(parse(_asked(body, media), self._encoder.settings.max_items))
+            try:
+                yield _lent(body, media, loans, places)
+            finally:
+                _release(loans)
         finally:
-            _release(loans)
+            _release(named.values())
 
-    async def _borrowed(self, items: Sequence[MediaItem]) -> tuple[list[Loan], list[tuple[Entry, bool]]]:
+    def _named(self, body: Mapping[str, Any]) -> dict[str, Loan]:
+        """Handles that our encoder gave: no others have the same places."""
+        entries = body.get("ec_transfer_params")
+        return {
+            mm_hash: Loan(self._encoder, self._encoder.held(mm_hash), lambda _: self._returned.set())
+            for mm_hash, entry in (entries.items() if isinstance(entries, Mapping) else ())
+            if isinstance(entry, Mapping) and self._encoder.is_at(mm_hash, entry.get("where"))
+        }
+
+    async def _encoded(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
         async with self._turn:
             pass
         try:
@@ -128,10 +159,10 @@ class Lender:
                         failure = error
         raise failure
 
-    async def _try(self, items: Sequence[MediaItem]) -> tuple[list[Loan], list[tuple[Entry, bool]]]:
+    async def _try(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
         """Where each will be; on an error, nothing is held."""
         self._returned.clear()
-        loans = [Loan(self._encoder, item, self._take_back) for item in items]
+        loans = [Encoding(self._encoder, item, self._take_back) for item in items]
         self._lent.update(loans)
         try:
             return loans, await _all(loans)
@@ -152,7 +183,7 @@ def _release(loans: Iterable[Loan]) -> None:
         loan.release()
 
 
-async def _all(loans: list[Loan]) -> list[tuple[Entry, bool]]:
+async def _all(loans: list[Encoding]) -> list[tuple[Entry, bool]]:
     """The places of all of them. Raises what no retry can mend rather than what a retry may."""
     places = await asyncio.gather(*(loan.place() for loan in loans), return_exceptions=True)
     failures = [place for place in places if isinstance(place, BaseException)]
@@ -187,7 +218,7 @@ def _asked(body: Mapping[str, Any], media: Mapping[tuple[int, int], Any]) -> dic
 
 
 def _lent(
-    body: Mapping[str, Any], where: Iterable[tuple[int, int]], loans: list[Loan], places: list[tuple[Entry, bool]]
+    body: Mapping[str, Any], where: Iterable[tuple[int, int]], loans: list[Encoding], places: list[tuple[Entry, bool]]
 ) -> dict[str, Any]:
     """The body with what each item became in its place, and the loans among the entries, one for each content."""
     messages, entries = list(body["messages"]), _entries(body)

@@ -20,20 +20,20 @@ class Flight(Generic[ResultT]):
         self.waiters = 0
         self.committed = False
         self.task: asyncio.Task[ResultT]
-        self._told: ResultT | None = None
+        self.told: ResultT | None = None
         self._listeners: list[Callable[[ResultT], None]] = []
 
     def tell(self, ahead: ResultT) -> None:
         """What the result will be, unless the task fails."""
-        self._told = ahead
+        self.told = ahead
         for listener in self._listeners:
             listener(ahead)
 
     def listen(self, listener: Callable[[ResultT], None]) -> None:
         """Call `listener` as soon as something has been told; never, if nothing is."""
         self._listeners.append(listener)
-        if self._told is not None:
-            listener(self._told)
+        if self.told is not None:
+            listener(self.told)
 
     def commit(self) -> None:
         """The point of no return: from here the task runs to its end, whoever leaves."""
@@ -54,6 +54,11 @@ class Flights(Generic[ResultT]):
 
     def __contains__(self, key: str) -> bool:
         return key in self._flights
+
+    def told(self, key: str) -> ResultT | None:
+        """What the key's flight has told of its result so far."""
+        flight = self._flights.get(key)
+        return None if flight is None else flight.told
 
     async def join(
         self,

@@ -2,7 +2,7 @@
 
 That one goes over an image again and again: to an array and back to Pillow, to 64-bit floats and back. Here an image is
 resized once, cut while its pixels are bytes, and becomes floats band by band. Of a decoded 1080p picture it took one
-core 103 ms and takes 38, of which Pillow resizes for 17.
+core 127 ms and takes 41, of which Pillow resizes for 18.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from engines.encoder.media import MediaPool
 from engines.encoder.metrics import Metrics
 from engines.encoder.request import Embedding, MediaItem
 from engines.encoder.worker import Encode, ModelThreads
-from engines.errors import EngineError, Overloaded, TooLarge
+from engines.errors import EngineError, Overloaded, PeerFailed, TooLarge
 from engines.settings import EncoderSettings
 from engines.store.records import Record
 from engines.store.store import EmbeddingStore
@@ -71,6 +71,10 @@ class Model(Protocol):
     def depth(self) -> int: ...
     def nbytes(self, tokens: int) -> int: ...
     def stage(self, item: Prepared, /) -> Prepared: ...
+
+
+async def _gone(key: str) -> Entry:
+    raise PeerFailed(f"the embedding of {key} is lost: it was evicted", stage="encode", code="embedding_gone")
 
 
 @contextmanager
@@ -156,6 +160,18 @@ class Encoder:
             if self.cache.pin(entry):  # else it was evicted between the flight's end and our turn
                 self.metrics.item.observe(time.monotonic() - started)
                 return entry
+
+    def is_at(self, key: str, where: object) -> bool:
+        """Whether an answer of ours said so of an embedding that is cached, or is being written."""
+        entry = self.cache.find(key) or self._flights.told(key)
+        return entry is not None and entry.value.where == where
+
+    async def held(self, key: str) -> Entry:
+        """The entry of such an embedding once it is written, pinned. Raises EngineError."""
+        while (entry := self.cache.find(key)) is None:
+            await self._flights.join(key, lambda _: _gone(key))
+        self.cache.pin(entry)
+        return entry
 
     def named(self, entry: Entry) -> None:
         """An answer names the entry, whose handle stays good until it is read, for --handle-ttl at most."""

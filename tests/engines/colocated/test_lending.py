@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
 import pytest
 import torch
 
 from engines.colocated.lending import Lender, Loan
-from engines.errors import BadRequest, Overloaded
-from tests.support.encoding import Toy, embedding, media, toy_encoder
+from engines.encoder.cache import Entry
+from engines.errors import BadRequest, Overloaded, PeerFailed
+from tests.support.encoding import Toy, embedding, item, media, toy_encoder
 from tests.support.waiting import until
 
 
@@ -81,6 +83,51 @@ async def test_the_same_content_twice_is_one_loan_and_handles_that_came_along_ar
             async with Lender(toy.encoder).lend(body(image(4), ec_transfer_params=[])):
                 pass
         await rest(toy)
+
+
+async def handle(toy: Toy, tokens: int, seed: str) -> dict[str, Any]:
+    """As an answer of the encoder tells it, which names it then."""
+    entry = await toy.encoder.encode(item(tokens, seed))
+    toy.encoder.named(entry)
+    toy.encoder.release(entry)
+    return {entry.key: {"shape": [tokens, 16], "where": orjson.loads(orjson.dumps(entry.value.where))}}
+
+
+async def test_a_handle_of_the_encoder_itself_is_read_in_place_and_counts_as_read() -> None:
+    async with toy_encoder() as toy:
+        ours, theirs = await handle(toy, 4, "cat"), {"b" * 64: {"where": {"key": "b" * 64}}, "c" * 64: "broken"}
+        forged = {key: {**entry, "where": {**entry["where"], "secret": "guessed"}} for key, entry in ours.items()}
+        async with Lender(toy.encoder).lend({"prompt": "", "ec_transfer_params": {**forged, **theirs}}) as lent:
+            assert lent["ec_transfer_params"] == {**forged, **theirs}, "the transfer judges those"
+        async with Lender(toy.encoder).lend({"prompt": "", "ec_transfer_params": {**ours, **theirs}}) as lent:
+            (loan,) = (lent["ec_transfer_params"][key] for key in ours)
+            assert (await loan.rows()).equal(embedding(4, "cat"))
+            assert {name: lent["ec_transfer_params"][name] for name in theirs} == theirs
+            assert toy.encoder.cache_info()["pinned"] == 1
+        await rest(toy)
+
+
+async def test_a_handle_that_was_promised_is_waited_for() -> None:
+    async with toy_encoder() as toy:
+        toy.model.gate.clear()
+        placed: asyncio.Queue[Entry] = asyncio.Queue()
+        encoding = asyncio.create_task(toy.encoder.encode(item(4, "cat"), lambda entry, _: placed.put_nowait(entry)))
+        entry = await placed.get()
+        entries = {entry.key: {"where": entry.value.where}}
+        async with Lender(toy.encoder).lend({"prompt": "", "ec_transfer_params": entries}) as lent:
+            reading = asyncio.create_task(lent["ec_transfer_params"][entry.key].rows())
+            await asyncio.sleep(0)
+            toy.model.gate.set()
+            assert (await reading).equal(embedding(4, "cat"))
+            toy.encoder.release(await encoding)
+        await rest(toy)
+
+
+async def test_an_embedding_that_is_gone_before_it_is_borrowed_may_be_encoded_again() -> None:
+    async with toy_encoder() as toy:
+        with pytest.raises(PeerFailed) as caught:
+            await toy.encoder.held("a" * 64)
+        assert (caught.value.code, caught.value.stage, caught.value.retryable) == ("embedding_gone", "encode", True)
 
 
 async def test_what_the_encoder_refuses_names_the_item_and_its_stage() -> None:
