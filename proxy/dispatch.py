@@ -32,7 +32,7 @@ from proxy.plan import Holds, Planner, reader
 from proxy.record import LegRecord, Record
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink
-from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule
+from proxy.retry import STAGES, Cause, cause, culprit, fetching, rule, unread
 from proxy.sse import DONE
 from proxy.tasks import together
 from proxy.upstream import Post
@@ -261,7 +261,7 @@ class Dispatcher:
             raise error
         if drawn.path is not plan.path:
             self._metrics.fallbacks.labels(cause(error)).inc()
-        if role is not Role.DECODE or cause(error) is not Cause.CONNECT or Role.DECODE not in drawn.path.roles:
+        if role is not Role.DECODE or not unread(error) or Role.DECODE not in drawn.path.roles:
             run.handoff = None
         self._metrics.retries.labels(STAGES[role]).inc()
         run.record.note(now, "resume" if goes_on else "retry", f"{STAGES[role]}: {cause(error)}, goes on at {drawn}")

@@ -110,6 +110,11 @@ def rule(error: ProxyError) -> Rule:
     return RULES[cause(error)]
 
 
+def unread(error: ProxyError) -> bool:
+    """Whether the decode engine that failed so cannot have begun to read what prefill keeps for it: another one may."""
+    return cause(error) is Cause.CONNECT or (isinstance(error, Refused) and error.code == _TURNED)
+
+
 def culprit(error: ProxyError, path: Path) -> Role:
     """The role to replace: engines tell the stage that failed, which need not be their own."""
     role = _ROLES.get(error.stage, Role.DECODE)

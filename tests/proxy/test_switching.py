@@ -146,13 +146,15 @@ async def test_an_engine_that_was_turned_by_somebody_else_is_found_out() -> None
         await rejoined(d, one, Role.DECODE)
 
 
-async def test_what_an_engine_refuses_as_it_turns_is_served_by_another() -> None:
-    async with turning("1p2d", probe_interval=30.0) as d:
+@pytest.mark.parametrize("handoff", ["push", "pull"])
+async def test_what_an_engine_refuses_as_it_turns_is_served_by_another(handoff: str) -> None:
+    async with turning("1p2d", probe_interval=30.0, handoff=handoff) as d:
         one, other = d.decodes
         one.always = Fault(Kind.STATUS, status=503, error={"message": "no", "code": "other_role"})
         answers = [await d.post(chat()) for _ in range(8)]
         assert {answer.status for answer in answers} == {200}
         assert one.calls and len(other.calls) == 8
+        assert len(d.prefills[0].calls) == 8, "what prefill keeps is read by whoever does not refuse"
         assert d.proxy.health.circuit(of(d, one)) == "CLOSED"
 
 
