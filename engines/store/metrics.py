@@ -33,6 +33,9 @@ class Metrics:
         self._bytes = Counter(
             "triptych_embedding_store_bytes", "Bytes of rows: read, written", ("direction",), registry=registry
         )
+        for counter, results in ((self._lookups, LOOKUPS), (self._writes, WRITES), (self._bytes, ("read", "written"))):
+            for result in results:
+                counter.labels(result)  # told as 0 before the first one
         self.seconds = Histogram(
             "triptych_embedding_store_lookup_seconds",
             "Seconds from asking the store to rows that are checked, or to knowing that there are none",
