@@ -60,12 +60,13 @@ class Switching:
         """
         if instance.role == role and instance.state is State.READY:
             return
-        if reason := self.refusal(instance, role, force):
-            raise Conflict(reason, param="url")
         seconds = seconds or self.timeout
         was, switch = instance.role, Switch(role, self._clock() + seconds)
+        with self._fleet.changing():  # two workers must not turn the last two of a role
+            if reason := self.refusal(instance, role, force):
+                raise Conflict(reason, param="url")
+            self._fleet.begin(instance, switch, f"drained, to be {role.label}")
         log.info("%s %s is drained, to be %s", was.label, instance.netloc, role.label)
-        self._fleet.begin(instance, switch, f"drained, to be {role.label}")
         reason = f"it could not be turned to {role.label}"
         try:
             await self._idle(instance, switch, seconds)
@@ -125,5 +126,5 @@ class Switching:
 
     def _check(self, instance: Instance, switch: Switch) -> None:
         """Raises Conflict if somebody has taken the instance elsewhere meanwhile."""
-        if instance.switch != switch:
+        if instance.switch != switch or self._fleet.get(instance.url) is not instance:
             raise Conflict(f"{instance.url} was drained, removed or registered again meanwhile")
