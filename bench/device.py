@@ -33,13 +33,12 @@ from engines.encoder.towers import tower_of
 from engines.encoder.varlen import implementation
 from engines.families import family_of
 from engines.language.engine import LanguageEngine
-from engines.language.graphs import Captures, DecodeGraphs
 from engines.language.kv import KVCache, KVLayout
 from engines.language.model import LanguageModel, ModelFacts
-from engines.language.runner import Runner
+from engines.language.runner import Runner, runner_of
 from engines.language.scheduler import Limits
 from engines.language.sequence import SamplingParams, Sequence
-from engines.language.varlen import Varlen, backend_of, block_size_for
+from engines.language.varlen import block_size_for
 
 PICTURE = (1920, 1080)
 BATCH_PATCHES = 16384
@@ -128,17 +127,12 @@ def theirs_over(model: LanguageModel, subject: Subject) -> nn.Module:
 
 
 def runner_over(model: LanguageModel) -> Runner:
-    """As `triptych language` would put it together on this device."""
+    """As `triptych language` puts it together on this device."""
     facts = model.facts
     size = block_size_for("auto", model.dtype, model.device)
     layout = KVLayout(facts.num_layers, KV_TOKENS // size, size, facts.num_kv_heads, facts.head_dim, model.dtype)
     cache = KVCache(layout, device=str(model.device))
-    backend = backend_of("auto", cache, facts.num_heads)
-    graphs = None
-    if isinstance(backend, Varlen) and model.device.type == "cuda":
-        longest = OTHERS + CONTEXT + TOKENS
-        graphs = DecodeGraphs(model, cache, backend, max(BATCHES), longest, Captures(model.device))
-    return Runner(model, cache, backend=backend, graphs=graphs)
+    return runner_of(model, cache, decoding=(max(BATCHES), CONTEXT + TOKENS))
 
 
 # -- works -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
 from engines.language.embeddings import EmbeddingReceiver, Room
 from engines.language.engine import LanguageEngine
-from engines.language.graphs import Captures, DecodeGraphs
 from engines.language.handoff import Handoffs, Waits
 from engines.language.kv import KVCache, KVLayout
 from engines.language.metaserver import Metaserver
@@ -28,11 +27,11 @@ from engines.language.parallel.carrier import Carrier, every
 from engines.language.parallel.group import Group
 from engines.language.parallel.ranks import Ranks, started
 from engines.language.requests import Served
-from engines.language.runner import Runner
+from engines.language.runner import Runner, runner_of
 from engines.language.scheduler import Limits
 from engines.language.service import Rules, Service
 from engines.language.tokenizer import ChatTokenizer
-from engines.language.varlen import Varlen, backend_of, block_size_for
+from engines.language.varlen import block_size_for
 from engines.settings import LanguageSettings
 from engines.store.store import opened
 from engines.tls import calls
@@ -134,12 +133,9 @@ def step_parts(
 ) -> tuple[KVCache, Runner]:
     """What runs the steps of a rank. Raises SetupError: --attention cannot run here."""
     cache = KVCache(layout, arena, settings.device, apart=settings.kv_mirror)
-    backend = backend_of(settings.attention, cache, model.facts.num_heads)
-    graphs = None
-    if settings.decode_graphs and model.device.type == "cuda" and isinstance(backend, Varlen):
-        longest = limits_of(settings, model.facts, layout).max_tokens
-        graphs = DecodeGraphs(model, cache, backend, settings.max_num_seqs, longest, Captures(model.device))
-    return cache, Runner(model, cache, settings.layers_per_push, backend=backend, graphs=graphs)
+    limits = limits_of(settings, model.facts, layout)
+    decoding = (limits.max_num_seqs, limits.max_tokens) if settings.decode_graphs else None
+    return cache, runner_of(model, cache, settings.attention, decoding, settings.layers_per_push)
 
 
 def _dtype(settings: LanguageSettings) -> torch.dtype:

@@ -16,13 +16,15 @@ from engines.devices import onto
 from engines.errors import SetupError
 from engines.language.attention import Backend, Indices, Query, Written
 from engines.language.embedding_rows import Rows
+from engines.language.fusing import fuse
 from engines.language.gathering import Gathering
-from engines.language.graphs import DecodeGraphs
+from engines.language.graphs import Captures, DecodeGraphs
 from engines.language.kv import KVCache
 from engines.language.model import Deepstack, LanguageModel
 from engines.language.positions import Positions
 from engines.language.sampler import Sampled, Sampler
 from engines.language.sequence import Scheduled, Sequence
+from engines.language.varlen import Varlen, backend_of
 
 OnLayers = Callable[[int, int], None]
 
@@ -157,6 +159,26 @@ class Runner:
                 on_layers(layer - layer % size, layer + 1)
 
         return written
+
+
+def runner_of(
+    model: LanguageModel,
+    cache: KVCache,
+    attention: str = "auto",
+    decoding: tuple[int, int] | None = None,
+    layers_per_push: int = 1,
+) -> Runner:
+    """The one that suits the device; the model is changed for it. `attention` is the flag; `decoding` tells how many
+    sequences of how many tokens each graphs are captured for, where there can be graphs.
+
+    :raises SetupError: the attention that was asked for cannot run here.
+    """
+    backend, graphs = backend_of(attention, cache, model.facts.num_heads), None
+    if model.device.type == "cuda":
+        fuse(model)
+        if decoding is not None and isinstance(backend, Varlen):
+            graphs = DecodeGraphs(model, cache, backend, *decoding, Captures(model.device))
+    return Runner(model, cache, layers_per_push, backend=backend, graphs=graphs)
 
 
 def patches_of(entry: Scheduled, first: int, width: int) -> Iterator[Patch]:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 from engines.errors import SetupError
+from engines.language.fusing import FusedNorm
+from engines.language.gathering import Gathering
 from engines.language.graphs import DecodeGraphs
 from engines.language.kv import KVCache
 from engines.language.model import LanguageModel
-from engines.language.runner import BadEmbeddings, Runner
+from engines.language.runner import BadEmbeddings, Runner, runner_of
 from engines.language.sequence import Scheduled
 from engines.language.varlen import Varlen
 from engines.weights import on_meta
 from tests.support.checkpoints import FAMILIES, checkpoint
 from tests.support.drive import CASES, Driver, case, driver, language_model, new_cache
+from tests.support.kernels import varlen_attn
 
 ALL = [(family, name) for family in FAMILIES for name in CASES]
 
@@ -234,3 +238,29 @@ class TestOnADevice:
             logits = runner.forward(runner.pack(batch))
             assert logits.device.type == "meta"
             assert len(logits) == sum(entry.sample for entry in batch)
+
+
+class TestRunnerOf:
+    def test_a_cpu_gets_what_runs_anywhere(self):
+        model = language_model("qwen2_vl")
+        runner = runner_of(model, new_cache(model), decoding=(4, 64), layers_per_push=3)
+        assert isinstance(runner.backend, Gathering)
+        assert runner.graphs is None
+        assert runner.layers_per_push == 3
+        assert not any(isinstance(module, FusedNorm) for module in model.modules())
+
+    def test_a_gpu_gets_fused_norms_the_kernel_and_graphs(self, monkeypatch):
+        """Of a GPU that is the CPU by another name."""
+        model, made = LanguageModel.load(checkpoint("qwen2_vl")), []
+        cache = new_cache(model)
+        backend = Varlen(cache, varlen_attn)
+        monkeypatch.setattr(LanguageModel, "device", property(lambda model: SimpleNamespace(type="cuda")))
+        monkeypatch.setattr(cache, "pool", SimpleNamespace(device=SimpleNamespace(type="cuda")))
+        monkeypatch.setattr("engines.language.runner.backend_of", lambda *_: backend)
+        monkeypatch.setattr("engines.language.runner.Captures", lambda device: device.type)
+        monkeypatch.setattr("engines.language.runner.DecodeGraphs", lambda *given: made.append(given) or "graphs")
+        runner = runner_of(model, cache, decoding=(4, 64))
+        assert (runner.backend, runner.graphs) == (backend, "graphs")
+        assert made == [(model, cache, backend, 4, 64, "cuda")]
+        assert sum(isinstance(module, FusedNorm) for module in model.modules()) == 2 * model.facts.num_layers + 1
+        assert runner_of(model, cache).graphs is None
