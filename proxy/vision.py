@@ -107,7 +107,7 @@ class Vision:
             if (area := _first(named, *names)) is not None:
                 changes |= {images: area, videos: area}
         fps, frames = named.get("fps"), named.get("num_frames")
-        if type(fps) in (int, float) and 0 < fps <= _MOST_FRAMES:
+        if isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps <= _MOST_FRAMES:
             changes["fps"] = float(fps)
         if type(frames) is int and 0 < frames <= _MOST_FRAMES:
             changes |= {"min_frames": frames, "max_frames": frames}

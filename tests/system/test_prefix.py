@@ -12,8 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.processes import Child
 from tests.support.cluster import CHUNK, Client, Cluster, cluster
 from tests.support.pictures import image_file
-from tests.system.cases import LONG, TALL, WIDE, Case
+from tests.system.cases import LONG, MAX_TOKENS, TALL, WIDE, Case
 from tests.system.topologies import fronts
+from tests.system.videos import VIDEOS
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -60,3 +61,11 @@ async def test_what_was_computed_before_is_not_computed_again_and_answers_are_ex
         assert answer.text == case.expected(FAMILY), case.name
     assert await fleet.cached(engine) - before > 500
     await fleet.engines.idle()
+
+
+async def test_a_video_that_was_computed_before_is_not_computed_again(fleet: Fleet) -> None:
+    before = await fleet.cached(fleet.engines.engine("prefill"))
+    for case in (VIDEOS[0], VIDEOS[2], VIDEOS[0]):  # the second begins with the video of the first
+        answer = await fleet.proxies["E+P+D pull"].chat(case.content, max_tokens=MAX_TOKENS)
+        assert answer.text == case.expected(FAMILY), case.name
+    assert await fleet.cached(fleet.engines.engine("prefill")) > before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from engines.encoder.frames import Clip
@@ -137,6 +138,12 @@ def test_the_answer_for_a_video_tells_its_times() -> None:
     assert entry["ec_transfer_params"]["x"]["modality"] == "video"
     metadata = {"video_grid_thw": [2, 4, 4], "second_per_grid_ts": 1.0, "timestamps": [0.25, 1.25]}
     assert entry["ec_transfer_params"]["x"]["metadata"] == metadata
+
+
+def test_what_is_known_of_a_video_outlasts_json() -> None:
+    """The embedding store keeps it so."""
+    found = Embedding((2, 4, 4), 8, "float32", (8, 128), {}, Clip((0.25, 1.25), 1.0))
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Embedding) == found
 
 
 def test_the_answer_groups_repeated_items() -> None:
