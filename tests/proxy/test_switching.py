@@ -192,6 +192,14 @@ async def test_mistakes_are_told() -> None:
         assert (await asking).status == 200
 
 
+async def test_the_last_two_of_a_role_do_not_turn_at_once() -> None:
+    async with turning("1p2d") as d:
+        answers = await asyncio.gather(*(switch(d, one, "prefill") for one in d.decodes))
+        assert sorted(answer.status for answer in answers) == [200, 409]
+        await until(lambda: all(i.state is State.READY for i in d.proxy.fleet))
+        assert (await d.post(chat())).status == 200
+
+
 async def test_the_last_of_a_role_turns_if_it_must() -> None:
     async with turning("1p1d") as d:
         assert (await switch(d, d.prefills[0], "both", force=True)).status == 200
