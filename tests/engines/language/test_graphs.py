@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from engines.language.attention import Query
 from engines.language.engine import LanguageEngine
-from engines.language.graphs import EVERY, DecodeGraphs, Work, buckets
+from engines.language.graphs import EVERY, Captures, DecodeGraphs, Work, buckets
 from engines.language.kv import KVCache
 from engines.language.runner import Runner
 from engines.language.scheduler import Limits
 from engines.language.sequence import SamplingParams, Scheduled, Sequence
 from engines.language.varlen import Varlen
 from tests.support.checkpoints import FAMILIES
+from tests.support.cuda import Cuda
 from tests.support.drive import CASES, Case, Driver, case, language_model, new_cache
 from tests.support.kernels import varlen_attn
 
@@ -147,3 +148,22 @@ def test_the_cache_needs_a_block_for_padding() -> None:
     cache = KVCache(layout, memoryview(bytearray(layout.nbytes)))
     with pytest.raises(ValueError, match="scratch block"):
         DecodeGraphs(model, cache, Varlen(cache, varlen_attn), 2, 64, Replays())
+
+
+def test_work_is_warmed_up_beside_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda()
+    cuda.replace(monkeypatch)
+    capture = Captures(torch.device("cuda:1"))
+
+    def work() -> torch.Tensor:
+        cuda.told.append(f"work on {cuda.current}")
+        return torch.ones(2)
+
+    replay = capture(work)
+    assert cuda.told == [
+        "use cuda:1",
+        *("side1 waits for default", "work on side1", "default waits for side1"),
+        *("capture with pool, thread_local", "work on default", "captured"),
+    ]
+    assert replay() is replay()
+    assert cuda.told[7:] == ["replay"] * 2

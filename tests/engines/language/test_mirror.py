@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engines.language import mirror
-from engines.language.mirror import Direct, Mirror, lane_of
+from engines.language.mirror import Direct, Mirror, SideStream, lane_of
+from tests.support.cuda import Cuda
 from tests.support.lanes import Late
 
 
@@ -45,3 +46,34 @@ def test_loaded_blocks_are_there_for_what_runs_next(monkeypatch: pytest.MonkeyPa
     Mirror(pool, host).load([(0, 1)])
     assert torch.equal(pool[:, 0], host[:, 0])
     assert not pool[:, 1:].any()
+
+
+def test_a_stream_copies_behind_the_model_and_the_model_goes_on_behind_what_comes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = Cuda()
+    cuda.replace(monkeypatch)
+    monkeypatch.setattr(mirror, "lane_of", SideStream)
+    pool, host = torch.ones(2, 4, 3), torch.zeros(2, 3, 3)
+    one = Mirror(pool, host)
+    ready = one.stage(range(1), [(0, 2)])
+    assert cuda.told == ["side1 waits for default", "side1 records event(blocking=True)"]
+    assert torch.equal(host[0, :2], pool[0, :2])
+    ready()
+    assert cuda.told.pop() == "the host waits for event(blocking=True)"
+    one.load([(2, 1)])
+    assert cuda.told[2:] == [
+        "side2 waits for default",
+        "side2 records event(blocking=True)",
+        "default waits for event(blocking=True)",
+    ]
+    assert not pool[:, 2].any()
+
+
+def test_copies_are_queued_on_their_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, seen = Cuda(), list[str]()
+    cuda.replace(monkeypatch)
+    moves = ((torch.zeros(1), seen.append(cuda.current) or torch.ones(1)) for _ in range(2))
+    SideStream(torch.device("cuda:0")).copy(moves)
+    assert seen == ["side1"] * 2
+    assert cuda.current == "default"
