@@ -5,7 +5,7 @@ import random
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -33,13 +33,19 @@ class World:
     receiver: EmbeddingReceiver
     language: Transfer
     used: int = 0
+    read: list[str] = field(default_factory=list)
 
     async def publish(self, item: Item, values: torch.Tensor) -> dict[str, Any]:
         data = values.numpy().tobytes()
         self.source.buffer[self.used : self.used + len(data)] = data
         spans = [(self.used, len(data))]
         self.used += len(data)
-        where = await self.encoder.publish(item.mm_hash, self.source, spans, ttl=None, on_free=lambda: None)
+        where = await self.encoder.publish(
+            *(item.mm_hash, self.source, spans),
+            ttl=None,
+            on_free=lambda: None,
+            on_read=lambda: self.read.append(item.mm_hash),
+        )
         return {"num_tokens": item.num_tokens, "dtype": "float32", "shape": list(values.shape), "where": where}
 
     async def at_rest(self) -> None:
@@ -277,6 +283,9 @@ async def test_a_request_larger_than_the_pool_comes_piece_by_piece(default_token
         asked = await prompt(here, item("a", 21, offset=3), item("b", 1, offset=25), item("a", 21, offset=30))
         await asked.run()
         assert asked.most <= 4
+        await until(
+            lambda: here.read == ["b", "a"]
+        )  # an encoder keeps what is wanted twice until it has been read twice
         await here.at_rest()
 
 
