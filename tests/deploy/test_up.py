@@ -11,7 +11,6 @@ from deploy.up import argument_parser, tiny_checkpoint
 from tests.support.checkpoints import checkpoint
 from tests.support.waiting import until
 
-
 STORES: tuple[tuple[str, ...], ...] = ((), ("--embedding-store",), ("--embedding-store", "64MiB"))
 
 

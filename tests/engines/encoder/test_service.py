@@ -323,6 +323,16 @@ async def test_what_another_encoder_put_into_the_store_is_neither_fetched_nor_co
         second.check()
 
 
+async def test_a_video_out_of_the_store_still_knows_when_its_frames_are() -> None:
+    shelf, film = Shelf(), {"uuid": "a" * 64, "modality": "video"}
+    async with toy_encoder(store=shelf) as first:
+        made = await first.encoder.encode(item(4, "film", **film))
+    async with toy_encoder(store=shelf) as second:
+        found = await second.encoder.encode(item(4, "broken", **film))
+    assert found.value.clip == made.value.clip is not None
+    assert found.value.metadata == made.value.metadata
+
+
 @pytest.mark.parametrize(
     ("meta", "rows"),
     [
