@@ -16,6 +16,7 @@ from tests.support.cluster import LANGUAGE, Cluster, cluster
 from tests.support.pictures import image_file, image_part
 from tests.support.waiting import eventually
 from tests.system.cases import CASES, MAX_TOKENS
+from tests.system.videos import VIDEOS
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
@@ -56,6 +57,14 @@ async def answers_exactly(cluster: Cluster) -> None:
 
 async def test_every_answer_is_exact_token_by_token(deployment: Cluster) -> None:
     await answers_exactly(deployment)
+
+
+async def test_videos_arrive_in_pieces_too(deployment: Cluster) -> None:
+    """Whose rows stand in several places of the prompt, one after the other."""
+    for case in VIDEOS:
+        answer = await deployment.chat(case.content, max_tokens=MAX_TOKENS)
+        assert (answer.status, answer.text) == (200, case.expected(FAMILY)), case.name
+    await deployment.idle()
 
 
 @pytest.mark.parametrize(("transport", "default"), [("zmq", 0), ("mooncake", 1)])
