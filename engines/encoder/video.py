@@ -73,7 +73,8 @@ class VideoReader:
     def _film(self, data: bytes) -> Film:
         with self._opened(data) as (container, stream):
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-            frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            most = int(self._settings.max_video_seconds * _FASTEST) + 1
+            frames = stream.frames or sum(packet.size > 0 for packet in islice(container.demux(stream), most))
             film = Film(frames, fps, stream.width, stream.height)
         if not (frames > 0 and 0 < fps <= _FASTEST and film.width > 0 and film.height > 0):
             told = f"{frames} frames of {film.width}x{film.height} at {fps:g} a second"
@@ -112,10 +113,8 @@ class VideoReader:
         """The chosen frames as far as there are any, resized, and how many frames were decoded."""
         wanted, found, seen = set(chosen), [], 0
         with self._opened(data) as (container, stream):
-            for seen, frame in enumerate(islice(container.decode(stream), chosen[-1] + 1), 1):
-                if time.monotonic() > deadline:
-                    seconds = f"{self._settings.decode_timeout:g} s (--decode-timeout)"
-                    raise BadRequest(f"the video was not decoded within {seconds}", code="video_timeout")
+            decoded = islice(self._decoded(container, stream, deadline), chosen[-1] + 1)
+            for seen, frame in enumerate(decoded, 1):
                 if seen - 1 not in wanted:
                     continue
                 if (frame.width, frame.height) != (film.width, film.height):
@@ -125,6 +124,14 @@ class VideoReader:
         if not seen:
             raise BadRequest("the video holds no frame that can be decoded", code="invalid_video")
         return found, seen
+
+    def _decoded(self, container: InputContainer, stream: VideoStream, deadline: float) -> Iterator[av.VideoFrame]:
+        """Packets may hold no frame that is shown: each of them is held against the clock."""
+        for packet in container.demux(stream):
+            if time.monotonic() > deadline:
+                seconds = f"{self._settings.decode_timeout:g} s (--decode-timeout)"
+                raise BadRequest(f"the video was not decoded within {seconds}", code="video_timeout")
+            yield from packet.decode()
 
     def _prepared(self, film: Film, chosen: list[int], frames: torch.Tensor) -> Prepared:
         grid = self._cutter.grid(len(chosen), (frames.shape[2], frames.shape[3]))
