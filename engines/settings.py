@@ -256,7 +256,7 @@ class LanguageSettings(EngineSettings):
         "weights on a GPU; gather copies out of it first, and runs anywhere; auto takes varlen where it runs",
     )
     decode_graphs: bool = Field(
-        True, description="with varlen on a GPU: capture the decode step of each batch size at start, and replay it"
+        True, description="on a GPU: capture the decode step of each batch size and length at start, and replay it"
     )
     block_size: Count | None = Field(
         None,
@@ -329,6 +329,10 @@ class ColocatedSettings(LanguageSettings, EncoderSettings):
         for name in ("encoder_port", "encoder_device"):
             if getattr(self, name) is not None and not self.encode:
                 raise ValueError(f"--{name.replace('_', '-')} needs --encode")
+        if self.encoder_port is not None and self.proxies and self.advertise is not None:
+            raise ValueError(
+                "--advertise tells proxies of one port, and --encoder-port is another: leave one of them out"
+            )
         return self
 
     def of_encoder(self) -> EncoderSettings:

@@ -1,5 +1,5 @@
-"""Decode steps without the host: one CUDA graph per batch size, over inputs that stay where they are and change in
-place. It decides nothing about what runs; a step that it does not take runs as any other.
+"""Decode steps without the host: one CUDA graph per batch size and length, over inputs that stay where they are and
+change in place. It decides nothing about what runs; a step that it does not take runs as any other.
 
     bucket 8:   ids | positions | key rows | lengths | block tables       one row per sequence
                  5 sequences, then 3 rows of padding: token 0 in the cache's scratch block, which nobody reads
@@ -29,6 +29,9 @@ Capture = Callable[[Work], Work]
 
 EVERY = 8
 """From so many sequences on, buckets are multiples of it: at most so many rows less one are padding."""
+SHORT, LONGER = 2048, 4
+"""Tokens that the narrowest graphs hold, and how many times as many each wider one: a kernel that is told of far more
+tokens than there are divides its work into parts that are empty."""
 
 
 class Captures:
@@ -68,6 +71,18 @@ def buckets(most: int) -> list[int]:
     [1, 2, 4, 8, 16, 20]
     """
     return sorted({size for size in (1, 2, 4, *range(EVERY, most, EVERY)) if size < most} | {most})
+
+
+def widths(most: int, block_size: int) -> list[int]:
+    """Blocks of a sequence up to `most`.
+
+    >>> widths(100, 256)
+    [8, 32, 100]
+    """
+    found = [max(1, SHORT // block_size)]
+    while found[-1] < most:
+        found.append(found[-1] * LONGER)
+    return [*found[:-1], most]
 
 
 class Inputs:
@@ -133,16 +148,16 @@ class DecodeGraphs:
         self, model: LanguageModel, cache: KVCache, backend: Varlen, most: int, max_tokens: int, capture: Capture
     ) -> None:
         """For batches up to `most` sequences of up to `max_tokens` tokens. Raises ValueError: no block for padding."""
-        self._sizes = buckets(most)
-        self._max_tokens = max_tokens
-        width = -(-max_tokens // cache.layout.block_size)
+        self._max_tokens, self._block_size = max_tokens, cache.layout.block_size
+        self._sizes, self._widths = buckets(most), widths(-(-max_tokens // self._block_size), self._block_size)
 
-        def made(rows: int) -> Bucket:
+        def made(rows: int, width: int) -> Bucket:
             inputs = Inputs(cache, rows, width)
             return Bucket(inputs, capture(lambda: decode(model, backend, inputs)))
 
         # the largest first: the others find their memory in what it left
-        self._buckets = [made(rows) for rows in reversed(self._sizes)][::-1]
+        shapes = [(rows, width) for rows in reversed(self._sizes) for width in reversed(self._widths)]
+        self._buckets = {shape: made(*shape) for shape in shapes}
 
     def takes(self, queries: Sequence[Query]) -> bool:
         """Whether these are decodes alone, neither more nor longer than there is a graph for."""
@@ -152,6 +167,8 @@ class DecodeGraphs:
 
     def run(self, token_ids: Indices, positions: Indices, queries: Sequence[Query]) -> torch.Tensor:
         """The logits of each query, `[n, vocab]`, until the next run. `token_ids` is `[n]`, `positions` `[3, n]`."""
-        bucket = self._buckets[bisect_left(self._sizes, len(queries))]
+        longest = max(blocks(query, self._block_size) for query in queries)
+        rows, width = bisect_left(self._sizes, len(queries)), bisect_left(self._widths, longest)
+        bucket = self._buckets[self._sizes[rows], self._widths[width]]
         bucket.inputs.fill(token_ids, positions, queries)
         return bucket.replay()[: len(queries)]

@@ -24,7 +24,7 @@ from engines.language.model import Deepstack, LanguageModel
 from engines.language.positions import Positions
 from engines.language.sampler import Sampled, Sampler
 from engines.language.sequence import Scheduled, Sequence
-from engines.language.varlen import Varlen, backend_of
+from engines.language.varlen import COPIED_TOKENS, Varlen, backend_of, copied
 
 OnLayers = Callable[[int, int], None]
 
@@ -176,8 +176,12 @@ def runner_of(
     backend, graphs = backend_of(attention, cache, model.facts.num_heads), None
     if model.device.type == "cuda":
         fuse(model)
-        if decoding is not None and isinstance(backend, Varlen):
-            graphs = DecodeGraphs(model, cache, backend, *decoding, Captures(model.device))
+        if decoding is not None:
+            most, longest = decoding
+            paged = backend
+            if not isinstance(paged, Varlen):
+                paged, longest = Varlen(cache, copied), min(longest, COPIED_TOKENS)
+            graphs = DecodeGraphs(model, cache, paged, most, longest, Captures(model.device))
     return Runner(model, cache, layers_per_push, backend=backend, graphs=graphs)
 
 

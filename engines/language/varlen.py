@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
 from engines.devices import onto
 from engines.errors import SetupError
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PAGE = 256
 """FlashAttention 2 reads pages of a multiple of so many tokens."""
+COPIED_TOKENS = 8192
 HALVES = (torch.bfloat16, torch.float16)
 CAUSAL, EVERYTHING = (-1, 0), (-1, -1)
 """Windows. A single query that sees all its keys is causal too; told so, the kernel would not split long sequences over
@@ -199,6 +201,34 @@ class VarlenStep:
             new = slice(self.begin, None)
             parts.append(self.starts.attend(self.kernel, query[new], key[new], value[new], scaling))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def copied(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = EVERYTHING,
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A `Kernel` for decodes alone, where torch's own does not read pages: it copies them all, whatever the lengths, so
+    that its shapes are always the same and a graph can hold it. Up to `COPIED_TOKENS` that is not too much.
+    """
+    assert max_q == 1
+    assert seqused_k is not None
+    assert block_table is not None
+    keys, values = (pages[block_table].flatten(1, 2).transpose(1, 2) for pages in (key, value))
+    seen = torch.arange(keys.shape[2], device=query.device) < seqused_k[:, None]
+    packed = query.view(len(query), keys.shape[1], -1, query.shape[-1])
+    found = scaled_dot_product_attention(packed, keys, values, attn_mask=seen[:, None, None], scale=scale)
+    return found.reshape(query.shape)
 
 
 def block_size_for(name: str, dtype: torch.dtype, device: torch.device) -> int:

@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.language import graphs as module
 from engines.language.attention import Query
 from engines.language.engine import LanguageEngine
-from engines.language.graphs import EVERY, Captures, DecodeGraphs, Work, buckets
+from engines.language.graphs import EVERY, LONGER, Captures, DecodeGraphs, Work, buckets, widths
 from engines.language.kv import KVCache
 from engines.language.runner import Runner
 from engines.language.scheduler import Limits
 from engines.language.sequence import SamplingParams, Scheduled, Sequence
-from engines.language.varlen import Varlen
+from engines.language.varlen import Kernel, Varlen, copied
 from tests.support.checkpoints import FAMILIES
 from tests.support.cuda import Cuda
 from tests.support.drive import CASES, Case, Driver, case, language_model, new_cache
@@ -44,21 +47,25 @@ class Replays:
         return replay
 
 
-def with_graphs(family: str, most: int, max_tokens: int = 1024) -> tuple[Driver, Replays]:
+def with_graphs(family: str, most: int, max_tokens: int = 1024, kernel: Kernel = varlen_attn) -> tuple[Driver, Replays]:
     model, replays = language_model(family), Replays()
     cache = new_cache(model)
-    backend = Varlen(cache, varlen_attn)
-    graphs = DecodeGraphs(model, cache, backend, most, max_tokens, replays)
-    return Driver(Runner(model, cache, backend=backend, graphs=graphs), budget=40, chunk=24), replays
+    graphs = DecodeGraphs(model, cache, Varlen(cache, kernel), most, max_tokens, replays)
+    runner = Runner(model, cache, backend=Varlen(cache, varlen_attn), graphs=graphs)
+    return Driver(runner, budget=40, chunk=24), replays
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_generate(family: str) -> None:
-    loop, replays = with_graphs(family, most=4)
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [*((family, varlen_attn) for family in FAMILIES), pytest.param("qwen3_vl", copied, id="copied")],
+)
+def test_greedy_tokens_equal_generate(family: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT", 64)
+    loop, replays = with_graphs(family, most=4, kernel=kernel)
     cases = [case(family, name) for name in CASES]
     assert loop.finish(*(loop.of(one) for one in cases)) == [one.expected for one in cases]
     assert {1, 2, 4} & set(replays.rows)
-    assert replays.captured == [4, 2, 1]
+    assert replays.captured == [4, 4, 4, 2, 2, 2, 1, 1, 1]
     shared = loop.runner.cache.pool[:, loop.runner.cache.scratch_block]
     assert shared[:, :, 0].any(), "nothing was padded"
     assert not shared[:, :, 1:].any(), "padding is one token"
@@ -130,6 +137,32 @@ def sequence(number: int, one: Case) -> Sequence:
     params = SamplingParams(max_tokens=len(one.expected), temperature=0.0)
     items = tuple(replace(item, mm_hash=f"{number}-{item.mm_hash}") for item in one.items)
     return Sequence(f"r{number}", list(one.token_ids), len(one.token_ids), params, items, one.embeddings)
+
+
+def test_a_step_takes_the_narrowest_graph_that_holds_its_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT", 16)
+    asked: list[int] = []
+
+    def kernel(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        asked.append(options["block_table"].shape[1])
+        return varlen_attn(query, *arguments, **options)
+
+    loop, _ = with_graphs("qwen2_vl", most=2, max_tokens=200, kernel=kernel)
+    loop.budget = loop.chunk = 1 << 30
+    for length, width in ((10, 1), (40, 4), (64, 13), (190, 13)):
+        seq = loop.sequence([5] * length)
+        loop.step([seq])
+        asked.clear()
+        loop.step([seq])
+        assert set(asked) == {width}, length
+
+
+@given(st.integers(1, 5000), st.sampled_from([1, 16, 256, 4096]))
+def test_widths_reach_the_longest_in_few_steps(most: int, block_size: int) -> None:
+    found = widths(most, block_size)
+    assert found == sorted(set(found))
+    assert found[-1] == most
+    assert all(wide <= LONGER * narrow for narrow, wide in pairwise(found))
 
 
 @given(st.integers(1, 600))

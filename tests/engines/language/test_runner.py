@@ -17,7 +17,7 @@ from engines.language.kv import KVCache
 from engines.language.model import LanguageModel
 from engines.language.runner import BadEmbeddings, Runner, runner_of
 from engines.language.sequence import Scheduled
-from engines.language.varlen import Varlen
+from engines.language.varlen import COPIED_TOKENS, Varlen
 from engines.weights import on_meta
 from tests.support.checkpoints import FAMILIES, checkpoint
 from tests.support.drive import CASES, Driver, case, driver, language_model, new_cache
@@ -264,3 +264,7 @@ class TestRunnerOf:
         assert made == [(model, cache, backend, 4, 64, "cuda")]
         assert sum(isinstance(module, FusedNorm) for module in model.modules()) == 2 * model.facts.num_layers + 1
         assert runner_of(model, cache).graphs is None
+        monkeypatch.setattr("engines.language.runner.backend_of", lambda *_: "another")
+        assert runner_of(model, cache, decoding=(4, 1 << 20)).backend == "another"
+        assert isinstance(made[1][2], Varlen)
+        assert made[1][4] == COPIED_TOKENS
