@@ -10,6 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from pydantic import ValidationError
 
 from engines.colocated.build import build
@@ -18,7 +20,7 @@ from engines.settings import ColocatedSettings
 from tests.support.checkpoints import checkpoint
 from tests.support.cluster import Client, busy_parts
 from tests.support.pictures import image_file, image_part
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, until
 from tests.system.cases import CASES, MAX_TOKENS, Case
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -97,3 +99,24 @@ async def test_whoever_leaves_while_media_are_encoded_leaves_nothing_behind(engi
 async def test_flags_of_an_encoder_that_is_not_there_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=f"--{name.replace('_', '-')} needs --encode"):
         settings(**{"encode": False, "encoder_port": None, "encoder_device": None, name: value})
+
+
+async def test_the_encoder_registers_itself_at_its_own_port_and_leaves() -> None:
+    said: list[tuple[str, dict[str, Any]]] = []
+
+    async def hear(request: web.Request) -> web.Response:
+        said.append((request.path, await request.json()))
+        return web.json_response({"registered": True})
+
+    async with AsyncExitStack() as stack:
+        heard = web.Application()
+        heard.add_routes([web.post("/instances", hear), web.post("/instances/drain", hear)])
+        proxy = await stack.enter_async_context(TestServer(heard))
+        own = settings(proxies=(f"http://127.0.0.1:{proxy.port}",))
+        async with build(own) as app:
+            await until(lambda: bool(said))
+            path, body = said[0]
+            assert (path, body["role"], body["url"]) == ("/instances", "encode", app.encoder_url)
+        assert said[-1] == ("/instances/drain", {"url": app.encoder_url})
+    with pytest.raises(ValidationError, match="leave one of them out"):
+        settings(proxies=("http://p:1",), advertise="http://e:1")
