@@ -1,7 +1,7 @@
 """How large and how long films and sounds are, out of their headers. Nothing is decoded here.
 
-Sources of the layouts: MP4 and MOV (ISO 14496-12), Matroska (RFC 9559), WAV (RIFF), MP3 (ISO 11172-3; Xing's and
-ID3v2's headers), FLAC (RFC 9639), Ogg (RFC 3533) with Vorbis or Opus (RFC 7845).
+Sources of the layouts: MP4 and MOV (ISO 14496-12), Matroska (RFC 9559), AVI (AVIMAINHEADER), WAV (RIFF), MP3 (ISO
+11172-3; Xing's and ID3v2's headers), FLAC (RFC 9639), Ogg (RFC 3533) with Vorbis or Opus (RFC 7845).
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ def film(view: View, found: Found) -> None:
         mp4(view, found)
     elif magic.startswith(b"\x1a\x45\xdf\xa3"):
         _matroska(view, found)
+    elif magic.startswith(b"RIFF") and magic[8:] == b"AVI ":
+        _avi(view, found)
+
+
+def _avi(view: View, found: Found) -> None:
+    """Its main header comes first."""
+    if view.at(24, 4) == b"avih":
+        found.width, found.height, found.frames = view.little(64, 4), view.little(68, 4), view.little(48, 4)
+        found.seconds = found.frames * view.little(32, 4) / 1e6
 
 
 def boxes(view: View, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:

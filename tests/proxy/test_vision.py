@@ -18,11 +18,13 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from engines.encoder.media import MediaReader
 from engines.encoder.model import VisionModel
+from engines.encoder.request import MediaItem
 from engines.settings import EncoderSettings
-from proxy import vision
+from proxy import media, vision
 from proxy.media import Shape
 from proxy.vision import DEFAULT, FAMILIES, Vision
 from tests.support.checkpoints import checkpoint
+from tests.support.films import video_file
 
 sides = st.integers(1, 6000)
 SIZES = [(640, 360), (1280, 720), (1920, 1080), (2000, 2000), (3840, 2160), (4032, 3024)]
@@ -202,6 +204,17 @@ def test_what_an_encoder_tells_of_itself_is_what_its_files_say(family: str) -> N
     del said["video_processor"]
     older = replace(mine, video_min=released.video_min, video_max=released.video_max)
     assert vision.told(said) == older, "which encodes no videos"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("container", ["mp4", "mov", "webm", "matroska", "avi"])
+def test_a_video_is_predicted_to_become_what_its_encoder_makes_of_it(family: str, container: str) -> None:
+    reader = MediaReader(checkpoint(family), EncoderSettings(model=checkpoint(family)))
+    mine = vision.told({**VisionModel.load(checkpoint(family)).numbers(), **reader.numbers()})
+    assert mine is not None
+    for film in (video_file(container=container), video_file(25, (320, 180), 5, seed=3, container=container)):
+        made = reader.read(film, MediaItem(0, "p", "u", modality="video"))
+        assert mine.tokens(media.measure("video", film, len(film))) == made.tokens
 
 
 @pytest.mark.parametrize(
