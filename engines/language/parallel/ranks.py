@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FIRST_WORDS = 120.0  # seconds for a process to begin
 END_TIMEOUT = 5.0  # seconds for a rank to end by itself
+POLL = 0.02  # seconds
 LAST_WORDS = 0.5  # seconds in which the process of a rank that broke a step turns out to be dead
 
 
@@ -187,7 +189,6 @@ class Ranks:
         processes = self._processes
         if processes is None:
             return await asyncio.to_thread(make)
-
         self._connected = True
 
         def meet() -> T:
@@ -204,9 +205,20 @@ class Ranks:
 
     async def _all(self, question: Callable[[Link], Question]) -> None:
         try:
-            await every(link.ask(question(link)) for link in self.links)
-        except ShuttingDown:
-            raise SetupError(f"{await self._ended() or 'a rank closed its sockets'} while it started") from None
+            await every(self._answer(link, question(link)) for link in self.links)
+        except ShuttingDown as error:
+            raise SetupError(f"{await self._lost() or error.message} while it started") from None
+
+    async def _answer(self, link: Link, question: Question) -> None:
+        """Ask, and ask for signs of life until the answer comes. The first may take a while: it has yet to import."""
+        await self._ping(link, FIRST_WORDS)
+        try:
+            async with asyncio.TaskGroup() as group:
+                alive = group.create_task(self._alive(link))
+                await link.ask(question)
+                alive.cancel()
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -223,8 +235,13 @@ class Ranks:
             raise errors.exceptions[0] from None
 
     async def _watch(self) -> None:
-        with suppress(ShuttingDown):
-            await every([self._failure(), *(self._alive(link) for link in self.links)])
+        await every([self._failure(), *(self._guard(link) for link in self.links)])
+
+    async def _guard(self, link: Link) -> None:
+        try:
+            await self._alive(link)
+        except ShuttingDown as error:
+            self.steps.end(error.message)
 
     async def _failure(self) -> None:
         """Until a step failed, or a rank is lost."""
@@ -239,32 +256,33 @@ class Ranks:
         """Which rank it is, and how it was lost."""
         if (ended := await self._ended()) is not None:
             return ended
-        for link in self.links:
-            try:
-                async with asyncio.timeout(LAST_WORDS):
-                    await link.ask(Ping())
-            except TimeoutError:
-                return f"rank {link.rank} (pid {link.process.pid}) does not answer"
-        return None
+        answers = await asyncio.gather(*(self._ping(link, LAST_WORDS) for link in self.links), return_exceptions=True)
+        silent = (link for link, answer in zip(self.links, answers, strict=True) if answer is not None)
+        return next((f"rank {link.rank} (pid {link.process.pid}) does not answer" for link in silent), None)
 
     async def _alive(self, link: Link) -> None:
+        """Ask for signs of life until there is none. Raises ShuttingDown."""
         while True:
-            try:
-                async with asyncio.timeout(self._timeout):
-                    await link.ask(Ping())
-            except TimeoutError:
-                self.steps.end("no sign of life within --rank-timeout")
-                return
-            except ShuttingDown as error:
-                self.steps.end(str(error))
-                return
+            await self._ping(link, self._timeout)
             await asyncio.sleep(self._timeout / 4)
+
+    async def _ping(self, link: Link, timeout: float) -> None:
+        """Raises ShuttingDown."""
+        try:
+            async with asyncio.timeout(timeout):
+                await link.ask(Ping())
+        except TimeoutError:
+            raise ShuttingDown(f"rank {link.rank} gave no sign of life for {timeout:g} s") from None
 
     async def _ended(self) -> str | None:
         """How the first rank ended whose process did, or is just doing so."""
-        for link in self.links:
-            if await link.ended(LAST_WORDS):
-                return link.how_it_ended()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                while True:
+                    for link in self.links:
+                        if link.process.poll() is not None:
+                            return link.how_it_ended()
+                    await asyncio.sleep(POLL)
         return None
 
     def _on_failure(self, reason: str) -> None:

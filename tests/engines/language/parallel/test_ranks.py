@@ -205,6 +205,16 @@ async def test_a_process_that_ends_at_once_is_an_error_of_the_start(tmp_path: Pa
             await ranks.load()
 
 
+async def test_a_process_that_is_stopped_at_once_is_an_error_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.language.parallel.ranks.FIRST_WORDS", 0.2)
+    async with started(LanguageSettings(model=tmp_path, tensor_parallel=2)) as ranks:
+        ranks.links[0].process.send_signal(signal.SIGSTOP)
+        with pytest.raises(SetupError, match=r"rank 1 \(pid \d+\) does not answer while it started"):
+            await ranks.load()
+
+
 async def test_each_rank_has_a_device_of_its_own() -> None:
     assert [device_of("cuda:2", rank) for rank in range(2)] == ["cuda:2", "cuda:3"]
     assert [device_of("cuda", 1), device_of("cpu", 1)] == ["cuda:1", "cpu"]
