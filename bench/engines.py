@@ -14,7 +14,7 @@ import argparse
 import asyncio
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from bench.reference import Reference, load_reference
 from bench.report import Report, add_arguments
 from bench.stepping import Ours, Work, decode, interleave, prefill, timed
 from deploy.up import tiny_checkpoint
+from engines.devices import devices_of
 from engines.encoder.cutting import Prepared
 from engines.encoder.model import VisionModel
+from engines.errors import SetupError
 from engines.language.kv import KVCache, KVLayout
 from engines.language.model import LanguageModel
 from engines.language.runner import Runner
@@ -170,21 +172,33 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.device != "cpu":
-        sys.exit(on_gpu(arguments).emit(arguments))
+        try:
+            subjects = subjects_of(arguments)
+        except (SetupError, LookupError) as error:
+            parser.error(str(error.args[0]))
+        sys.exit(on_gpu(subjects, arguments.repeats).emit(arguments))
     folder = arguments.model or asyncio.run(tiny_checkpoint("qwen3_vl", Path(".checkpoints/qwen3_vl")))
     sys.exit(measure(folder, arguments.repeats).emit(arguments))
 
 
-def on_gpu(arguments: argparse.Namespace) -> Report:
-    chosen = torch.device(arguments.device)
+def subjects_of(arguments: argparse.Namespace) -> list[device.Subject]:
+    """What the flags ask for. Raises SetupError, LookupError."""
+    chosen = devices_of(arguments.device)[0]
     if arguments.peak_tflops and arguments.peak_gbytes:
         peak = shapes.Peak(arguments.peak_tflops * 1e12, arguments.peak_gbytes * 1e9)
     else:
-        peak = shapes.peak_of(torch.cuda.get_device_name(chosen))
-    report = Report("engines")
+        peak = shapes.peak_of(device.told(chosen))
     known = shapes.configs()
-    for name in arguments.shapes.split(","):
-        device.measure(report, device.Subject(name, known[name], chosen, torch.bfloat16, peak), arguments.repeats)
+    names = arguments.shapes.split(",")
+    if unknown := set(names) - known.keys():
+        raise LookupError(f"--shapes {','.join(unknown)}: known are {', '.join(known)}")
+    return [device.Subject(name, known[name], chosen, torch.bfloat16, peak) for name in names]
+
+
+def on_gpu(subjects: Sequence[device.Subject], repeats: int) -> Report:
+    report = Report("engines")
+    for subject in subjects:
+        device.measure(report, subject, repeats)
     return report
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from bench import device, engines, shapes
+from bench import device, engines
 from bench.report import Report
 from bench.shapes import Peak
 from bench.stepping import Ours
+from engines.errors import SetupError
 from engines.language.model import ModelFacts
 from tests.support.checkpoints import checkpoint
 
@@ -81,17 +82,33 @@ def test_both_sides_have_the_same_weights_and_say_the_same() -> None:
     assert theirs.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-def test_shapes_are_chosen_and_peaks_told_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[device.Subject] = []
-    monkeypatch.setattr(device, "measure", lambda report, subject, repeats: measured.append(subject))
-    arguments = argparse.Namespace(
-        device="cpu", shapes="Qwen3-VL-8B,Qwen2.5-VL-3B", peak_tflops=100.0, peak_gbytes=2000.0, repeats=1
-    )
-    engines.on_gpu(arguments)
-    assert [subject.name for subject in measured] == ["Qwen3-VL-8B", "Qwen2.5-VL-3B"]
-    assert {subject.peak for subject in measured} == {Peak(1e14, 2e12)}
-    assert [subject.dtype for subject in measured] == [torch.bfloat16] * 2
-    assert (
-        measured[0].config.text_config.num_hidden_layers
-        == shapes.configs()["Qwen3-VL-8B"].text_config.num_hidden_layers
-    )
+def asked(**flags: Any) -> argparse.Namespace:
+    fields = {"device": "cpu", "shapes": "Qwen3-VL-8B,Qwen2.5-VL-3B", "peak_tflops": 100.0, "peak_gbytes": 2000.0}
+    return argparse.Namespace(**{**fields, **flags})
+
+
+def test_shapes_are_chosen_and_peaks_told_on_the_command_line() -> None:
+    subjects = engines.subjects_of(asked())
+    assert [subject.name for subject in subjects] == ["Qwen3-VL-8B", "Qwen2.5-VL-3B"]
+    assert {subject.peak for subject in subjects} == {Peak(1e14, 2e12)}
+    assert [subject.dtype for subject in subjects] == [torch.bfloat16] * 2
+    assert [subject.config.text_config.hidden_size for subject in subjects] == [4096, 2048]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"shapes": "Qwen9"}, "known are Qwen2.5-VL-3B"),
+        ({"peak_tflops": None}, "what cpu can do is not known"),
+        ({"device": "abacus"}, "--device abacus"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is(flags: dict[str, Any], told: str) -> None:
+    with pytest.raises((LookupError, SetupError), match=told):
+        engines.subjects_of(asked(**flags))
+
+
+def test_every_subject_goes_into_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "measure", lambda report, subject, repeats: report.row(work=subject.name, n=repeats))
+    report = engines.on_gpu(engines.subjects_of(asked()), 7)
+    assert report.rows == [{"work": "Qwen3-VL-8B", "n": 7}, {"work": "Qwen2.5-VL-3B", "n": 7}]
