@@ -15,6 +15,7 @@ from tests.support.cluster import LANGUAGE, Client, Cluster, cluster
 from tests.support.pictures import image_file, image_part
 from tests.system.cases import CASES, MAX_TOKENS, Case
 from tests.system.topologies import ready
+from tests.system.videos import VIDEOS
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -35,6 +36,11 @@ async def test_one_process_for_all_stages_equals_the_reference(whole: Cluster, c
     assert (answer.status, answer.done) == (200, True), answer.error
     assert answer.text == case.expected(WHOLE)
     assert answer.headers["x-triptych-route"].split(";")[0] == ("EPD" if case.images else "PD")
+
+
+async def test_a_video_too(whole: Cluster) -> None:
+    answer = await whole.chat(VIDEOS[0].content, max_tokens=MAX_TOKENS)
+    assert (answer.status, answer.text) == (200, VIDEOS[0].expected(WHOLE)), answer.error
 
 
 async def test_many_at_once_say_what_each_says_alone_and_hold_nothing(whole: Cluster) -> None:

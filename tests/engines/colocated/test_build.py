@@ -22,6 +22,7 @@ from tests.support.cluster import Client, busy_parts
 from tests.support.pictures import image_file, image_part
 from tests.support.waiting import eventually, until
 from tests.system.cases import CASES, MAX_TOKENS, Case
+from tests.system.videos import VIDEOS, VideoCase
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -51,8 +52,8 @@ async def engine() -> AsyncIterator[Client]:
         assert (await client.get("/audit"))["balanced"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_raw_media_are_answered_exactly(engine: Client, case: Case) -> None:
+@pytest.mark.parametrize("case", [*CASES, VIDEOS[1]], ids=lambda case: case.name)
+async def test_raw_media_are_answered_exactly(engine: Client, case: Case | VideoCase) -> None:
     whole, streamed = await asyncio.gather(
         engine.chat(case.content, max_tokens=MAX_TOKENS), engine.chat(case.content, max_tokens=MAX_TOKENS, stream=True)
     )
