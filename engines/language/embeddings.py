@@ -310,7 +310,6 @@ class Delivery:
                 group.create_task(self._fetch(ticket, stretch.cut(first, end), runs))
                 first = end
             self.held.expect(stretch, None)
-            self._tell()
         self._end()
 
     async def _resume(self, most: int) -> list[Run]:

@@ -35,7 +35,7 @@ class World:
     used: int = 0
     read: list[str] = field(default_factory=list)
 
-    async def publish(self, item: Item, values: torch.Tensor) -> dict[str, Any]:
+    async def publish(self, item: Item, values: torch.Tensor, promised: bool = False) -> dict[str, Any]:
         data = values.numpy().tobytes()
         self.source.buffer[self.used : self.used + len(data)] = data
         spans = [(self.used, len(data))]
@@ -45,6 +45,7 @@ class World:
             ttl=None,
             on_free=lambda: None,
             on_read=lambda: self.read.append(item.mm_hash),
+            promised=promised,
         )
         return {"num_tokens": item.num_tokens, "dtype": "float32", "shape": list(values.shape), "where": where}
 
@@ -333,27 +334,46 @@ async def test_many_requests_share_a_small_pool_and_all_end(seed: int) -> None:
         await here.at_rest()
 
 
-async def test_a_request_that_waits_for_room_while_it_has_nothing_to_compute_fails_in_time() -> None:
-    async with world(blocks=2, timeout=0.2) as here:
-        first, second = await prompt(here, item("a", 20)), await prompt(here, item("b", 20))
-        async with here.receiver.receiving(first.items, first.entries) as held:
-            await until(lambda: held.missing == 2)
-            await asyncio.sleep(0.3)  # it is queued: nothing presses
-            assert held.missing == 2
-            with pytest.raises(Overloaded, match="no room"):
-                await second.run()
-            held.compute(0)
-            await until(lambda: held.missing == 4)  # the spare is its own now
-            other = await asyncio.wait_for(starved(here, second), 5)
-            assert other.code == "embedding_arena_full"
-            held.release()
+async def test_a_request_that_has_nothing_to_compute_waits_for_room_for_a_while_and_a_queued_one_without_end() -> None:
+    async with world(blocks=4, timeout=0.5) as here:
+        pool, asked = here.receiver.pool, await prompt(here, item("a", 20))
+        other = pool.claim()
+        pool.start(other)
+        theirs = await pool.take(other, 2, 2)
+        with pytest.raises(Overloaded, match="no room"):
+            async with here.receiver.receiving(asked.items, asked.entries) as held:
+                try:
+                    await until(lambda: held.missing == BLOCK)
+                    await asyncio.sleep(0.7)  # it is queued: nothing presses
+                    more = asyncio.create_task(pool.take(other, 2, 2))
+                    await asyncio.sleep(0)
+                    held.compute(BLOCK)
+                    theirs += await more
+                    await asyncio.sleep(10)
+                finally:
+                    held.release()
+        pool.give_back(theirs)
         await here.at_rest()
 
 
-async def starved(here: World, asked: Prompt) -> EngineError:
-    with pytest.raises(EngineError) as raised:
-        await asked.run()
-    return raised.value
+async def test_rows_that_come_while_it_waits_for_room_give_a_request_time() -> None:
+    async with world(blocks=8, timeout=0.5) as here:
+        pool = here.receiver.pool
+        other = pool.claim()
+        pool.start(other)
+        theirs = await pool.take(other, 5, 5)
+        entries = {"a": await here.publish(item("a", 40), values(1, 40), promised=True)}
+        async with here.receiver.receiving([item("a", 40)], entries) as held:
+            held.compute(0)
+            await until(lambda: here.encoder.audit()["pushes"] == 2)
+            assert held.missing == 0
+            here.encoder.fulfil("a")
+            await until(lambda: held.missing == 2 * BLOCK)
+            await asyncio.sleep(0.7)
+            assert held.missing == 2 * BLOCK
+            held.release()
+        pool.give_back(theirs)
+        await here.at_rest()
 
 
 async def test_an_encoder_that_loses_an_item_between_two_pieces_fails_the_request_and_frees_all() -> None:
