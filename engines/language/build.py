@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import AutoConfig
 
-from engines.devices import pinned
+from engines.devices import devices_of, pinned
 from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
 from engines.language.embeddings import EmbeddingReceiver, Room
@@ -122,6 +122,10 @@ def load_model(settings: LanguageSettings, group: Group) -> LanguageModel:
     """The share of a rank. Raises SetupError."""
     if not settings.model.is_dir():
         raise SetupError(f"--model {settings.model} is not a folder")
+    if len(devices_of(settings.device)) > 1:
+        raise SetupError(
+            f"--device {settings.device}: a language engine takes one; --tensor-parallel takes those after it"
+        )
     try:
         return LanguageModel.load(settings.model, _dtype(settings), settings.device, group)
     except (OSError, ValueError, WeightsError) as error:

@@ -59,6 +59,8 @@ async def test_a_transport_without_kv_gets_one_beside_it(tmp_path: Path) -> None
         ({"max_model_len": 10**9}, "--max-model-len"),
         ({"kv_blocks": None, "kv_bytes": 10}, "--kv-bytes 10 is less than one KV block"),
         ({"kv_blocks": 10**12}, "--transfer shm"),
+        ({"device": "abacus"}, "--device abacus: Expected one of cpu, cuda"),
+        ({"device": "cpu,cpu"}, "--device cpu,cpu: a language engine takes one"),
     ],
 )
 async def test_what_cannot_start_says_why(changes: dict[str, Any], hint: str) -> None:
