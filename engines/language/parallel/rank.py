@@ -81,8 +81,8 @@ class Rank:
             self._line.send(Answered(asked.id, await self._do(asked.body)))
         except TransferError as error:
             self._line.send(Answered(asked.id, refused=refusal(error)))
-        except (SetupError, RuntimeError) as error:
-            self._line.send(Answered(asked.id, fatal=str(error)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, rank 0 waits for an answer
+            self._line.send(Answered(asked.id, fatal=str(error) if isinstance(error, SetupError) else repr(error)))
         finally:
             del self._asked[asked.id]
 
@@ -109,11 +109,14 @@ class Rank:
         assert model is not None
         assert group is not None
         layout = layout_of(settings, model.facts, model.dtype)
-        transfer = kv_transfer(settings)
-        self._stack.push_async_callback(transfer.close)
-        transfer.facts = layout.facts()
-        arena = transfer.allocate("kv", layout.nbytes)
-        await transfer.start()
+        try:
+            transfer = kv_transfer(settings)
+            self._stack.push_async_callback(transfer.close)
+            transfer.facts = layout.facts()
+            arena = transfer.allocate("kv", layout.nbytes)
+            await transfer.start()
+        except (TransferError, OSError) as error:
+            raise SetupError(f"--transfer {settings.transfer}: {error}") from None
         transfers = self._transfers = RankTransfers(transfer, arena, self._line.send)
         self._stack.push_async_callback(transfers.close)
         buffer = self._stack.enter_context(pinned(arena.buffer, model.device))

@@ -111,7 +111,7 @@ class ParallelRunner:
         if not batch:
             return []
         pack = self._runner.pack(batch)
-        rows = [patch.rows.contiguous() for patch in pack.patches]
+        rows = [patch.rows.cpu().contiguous() for patch in pack.patches]
         self._steps.tell(step_of(pack, on_layers is not None), [bytes_of(each) for each in rows])
         try:
             logits = self._runner.forward(pack, self._relayed(on_layers))

@@ -35,6 +35,7 @@ from engines.language.parallel.messages import (
 from engines.language.parallel.rank import serve
 from engines.language.parallel.wire import Line, Wire
 from engines.settings import LanguageSettings
+from engines.transfer.base import Transfer, TransferError
 from tests.support.checkpoints import checkpoint
 
 pytestmark = pytest.mark.asyncio
@@ -122,6 +123,24 @@ async def test_a_rank_has_a_transfer_of_its_own(tmp_path: Path) -> None:
         assert await leader.answer(92) == Answered(92)
         assert await leader.ask(Ping()) == Answered(3)
         assert leader.freed == [5]
+
+
+async def test_a_rank_whose_transfer_cannot_be_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_settings: LanguageSettings) -> Transfer:
+        raise TransferError("no 4096 bytes of shared memory")
+
+    monkeypatch.setattr("engines.language.parallel.rank.kv_transfer", full)
+    async with rank() as leader:
+        assert await leader.ask(begin(checkpoint("qwen3_vl"))) == Answered(0)
+        answered = await leader.ask(Connect(str(tmp_path / "meeting")))
+        assert answered.fatal == "--transfer shm: no 4096 bytes of shared memory"
+
+
+async def test_a_question_that_breaks_is_answered_too() -> None:
+    async with rank() as leader:
+        answered = await leader.ask(Wait(5))  # before there is a transfer
+        assert answered.fatal is not None
+        assert "AssertionError" in answered.fatal
 
 
 async def test_a_step_that_fails_ends_the_rank(tmp_path: Path) -> None:
