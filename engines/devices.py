@@ -53,25 +53,29 @@ class Beside:
     """A stream for each thread that works on one device, so that a thread's work there waits for no other's. Devices
     without streams need nothing of the kind."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device = device
+        self._cuda = cuda
         self._own = threading.local()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within, what this thread has the device do goes to its stream; at the end all of that is done."""
+        """Within, what this thread has the device do goes to its stream; at the end, of an error too, all of that is
+        done."""
         if self._device.type != "cuda":
             yield
             return
         stream = self._stream()
-        with torch.cuda.stream(stream):
-            yield
-        stream.synchronize()
+        try:
+            with self._cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()
 
     def _stream(self) -> Any:
         if not hasattr(self._own, "stream"):  # kept: the allocator keeps memory for each stream
-            self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._own.stream.wait_stream(torch.cuda.default_stream(self._device))  # which loaded the weights
+            self._own.stream = self._cuda.Stream(self._device)
+            self._own.stream.wait_stream(self._cuda.default_stream(self._device))  # which loaded the weights
         return self._own.stream
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engines.devices import PORTABLE, devices_of, into, onto, pinned
+from engines.devices import PORTABLE, Beside, devices_of, into, onto, pinned
 from engines.errors import SetupError
 
 
@@ -76,3 +79,61 @@ def test_arrays_overwrite_what_a_tensor_holds() -> None:
     tensor = torch.zeros(2, 2, dtype=torch.int32)
     into(tensor, np.array([[1, 2], [3, 4]], np.int32))
     assert tensor.tolist() == [[1, 2], [3, 4]]
+
+
+class Cuda:
+    """Stands for `torch.cuda`: what its streams are told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.made = 0
+
+    def Stream(self, device: torch.device) -> Any:
+        self.made += 1
+        name = f"{device} {self.made}"
+        return SimpleNamespace(
+            name=name,
+            wait_stream=lambda other: self.told.append(f"{name} waits for {other}"),
+            synchronize=lambda: self.told.append(f"{name} is done"),
+        )
+
+    def default_stream(self, device: torch.device) -> str:
+        return f"{device}'s first"
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.told.append(f"into {stream.name}")
+        yield
+
+
+def test_each_thread_has_one_stream_and_leaves_when_it_is_done() -> None:
+    cuda = Cuda()
+    beside = Beside(torch.device("cuda:1"), cuda)
+    for _ in range(2):
+        with beside():
+            cuda.told.append("work")
+    once = ["into cuda:1 1", "work", "cuda:1 1 is done"]
+    assert cuda.told == ["cuda:1 1 waits for cuda:1's first", *once, *once]
+
+    def other() -> None:
+        with beside():
+            pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert cuda.made == 2
+
+
+def test_what_was_begun_is_waited_for_after_an_error_too() -> None:
+    cuda = Cuda()
+    with pytest.raises(KeyError), Beside(torch.device("cuda:0"), cuda)():
+        raise KeyError
+    assert cuda.told[-1] == "cuda:0 1 is done", "or the device would write where others write by then"
+
+
+def test_a_cpu_has_no_streams() -> None:
+    cuda = Cuda()
+    with Beside(torch.device("cpu"), cuda)():
+        pass
+    assert cuda.told == []
