@@ -10,6 +10,7 @@ import torch
 
 from engines.language.attention import Query
 from engines.language.mirror import Ready
+from engines.language.parallel.group import Group
 from engines.language.parallel.messages import (
     Command,
     CopyBlock,
@@ -39,11 +40,16 @@ class Follower:
     """`staged` takes what copies each `Stage` began."""
 
     def __init__(
-        self, wire: Wire, runner: Runner, cache: KVStore, write: WritePush, staged: Callable[[Ready], None]
+        self,
+        wire: Wire,
+        group: Group,
+        parts: tuple[KVStore, Runner],
+        write: WritePush,
+        staged: Callable[[Ready], None],
     ) -> None:
         self._wire = wire
-        self._runner = runner
-        self._cache = cache
+        self._group = group
+        self._cache, self._runner = parts
         self._write = write
         self._staged = staged
         self._saved: dict[int, Any] = {}
@@ -62,6 +68,7 @@ class Follower:
         command: Command = self._decoder.decode(self._wire.receive())
         return command
 
+    @torch.inference_mode()
     def _obey(self, command: Command) -> None:
         match command:
             case Step():
@@ -107,5 +114,6 @@ class Follower:
 
     def _patch(self, rows: Rows) -> Patch:
         dtype: torch.dtype = getattr(torch, rows.dtype)
-        data = self._wire.read(rows.count * rows.width * dtype.itemsize)
-        return Patch(rows.first, torch.frombuffer(data, dtype=dtype).view(rows.count, rows.width))
+        whole = torch.empty(rows.count, rows.width, dtype=dtype, device=self._runner.model.device)
+        self._group.spread(whole)
+        return Patch(rows.first, whole)

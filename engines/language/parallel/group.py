@@ -30,6 +30,9 @@ class Group(Protocol):
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """The ranks' `[n, width]` side by side, `[n, size * width]`."""
 
+    def spread(self, whole: torch.Tensor) -> None:
+        """Make `whole`, which is contiguous, what it is on rank 0."""
+
 
 class Alone:
     """The group of a model that is not cut."""
@@ -42,6 +45,9 @@ class Alone:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         return part
+
+    def spread(self, whole: torch.Tensor) -> None:
+        pass
 
 
 class Processes:
@@ -78,6 +84,9 @@ class Processes:
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._collect(part), -1)
+
+    def spread(self, whole: torch.Tensor) -> None:
+        self._group.broadcast([whole], dist.BroadcastOptions()).wait()  # from rank 0, unless they say otherwise
 
     def abort(self) -> None:
         """Have whoever waits for another rank raise now. From any thread, in any state."""

@@ -57,7 +57,7 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Rows(msgspec.Struct, frozen=True, array_like=True):
-    """Embedding rows in a step: `runner.Pack.patches`. The bytes of the numbers follow the message."""
+    """Embedding rows in a step: `runner.Pack.patches`. The group spreads the rows themselves."""
 
     first: int
     count: int

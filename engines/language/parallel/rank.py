@@ -125,8 +125,8 @@ class Rank:
             group.connect(Path(question.meeting), model.device)
             return step_parts(settings, model, layout, buffer)
 
-        cache, runner = await asyncio.to_thread(meet)
-        follower = Follower(Wire(self._steps, None), runner, cache, transfers.write, transfers.staged)
+        parts = await asyncio.to_thread(meet)
+        follower = Follower(Wire(self._steps, None), group, parts, transfers.write, transfers.staged)
         threading.Thread(target=self._follow, args=(follower,), name="model", daemon=True).start()
 
     def _follow(self, follower: Follower) -> None:

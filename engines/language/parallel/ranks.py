@@ -176,7 +176,7 @@ class Ranks:
         """Rank 0's own cache and runner made those of all ranks."""
         if self._processes is None:
             return cache, runner
-        return ParallelCache(cache, self.steps), ParallelRunner(runner, self.steps)
+        return ParallelCache(cache, self.steps), ParallelRunner(runner, self.steps, self._processes)
 
     async def load(self) -> None:
         """Have them load their weights; rank 0 does so at the same time. Raises SetupError."""

@@ -11,7 +11,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from engines.errors import ShuttingDown
 from engines.language.engine import Cache
 from engines.language.kv import KVLayout
 from engines.language.mirror import Ready
+from engines.language.parallel.group import Group
 from engines.language.parallel.messages import (
     Command,
     CopyBlock,
@@ -38,7 +39,7 @@ from engines.language.parallel.messages import (
     packed,
 )
 from engines.language.parallel.wire import Wire
-from engines.language.runner import Pack, Runner
+from engines.language.runner import Pack, Patch, Runner
 from engines.language.sampler import Sampled
 from engines.language.sequence import Scheduled
 
@@ -61,7 +62,7 @@ class Steps:
         self._ended = False
         self.forgotten: list[int] = []
 
-    def tell(self, command: Command, buffers: Listing[memoryview] = ()) -> None:
+    def tell(self, command: Command) -> None:
         """Raises ShuttingDown."""
         if self._ended:
             raise ShuttingDown(ENDING)
@@ -69,7 +70,7 @@ class Steps:
             if self.forgotten:
                 numbers, self.forgotten = self.forgotten, []
                 self._send(Forget(numbers))
-            self._send(command, buffers)
+            self._send(command)
         except OSError as error:
             raise self.failure(error) from None
 
@@ -92,18 +93,19 @@ class Steps:
             self._ended = True
             self._on_failure(reason)
 
-    def _send(self, command: Command, buffers: Listing[memoryview] = ()) -> None:
+    def _send(self, command: Command) -> None:
         data = self._encoder.encode(command)
         for wire in self._wires:
-            wire.send(data, buffers)
+            wire.send(data)
 
 
 class ParallelRunner:
     """A `Runner` for all ranks."""
 
-    def __init__(self, runner: Runner, steps: Steps) -> None:
+    def __init__(self, runner: Runner, steps: Steps, group: Group) -> None:
         self._runner = runner
         self._steps = steps
+        self._group = group
 
     @torch.inference_mode()
     def run(self, batch: Listing[Scheduled], on_layers: OnLayers | None) -> list[Sampled]:
@@ -111,15 +113,21 @@ class ParallelRunner:
         if not batch:
             return []
         pack = self._runner.pack(batch)
-        rows = [patch.rows.cpu().contiguous() for patch in pack.patches]
-        self._steps.tell(step_of(pack, on_layers is not None), [bytes_of(each) for each in rows])
+        self._steps.tell(step_of(pack, on_layers is not None))
         try:
-            logits = self._runner.forward(pack, self._relayed(on_layers))
+            patches = tuple(Patch(patch.first, self._spread(patch.rows)) for patch in pack.patches)
+            logits = self._runner.forward(replace(pack, patches=patches), self._relayed(on_layers))
         except ShuttingDown:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the others are in the midst of the step
             raise self._steps.failure(error) from None
         return self._runner.sampler.sample(logits, [entry.seq for entry in batch if entry.sample])
+
+    def _spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows on the device, and on those of the other ranks. 67 MB of an image took 134 ms through a socket."""
+        here = rows.to(self._runner.model.device).contiguous()
+        self._group.spread(here)
+        return here
 
     def _relayed(self, on_layers: OnLayers | None) -> OnLayers | None:
         if on_layers is None:
@@ -145,10 +153,6 @@ def step_of(pack: Pack, errands: bool) -> Step:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def bytes_of(rows: torch.Tensor) -> memoryview:
-    return rows.view(torch.uint8).numpy().data.cast("B")
 
 
 class KVStore(Cache, Protocol):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 import msgspec
@@ -26,18 +25,16 @@ class Wire:
         self._socket = end
         self._socket.settimeout(timeout)
 
-    def send(self, data: bytes, buffers: Iterable[memoryview] = ()) -> None:
+    def send(self, data: bytes) -> None:
         """Raises OSError: the other end is gone, or takes nothing."""
         self._socket.sendall(LENGTH.pack(len(data)) + data)
-        for buffer in buffers:
-            self._socket.sendall(buffer)
 
-    def receive(self) -> bytes:
-        (length,) = LENGTH.unpack(self.read(LENGTH.size))
-        return bytes(self.read(length))
+    def receive(self) -> bytearray:
+        """Raises EOFError."""
+        (length,) = LENGTH.unpack(self._read(LENGTH.size))
+        return self._read(length)
 
-    def read(self, length: int) -> bytearray:
-        """That many bytes, as they were sent."""
+    def _read(self, length: int) -> bytearray:
         data = bytearray(length)
         view = memoryview(data)
         while len(view):

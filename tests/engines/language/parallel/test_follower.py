@@ -12,7 +12,7 @@ import torch
 
 from engines.language.model import LanguageModel
 from engines.language.parallel.follower import Follower
-from engines.language.parallel.group import Processes
+from engines.language.parallel.group import Alone, Processes
 from engines.language.parallel.messages import Errands, Share, Step, Write, packed, packed_spans
 from engines.language.parallel.steps import ParallelCache, ParallelRunner, Steps
 from engines.language.parallel.wire import Wire
@@ -32,18 +32,18 @@ def test_a_follower_computes_what_rank_0_schedules() -> None:
         model = LanguageModel.load(checkpoint("qwen3_vl"), group=group)
         cache = new_cache(model)
         if group.rank:
-            Follower(Wire(theirs, None), Runner(model, cache), cache, no_write, no_copy).run()
+            Follower(Wire(theirs, None), group, (cache, Runner(model, cache)), no_write, no_copy).run()
             return []
         try:
-            return lead(Runner(model, cache), cache)
+            return lead(Runner(model, cache), cache, group)
         finally:
             ours.close()
 
-    def lead(runner: Runner, own: Any) -> list[list[int]]:
+    def lead(runner: Runner, own: Any, group: Processes) -> list[list[int]]:
         steps = Steps([Wire(ours, 10.0)], reasons.append)
         cache = ParallelCache(own, steps)
         driver = Driver(runner, chunk=48)
-        driver.runner = Led(ParallelRunner(runner, steps), runner)  # type: ignore[assignment]
+        driver.runner = Led(ParallelRunner(runner, steps, group), runner)  # type: ignore[assignment]
         chains = [driver.of(one) for one in wanted]
         for _ in range(8):
             driver.step(chains)
@@ -101,8 +101,8 @@ def following(runner: Recorder, cache: FakeCache, writes: list[Any], copies: lis
     ours, theirs = socket.socketpair()
     follower = Follower(
         Wire(theirs, None),
-        runner,  # type: ignore[arg-type]
-        cache,
+        Alone(),
+        (cache, runner),  # type: ignore[arg-type]
         lambda *told: writes.append(told),
         copies.append,
     )
@@ -147,7 +147,7 @@ def test_what_is_saved_is_kept_until_it_is_forgotten(forgets: bool) -> None:
 
 def test_errands_outside_a_step_are_a_bug() -> None:
     ours, theirs = socket.socketpair()
-    follower = Follower(Wire(theirs, None), Recorder(), FakeCache(8, 4), no_write, no_copy)  # type: ignore[arg-type]
+    follower = Follower(Wire(theirs, None), Alone(), (FakeCache(8, 4), Recorder()), no_write, no_copy)  # type: ignore[arg-type]
     Steps([Wire(ours, 5.0)], lambda reason: None).tell(Errands([]))
     with pytest.raises(RuntimeError, match="outside a step"):
         follower.run()

@@ -30,9 +30,22 @@ def test_a_gather_puts_the_ranks_side_by_side(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, torch.cat([part(0).to(dtype).t(), part(1).to(dtype).t()], -1)) for one in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rank_0_has_is_spread(dtype: torch.dtype) -> None:
+    def work(group: Processes) -> torch.Tensor:
+        whole = part(group.rank).to(dtype)
+        group.spread(whole)
+        return whole
+
+    assert all(found.equal(part(0).to(dtype)) for found in on_ranks(3, work))
+
+
 def test_a_rank_alone_changes_nothing() -> None:
     assert Alone().sum(part(0)).equal(part(0))
     assert Alone().gather(part(0)).equal(part(0))
+    whole = part(0)
+    Alone().spread(whole)
+    assert whole.equal(part(0))
 
 
 def test_a_rank_that_does_not_come_makes_the_others_raise() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines.errors import ShuttingDown
+from engines.language.parallel.group import Alone
 from engines.language.parallel.messages import (
     Command,
     CopyBlock,
@@ -24,7 +25,7 @@ from engines.language.parallel.messages import (
     Write,
     packed,
 )
-from engines.language.parallel.steps import ParallelCache, ParallelRunner, Steps, bytes_of, name_of
+from engines.language.parallel.steps import ParallelCache, ParallelRunner, Steps
 from engines.language.parallel.wire import Wire
 from engines.language.runner import BadEmbeddings
 from engines.language.sequence import Scheduled
@@ -39,14 +40,12 @@ class Recorded(Wire):
 
     def __init__(self) -> None:
         self.heard: list[Command] = []
-        self.nbytes = 0
         self.broken = False
 
-    def send(self, data: bytes, buffers: Any = ()) -> None:
+    def send(self, data: bytes) -> None:
         if self.broken:
             raise BrokenPipeError("the other end is gone")
         self.heard.append(msgspec.msgpack.decode(data, type=Command))
-        self.nbytes += sum(buffer.nbytes for buffer in buffers)
 
 
 @pytest.fixture
@@ -69,9 +68,10 @@ def scheduled(of: Driver, name: str, count: int) -> Scheduled:
 
 
 def test_a_step_is_told_with_the_rows_that_it_needs(wire: Recorded, steps: Steps) -> None:
-    own = driver("qwen3_vl")
+    own, group, spread = driver("qwen3_vl"), Alone(), list[torch.Tensor]()
+    group.spread = spread.append  # type: ignore[method-assign]
     entry = scheduled(own, "one", 10)
-    ParallelRunner(own.runner, steps).run([entry], None)
+    ParallelRunner(own.runner, steps, group).run([entry], None)
     (told,) = wire.heard
     assert isinstance(told, Step)
     assert told.token_ids == packed(entry.seq.token_ids[:10])
@@ -80,13 +80,13 @@ def test_a_step_is_told_with_the_rows_that_it_needs(wire: Recorded, steps: Steps
     (rows,) = told.patches
     width = own.runner.model.facts.embedding_width
     assert (rows.first, rows.count, rows.width, rows.dtype) == (item.offset, 10 - item.offset, width, "float32")
-    assert wire.nbytes == rows.count * rows.width * 4
+    assert spread[0].equal(entry.seq.embeddings[0][: rows.count])  # type: ignore[index]
 
 
 def test_errands_of_a_group_of_layers_are_told_in_the_midst_of_the_step(wire: Recorded, steps: Steps) -> None:
     own = driver("qwen3_vl")
     own.runner.layers_per_push = 2
-    ParallelRunner(own.runner, steps).run(
+    ParallelRunner(own.runner, steps, Alone()).run(
         [scheduled(own, "text", 4)], lambda first, last: steps.errand(WRITE) if first == 0 else None
     )
     assert wire.heard[1:] == [Errands([WRITE]), Errands([])]
@@ -97,7 +97,7 @@ def test_a_step_that_cannot_be_packed_is_told_to_nobody(wire: Recorded, steps: S
     entry = scheduled(own, "one", 10)
     entry.seq.embeddings = None
     with pytest.raises(BadEmbeddings):
-        ParallelRunner(own.runner, steps).run([entry], None)
+        ParallelRunner(own.runner, steps, Alone()).run([entry], None)
     assert wire.heard == reasons == []
 
 
@@ -108,7 +108,7 @@ def broken(request: pytest.FixtureRequest, wire: Recorded, steps: Steps, monkeyp
         wire.broken = True
     else:
         monkeypatch.setattr(own.runner, "forward", lambda *_: 1 / 0)
-    yield ParallelRunner(own.runner, steps)
+    yield ParallelRunner(own.runner, steps, Alone())
 
 
 def test_a_step_that_breaks_ends_the_engine_once(
@@ -148,10 +148,3 @@ def test_only_a_cache_that_is_mirrored_is_staged_elsewhere(wire: Recorded, steps
     ready()
     steps.run_errands()
     assert wire.heard == [Errands([]), Errands([Stage(1, 2, packed([1]))])]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_sent_as_they_lie(dtype: torch.dtype) -> None:
-    rows = torch.randn(3, 4).to(dtype)
-    data = bytes(bytes_of(rows))
-    assert torch.frombuffer(bytearray(data), dtype=getattr(torch, name_of(dtype))).view(3, 4).equal(rows)
