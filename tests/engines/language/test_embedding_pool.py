@@ -62,6 +62,21 @@ async def test_the_spare_is_for_the_oldest_that_runs() -> None:
     assert size(await waiting[0]) == 2
 
 
+async def test_who_becomes_the_oldest_that_runs_gets_the_spare_at_once() -> None:
+    pool = EmbeddingPool(4, spare=2)
+    old, young = pool.claim(), pool.claim()
+    await pool.take(old, 2, 2)
+    waiting = [asyncio.create_task(pool.take(claim, 1, 1)) for claim in (old, young)]
+    await asyncio.sleep(0)
+    pool.start(old)
+    assert await waiting[0] == [(2, 1)], "it runs"
+    pool.start(young)
+    await asyncio.sleep(0)
+    assert not waiting[1].done()
+    pool.close(old)
+    assert await waiting[1] == [(3, 1)], "the other needs no more"
+
+
 async def test_those_that_run_are_served_before_those_that_are_queued_and_nobody_overtakes() -> None:
     pool = EmbeddingPool(6, spare=1)
     first, second, third, running = (pool.claim() for _ in range(4))
