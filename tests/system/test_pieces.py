@@ -24,7 +24,7 @@ FAMILY = "qwen3_vl"
 TOKENS = 8
 """Room in the pool: less than any image of the cases takes."""
 LARGE = [image_part(image_file(800, 640, seed=7)), {"type": "text", "text": "What is this?"}]
-PROXY = ("--encode-timeout", "6", "--prefill-timeout", "10", "--first-token-timeout", "12")
+PROXY = ("--encode-timeout", "4", "--prefill-timeout", "10", "--first-token-timeout", "12")
 
 
 def pool(default: int) -> tuple[str, ...]:
