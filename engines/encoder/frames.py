@@ -171,7 +171,7 @@ class GridFilms(_Cutter):
             wanted = min(max(total / film.fps * float(fps or 0), least), most // step * step, total)
             count = math.floor(wanted / step) * step
         count = max(step, min(count, total // step * step))
-        return [int(n) for n in torch.arange(0, total, total / count).int()]
+        return _spread(0, total, count)
 
     def size(self, film: Film, count: int, bounds: Mapping[str, int]) -> tuple[int, int]:
         low, high = ({**self._bounds, **bounds}[edge] for edge in ("shortest_edge", "longest_edge"))
@@ -249,7 +249,7 @@ class TileFilms(_Cutter):
         count = max(1, min(int(asked), film.frames))
         shift = self._told["initial_shift"]
         first = film.frames / count / 2 if shift is True else shift
-        return [int(n) for n in torch.arange(first, film.frames, film.frames / count).int()]
+        return _spread(first, film.frames, count)
 
     def size(self, film: Film, count: int, bounds: Mapping[str, int]) -> tuple[int, int]:
         if bounds:
@@ -264,6 +264,11 @@ class TileFilms(_Cutter):
 
     def cut(self, frames: torch.Tensor) -> torch.Tensor:
         return self._normalised(frames)
+
+
+def _spread(first: float, total: int, count: int) -> list[int]:
+    """As the processors do it, but for the one frame behind the last where `total / count` was rounded down."""
+    return [int(n) for n in torch.arange(first, total, total / count).int()[:count]]
 
 
 def _of_patches(side: int, **more: Any) -> dict[str, Any]:

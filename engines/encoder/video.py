@@ -7,6 +7,7 @@ demuxer, as some of libav's others (playlists, for one) would open what the file
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av._core
 import torch
 from av.container import InputContainer
 from av.video.stream import VideoStream
@@ -32,6 +34,7 @@ from engines.settings import EncoderSettings
 FORMATS = "MP4, MOV, WebM, Matroska, AVI, GIF"
 _STREAMS = 32  # of a file, that are looked at
 _FASTEST = 1000  # frames a second
+_LEAST_ALLOCATION = 64 << 20  # bytes that libav may always ask for at once
 
 
 class VideoReader:
@@ -45,6 +48,7 @@ class VideoReader:
         self._cutter = film_cutter_of(folder, config)
         self._merge = merge_size(config)
         self._settings = settings
+        _limit_allocations(settings.max_media_bytes + 4 * settings.max_media_pixels)
 
     def numbers(self) -> dict[str, Any]:
         """How the processor samples and sizes a video, for whoever predicts its tokens. JSON."""
@@ -164,6 +168,13 @@ def demuxer_of(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
         return "avi"
     return "gif" if data[:6] in (b"GIF87a", b"GIF89a") else None
+
+
+def _limit_allocations(nbytes: int) -> None:
+    """Of libav, in this process: no single one is larger. A table of 16 bytes can claim so many frames that their index
+    takes gigabytes; such a file has none then."""
+    limit = max(nbytes, _LEAST_ALLOCATION)
+    ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(limit))
 
 
 def _told(error: Exception) -> str:

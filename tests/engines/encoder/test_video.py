@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -112,6 +113,24 @@ def sound() -> bytes:
     return out.getvalue()
 
 
+def claiming(frames: int) -> bytes:
+    """An MP4 of less than a kilobyte, whose index says that a single chunk holds so many frames of a byte."""
+
+    def box(kind: bytes, *content: bytes) -> bytes:
+        return (8 + sum(map(len, content))).to_bytes(4) + kind + b"".join(content)
+
+    def table(kind: bytes, *numbers: int) -> bytes:
+        return box(kind, struct.pack(f">{1 + len(numbers)}I", 0, *numbers))
+
+    entry = box(b"mp4v", bytes(24), struct.pack(">HH", 64, 64), bytes(50))
+    times, chunks = table(b"stts", 1, frames, 1), table(b"stsc", 1, 1, frames, 1)
+    sizes, places = table(b"stsz", 1, frames), table(b"stco", 1, 1000)
+    samples = box(b"stbl", box(b"stsd", bytes(7), b"\1", entry), times, chunks, sizes, places)
+    handler = box(b"hdlr", bytes(8), b"vide", bytes(13))
+    media = box(b"mdia", table(b"mdhd", 0, 0, 1000, 10_000, 0), handler, box(b"minf", samples))
+    return box(b"ftyp", b"isom", bytes(4), b"isom") + box(b"moov", box(b"trak", media)) + box(b"mdat", bytes(100))
+
+
 def two_sizes() -> bytes:
     """MJPEG allows each frame its own."""
     small, large = (image_file(*size, format="JPEG") for size in ((64, 48), (128, 96)))
@@ -161,6 +180,16 @@ def test_damaged_bytes_end_in_frames_or_in_an_error_of_ours(container: str) -> N
             assert it.read(bytes(data), {}, {}).tokens > 0
         except BadRequest as error:
             assert error.code in ("invalid_video", "video_too_large")
+
+
+def test_a_small_file_cannot_claim_a_large_index() -> None:
+    it = reader(max_media_pixels=20_000, max_media_bytes=1 << 20)
+    with it._opened(claiming(1_000_000)) as (_, stream):
+        assert len(stream.index_entries) == 1_000_000
+    with it._opened(claiming(4_000_000)) as (_, stream):  # of 24 bytes each
+        assert len(stream.index_entries) == 0
+    with pytest.raises(BadRequest, match="4000000 frames"):
+        it.read(claiming(4_000_000), {}, {})
 
 
 def test_formats_that_name_other_files_are_none_of_ours() -> None:
