@@ -15,6 +15,7 @@ from proxy.detect import Found
 from proxy.dialects.base import Dialect
 from proxy.errors import EngineFailed
 from proxy.families import UNKNOWN, Families
+from proxy.membership import REGISTERED
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,11 @@ class Introduction:
 
     def _role(self, instance: Instance, found: Found) -> None:
         """An engine that was started as it is listed may have turned to another role since. Raises Unfit."""
-        if found.role is None or found.role == instance.role:
+        if found.role is None:
+            return
+        if found.role == instance.role:
+            if found.started_as is not None and instance.sources == {REGISTERED}:  # it registers as what it is now
+                instance.listed_as = None if found.started_as == instance.role else found.started_as
             return
         if instance.listed not in (found.role, found.started_as):
             first = (found.started_as or found.role).label

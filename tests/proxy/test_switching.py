@@ -146,6 +146,21 @@ async def test_an_engine_that_was_turned_by_somebody_else_is_found_out() -> None
         await rejoined(d, one, Role.DECODE)
 
 
+async def test_one_that_had_turned_before_it_was_heard_of_may_turn_back() -> None:
+    async with turning("1p1d") as d, Turning("prefill") as one:
+
+        async def beat() -> None:
+            said = {"role": one.role, "url": one.url, "ttl": 60, "life": "first"}
+            assert (await d.post(said, "/instances")).status == 200
+
+        one.role = "decode"  # by another proxy; this one has just begun
+        await beat()
+        await rejoined(d, one, Role.DECODE)
+        one.role = "prefill"
+        await beat()
+        await rejoined(d, one, Role.PREFILL)
+
+
 @pytest.mark.parametrize("handoff", ["push", "pull"])
 async def test_what_an_engine_refuses_as_it_turns_is_served_by_another(handoff: str) -> None:
     async with turning("1p2d", probe_interval=30.0, handoff=handoff) as d:
