@@ -150,13 +150,29 @@ class VideoReader:
                 "the video is empty" if not data else f"the video is none of {FORMATS}", code="invalid_video"
             )
         bounds = {"max_pixels": str(self._settings.max_media_pixels)}  # while probing too, whatever the header says
-        with av.open(io.BytesIO(data), format=name, stream_options=[bounds] * _STREAMS) as container:  # type: ignore[list-item]
-            assert isinstance(container, InputContainer)
+        with _container(data, name, bounds) as container:
             if not container.streams.video:
                 raise BadRequest("the file has no video in it", code="invalid_video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadRequest("the video's codec is not known", code="invalid_video")
             stream.codec_context.options = bounds
             yield container, stream
+
+
+def _container(data: bytes, name: str, bounds: dict[str, str]) -> InputContainer:
+    """Titles may be in any encoding, and are not read. Raises BadRequest, and what libav raises."""
+    options: Any = [bounds] * _STREAMS
+    try:
+        container = av.open(io.BytesIO(data), format=name, stream_options=options, metadata_errors="replace")
+    except av.FFmpegError:
+        raise
+    except ValueError as error:
+        if "stream_options" in str(error):  # which there is no stream to give to
+            raise BadRequest("the file has no video in it", code="invalid_video") from None
+        raise
+    assert isinstance(container, InputContainer)
+    return container
 
 
 def demuxer_of(data: bytes) -> str | None:

@@ -53,6 +53,13 @@ def test_bounds_and_sampling_are_the_requests() -> None:
     assert it.read(data, {}, {"fps": 8}).grid[0] == 12
 
 
+def test_titles_may_be_in_any_encoding() -> None:
+    data = video_file(container="avi")
+    titled = data.replace(b"Lavf", b"\xe9t\xe9\0")
+    assert titled != data
+    assert torch.equal(reader().read(titled, {}, {}).pixels, reader().read(data, {}, {}).pixels)
+
+
 def test_one_reader_serves_many_threads() -> None:
     it, files = reader(), [video_file(seed=n) for n in range(4)]
     with ThreadPoolExecutor(4) as threads:
@@ -155,6 +162,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "only a head": (lambda: video_file()[:40], "cannot be decoded"),
     "half a file": (lambda: video_file(container="mp4")[:3000], "cannot be decoded"),
     "sound alone": (sound, "no video in it"),
+    "no stream at all": (lambda: video_file(container="avi").replace(b"LIST", b"JUNK", 1), "no video in it"),
+    "a codec that nobody knows": (lambda: video_file().replace(b"avc1", b"what"), "codec is not known"),
     "frames of two sizes": (two_sizes, "differ in size"),
     "nothing behind the head": (lambda: b"\x1a\x45\xdf\xa3" + bytes(200), "cannot be decoded"),
 }
