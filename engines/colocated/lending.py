@@ -27,6 +27,7 @@ MEDIA = OTHER_MEDIA | TAKEN.keys() | {"image", "input_image"}
 
 EXTRAS = ("mm_processor_kwargs", "media_io_kwargs")
 FULL = "cache_full"
+POLL = 0.02  # seconds
 
 
 class Loan:
@@ -105,9 +106,9 @@ class Lender:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._lent: set[Loan] = set()
+        self._lent: set[Loan] = set()  # of media
         self._turn = asyncio.Lock()  # whoever holds it waits for room, and goes before all that come later
-        self._returned = asyncio.Event()
+        self._returns = 0  # loans that are over
 
     @asynccontextmanager
     async def lend(self, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
@@ -137,45 +138,62 @@ class Lender:
         """Handles that our encoder gave: no others have the same places."""
         entries = body.get("ec_transfer_params")
         return {
-            mm_hash: Loan(self._encoder, self._encoder.held(mm_hash), lambda _: self._returned.set())
+            mm_hash: Loan(self._encoder, self._encoder.held(mm_hash), self._take_back)
             for mm_hash, entry in (entries.items() if isinstance(entries, Mapping) else ())
             if isinstance(entry, Mapping) and self._encoder.is_at(mm_hash, entry.get("where"))
         }
 
     async def _encoded(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
-        async with self._turn:
-            pass
+        await self._others_first()
+        seen = self._returns
         try:
             return await self._try(items)
         except Overloaded as error:
-            failure = error
+            failure, seen = error, seen + len(items)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._encoder.settings.encode_timeout), self._turn:
-                while failure.code == FULL and (self._lent or self._returned.is_set()):
-                    await self._returned.wait()
+                while failure.code == FULL and await self._more_room(seen):
+                    seen = self._returns
                     try:
                         return await self._try(items)
                     except Overloaded as error:
-                        failure = error
+                        failure, seen = error, seen + len(items)
         raise failure
 
+    async def _others_first(self) -> None:
+        """Until nobody waits for room who came before. Raises Overloaded."""
+        limit = self._encoder.settings.encode_timeout
+        try:
+            async with asyncio.timeout(limit), self._turn:
+                pass
+        except TimeoutError:
+            message = f"others wait for room for their embeddings, for {limit:g} s already; raise --cache-bytes"
+            raise Overloaded(message, code=FULL) from None
+
+    async def _more_room(self, seen: int) -> bool:
+        """As soon as more than `seen` loans are over. False: none is left, nor is anything written for nobody."""
+        waited = False
+        while self._returns == seen:
+            if not (self._lent or self._encoder.queue()["items"]):
+                return waited
+            waited = True
+            await asyncio.sleep(POLL)
+        return True
+
     async def _try(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
-        """Where each will be; on an error, nothing is held."""
-        self._returned.clear()
+        """Where each will be; on an error, nothing is held, and the loans of all items are over."""
         loans = [Encoding(self._encoder, item, self._take_back) for item in items]
         self._lent.update(loans)
         try:
             return loans, await _all(loans)
         except BaseException:
-            self._lent.difference_update(loans)  # nobody waits for these
             _release(loans)
             await asyncio.gather(*(loan.over.wait() for loan in loans))
             raise
 
     def _take_back(self, loan: Loan) -> None:
-        if loan in self._lent:
-            self._lent.remove(loan)
-            self._returned.set()
+        self._lent.discard(loan)
+        self._returns += 1
 
 
 def _release(loans: Iterable[Loan]) -> None:

@@ -226,7 +226,7 @@ class Encoder:
             self._transfer.withdraw(key)
             self.cache.abandon(entry)
             raise
-        self._commit(entry)
+        self._commit(flight, entry)
         if not self._transfer.durable:
             self._transfer.fulfil(key)
         self._remember(entry)
@@ -249,12 +249,13 @@ class Encoder:
                 self.cache.abandon(entry)
                 raise
         flight.tell(entry)
-        self._commit(entry)
+        self._commit(flight, entry)
         return entry
 
-    def _commit(self, entry: Entry) -> None:
-        """Those who wait for it pin it now, and their answers hold it longer; if all have left, nobody does."""
-        self.cache.commit(entry, entry.value, time.monotonic() + min(LANDING, self.settings.handle_ttl))
+    def _commit(self, flight: Flight[Entry], entry: Entry) -> None:
+        """Those who wait for it pin it now, and their answers hold it longer; if all have left, its room may go."""
+        landing = min(LANDING, self.settings.handle_ttl) if flight.waiters else 0.0
+        self.cache.commit(entry, entry.value, time.monotonic() + landing)
 
     def _described(self, record: Record) -> Embedding | None:
         """What its writer said of it, without a place; None when that is not what this model makes."""

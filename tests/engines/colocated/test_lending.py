@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from engines.colocated.lending import Lender, Loan
 from engines.encoder.cache import Entry
+from engines.encoder.cutting import Prepared
+from engines.encoder.request import MediaItem
 from engines.errors import BadRequest, Overloaded, PeerFailed
-from tests.support.encoding import Toy, embedding, item, media, toy_encoder
+from tests.support.encoding import Toy, ToyReader, embedding, item, media, toy_encoder
 from tests.support.waiting import until
 
 
@@ -203,5 +206,73 @@ async def test_a_cache_that_stays_full_is_not_waited_for_for_ever() -> None:
             await loans(lent)[0].rows()
             with pytest.raises(Overloaded, match="--cache-bytes"):
                 async with lender.lend(body(image(6, "b"))):
+                    pass
+        await rest(toy)
+
+
+class LargeLater(ToyReader):
+    """Reads what is larger than 4 tokens only once it is `let`."""
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+
+    def read(self, data: bytes, item: MediaItem) -> Prepared:
+        prepared = super().read(data, item)
+        assert prepared.tokens <= 4 or self.let.wait(30)
+        return prepared
+
+
+async def test_two_that_stand_in_each_others_way_are_both_served() -> None:
+    async with toy_encoder(tokens=12, media_workers=4) as toy:
+        reader = toy.encoder._reader = LargeLater()
+        toy.model.gate.clear()
+        lender, begun = Lender(toy.encoder), toy.model.entered
+
+        async def ask(seed: str) -> None:
+            async with lender.lend(body(image(4, f"{seed}0"), image(8, f"{seed}1"))) as lent:
+                small, large = loans(lent)
+                assert (await small.rows()).equal(embedding(4, f"{seed}0"))
+                assert (await large.rows()).equal(embedding(8, f"{seed}1"))
+
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            for seed in "ab":
+                group.create_task(ask(seed))
+            await until(lambda: toy.encoder.cache_info()["filling"] == 2)
+            await asyncio.to_thread(begun.acquire)
+            reader.let.set()
+            await until(lambda: not lender._lent)  # both have failed for want of room, and one waits for it
+            toy.model.gate.set()
+        await rest(toy)
+
+
+async def test_who_waits_for_room_hears_of_one_that_leaves_before_it_has_borrowed() -> None:
+    async with toy_encoder(tokens=10, media_workers=4) as toy:
+        reader = toy.encoder._reader = LargeLater()
+        toy.model.gate.clear()
+        lender = Lender(toy.encoder)
+
+        async def ask(*parts: Mapping[str, Any]) -> None:
+            async with lender.lend(body(*parts)) as lent:
+                await asyncio.gather(*(loan.rows() for loan in loans(lent)))
+
+        async with asyncio.timeout(30):
+            leaving = asyncio.create_task(ask(image(4, "a"), image(5, "slow")))
+            await asyncio.to_thread(toy.model.entered.acquire)
+            staying = asyncio.create_task(ask(image(4, "b"), image(4, "c")))
+            await until(lambda: lender._turn.locked())
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            toy.model.gate.set()
+            await staying
+            reader.let.set()
+        await rest(toy)
+
+
+async def test_who_comes_behind_others_that_wait_for_room_does_not_wait_for_ever() -> None:
+    async with toy_encoder(tokens=10, encode_timeout=0.2) as toy:
+        lender = Lender(toy.encoder)
+        async with lender._turn:
+            with pytest.raises(Overloaded, match="others wait for room"):
+                async with lender.lend(body(image(1))):
                     pass
         await rest(toy)
