@@ -170,7 +170,7 @@ def _sampling(asked: Mapping[str, Any]) -> Mapping[str, float]:
         kinds = (int, float) if name == "fps" else (int,)
         if type(value) not in kinds or not 0 < value <= MOST_FRAMES:
             param = f"mm_processor_kwargs.{name}"
-            raise BadRequest(f"{param} must be a number of frames above 0", param=param)
+            raise BadRequest(f"{param} must be a number of frames above 0, {MOST_FRAMES} at most", param=param)
     if len(asked) > 1:
         raise BadRequest("a video is seen by fps or by num_frames, not by both", param="mm_processor_kwargs")
     return asked

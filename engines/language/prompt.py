@@ -27,6 +27,7 @@ MEDIA_PARTS = {
     **dict.fromkeys(("video", "video_url", "video_embeds", "input_video"), "video"),
 }
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
+MOST_TOKENS = 1 << 24  # of all media of a prompt: beyond any context, and not worth the memory to say so later
 
 
 class PromptError(ValueError):
@@ -159,11 +160,14 @@ def expand(
     """Repeat the k-th of the `pads` as often as the k-th piece has embeddings. `rate`: positions in a second of video;
     0: its steps are one position apart.
 
-    :raises PromptError: the pads are not as many as the pieces, or a grid is not made of whole merged patches.
+    :raises PromptError: the pads are not as many as the pieces, a grid is not made of whole merged patches, or they make
+        more than MOST_TOKENS.
     """
     places = [index for index, token in enumerate(token_ids) if token in pads]
     if len(places) != len(pieces):
         raise PromptError(f"the prompt has {len(places)} placeholder tokens for {len(pieces)} pieces", "messages")
+    if (count := sum(num_tokens(piece.grid, merge_size) for piece in pieces)) > MOST_TOKENS:
+        raise PromptError(f"images and videos of {count} tokens fit into no context", "messages")
     ids: list[int] = []
     items: list[Item] = []
     begin = 0

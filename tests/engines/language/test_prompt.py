@@ -124,6 +124,11 @@ class TestExpand:
         with pytest.raises(PromptError, match="second_per_grid_ts"):
             expand([PAD], {PAD}, [Piece(Media("film", "video", (1, 2, 2)), (1, 2, 2))], 2, rate=4)
 
+    def test_media_beyond_any_context_are_refused_before_they_take_memory(self):
+        huge = Media("cat", "image", (1, 1 << 20, 1 << 20))
+        with pytest.raises(PromptError, match="274877906944 tokens fit into no context"):
+            expand([PAD], {PAD}, [Piece(huge, huge.grid)], 2)
+
     @pytest.mark.parametrize("ids", [[1, 2], [PAD, PAD]])
     def test_other_numbers_of_pads_are_refused(self, ids):
         with pytest.raises(PromptError, match="placeholder tokens for 1 pieces"):
