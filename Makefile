@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
 JOBS ?= 2
 
-.PHONY: help install demo smoke test operations conformance-vllm conformance-sglang lint format clean
+.PHONY: help install demo smoke test operations faults conformance-vllm conformance-sglang lint format clean
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -25,6 +25,9 @@ test: install ## run the tests (TESTS=path for some of them, JOBS=1 one after th
 operations: install ## the tests against real parts: nginx, Envoy, Prometheus, Chromium; installs those from Debian
 	@tests/operations/install.sh
 	@TRIPTYCH_PARTS=required $(BIN)/python -m pytest tests/operations
+
+faults: install ## engines killed and frozen in every phase, with two ranks each, embeddings in pieces and a shared store
+	@TRIPTYCH_PARTS=required $(BIN)/python -m pytest tests/system/test_faults.py -k everything
 
 conformance-vllm: install ## drive real vLLM engines, in an environment of their own, and print what passed
 	@tests/conformance/vllm/install.sh .conformance/vllm

@@ -114,6 +114,7 @@ def deployment(model: Path, arguments: argparse.Namespace) -> Deployment:
         engine_arguments=(*ENGINES, "--served-model-name", "tiny", *shlex.split(arguments.engines)),
         role_arguments={role: (*(() if role == "encode" else LANGUAGE), *own[role]) for role in ROLES},
         proxy_arguments=(*PROXY, *shlex.split(arguments.proxy)),
+        embedding_store=arguments.embedding_store,
         restarts=10_000,
         verbose=arguments.verbose,
     )
@@ -306,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", choices=FAMILIES, default="qwen3_vl", help="of the tiny checkpoint")
     parser.add_argument("--transfer", default="shm", help="default: %(default)s")
     parser.add_argument("--kv-handoff", choices=("push", "pull"), default="push")
+    parser.add_argument("--embedding-store", metavar="BYTES", help="with a store of that size beside the engines")
     parser.add_argument("--engines", default="", metavar="FLAGS", help="for every engine")
     for role in ROLES:
         parser.add_argument(f"--{role}", default="", metavar="FLAGS", help=f"for engines of the role {role}")

@@ -8,6 +8,7 @@ flight must corrupt nothing.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +29,9 @@ FAMILY = "qwen2_5_vl"
 PROXY = ("--encode-timeout", "6", "--prefill-timeout", "6", "--first-token-timeout", "8", "--stream-idle-timeout", "4")
 ENGINES = ("--transfer-timeout", "5", "--grace", "2")
 LEASES = {"prefill": ("--kv-lease", "3", "--no-prefix-cache"), "decode": ("--metaserver-timeout", "8")}
+EVERYTHING = "everything"  # at once: two ranks, mirrored caches, embeddings in many pieces, a shared store
+RANKS = ("--tensor-parallel", "2", "--rank-timeout", "20", "--kv-mirror")
+PIECES = ("--embedding-bytes", "1MiB", "--embedding-block-tokens", "1", "--embedding-default-tokens", "64")
 DEADLINE = 25.0
 BIG = [image_part(image_file(1400, 1000, seed=seed)) for seed in range(6)]
 NOVEL = "It was a dark and stormy night; the rain fell in torrents. " * 90
@@ -80,15 +84,21 @@ STRUCK = [
 ]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["push", "pull"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["push", "pull", EVERYTHING])
 async def deployment(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
     options: dict[str, Any] = {
         "kv_handoff": request.param,
         "proxy_arguments": PROXY,
         "engine_arguments": ENGINES,
+        "role_arguments": LEASES,
         "restarts": 100,
     }
-    async with cluster(FAMILY, "1e1p1d", role_arguments=LEASES, **options) as running:
+    if request.param == EVERYTHING:
+        if os.environ.get("TRIPTYCH_PARTS") != "required":
+            pytest.skip("takes minutes: make faults runs it")
+        roles = {role: (*flags, *RANKS, *PIECES) for role, flags in LEASES.items()}
+        options |= {"kv_handoff": "push", "role_arguments": roles, "embedding_store": "64MiB"}
+    async with cluster(FAMILY, "1e1p1d", **options) as running:
         running.deployment.keep_alive()
         yield running
 
