@@ -307,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", choices=FAMILIES, default="qwen3_vl", help="of the tiny checkpoint")
     parser.add_argument("--transfer", default="shm", help="default: %(default)s")
     parser.add_argument("--kv-handoff", choices=("push", "pull"), default="push")
-    parser.add_argument("--embedding-store", metavar="BYTES", help="with a store of that size beside the engines")
+    parser.add_argument(
+        "--embedding-store", default="", metavar="BYTES", help="with a store of that size beside the engines"
+    )
     parser.add_argument("--engines", default="", metavar="FLAGS", help="for every engine")
     for role in ROLES:
         parser.add_argument(f"--{role}", default="", metavar="FLAGS", help=f"for engines of the role {role}")
