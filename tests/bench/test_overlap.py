@@ -1,4 +1,6 @@
-from bench.overlap import compare, connected
+import pytest
+
+from bench.overlap import compare, connected, hidden
 from bench.report import Report
 from tests.support.checkpoints import checkpoint
 
@@ -10,4 +12,8 @@ async def test_all_modes_bring_every_byte_across() -> None:
         assert set(sender.transfer.audit().values()) == {0}
     assert [row["mode"] for row in report.rows] == ["after", "layers 1", "layers 4"]
     assert all(row["exposed_ms"] > 0 and row["compute_ms"] > 0 for row in report.rows)
-    assert len(report.bars) == 1
+    assert [bar.name for bar in report.bars] == ["shm 64: exposed / prefill"]
+
+
+def test_what_is_hidden_is_of_what_a_push_afterwards_leaves() -> None:
+    assert hidden({"after": 0.1, "layers 4": 0.001}, "layers 4") == pytest.approx(99)
