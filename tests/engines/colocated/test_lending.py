@@ -240,7 +240,7 @@ async def test_two_that_stand_in_each_others_way_are_both_served() -> None:
             await until(lambda: toy.encoder.cache_info()["filling"] == 2)
             await asyncio.to_thread(begun.acquire)
             reader.let.set()
-            await until(lambda: not lender._lent)  # both have failed for want of room, and one waits for it
+            await until(lender._turn.locked)
             toy.model.gate.set()
         await rest(toy)
 
