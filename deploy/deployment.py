@@ -196,8 +196,7 @@ class Deployment:
             try:
                 await self._start_one(child)
             except StartError as error:
-                say(f"{error}\n{child.name} is left down")
-                return
+                say(str(error))  # one more death
 
     async def stop(self, grace: float = 10.0) -> None:
         """Stop the proxy first, then the others; waits until all are gone."""

@@ -1,9 +1,12 @@
 import argparse
+import asyncio
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from deploy.deployment import Deployment, Topology
+from deploy.processes import Child, StartError
 from deploy.processes import Child
 
 
@@ -56,3 +59,44 @@ def test_the_role_arguments_come_after_the_common_ones() -> None:
     whole = " ".join(deployment._engine("whole-0", "whole")._command)
     assert whole.endswith("--role both --encode --port 0")
     assert deployment._engine("encode-0", "encode")._command[2:4] == ["engines.encoder", "--model"]
+
+
+class Frail:
+    """A child that ends `deaths` times, while it starts or later, and then stays."""
+
+    name, url, last_lines = "decode-0", "http://here", "out of memory"
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths = deaths
+        self.starts = 0
+        self.stays = asyncio.Event()
+
+    async def wait(self) -> int:
+        if self.starts >= self.deaths:
+            self.stays.set()
+            await asyncio.Event().wait()
+        return -9
+
+    def keep_port(self) -> None: ...
+
+    async def start(self, _timeout: float) -> str:
+        self.starts += 1
+        if self.starts < self.deaths:
+            raise StartError(f"{self.name} ended with -9")
+        return self.url
+
+
+async def test_an_engine_that_dies_while_it_starts_again_is_started_again() -> None:
+    child = Frail(deaths=3)
+    watcher = asyncio.ensure_future(Deployment(Path("m"), Topology(both=1), restarts=3)._watch(cast(Child, child)))
+    async with asyncio.timeout(5):
+        await child.stays.wait()
+    watcher.cancel()
+    assert child.starts == 3
+
+
+async def test_one_that_dies_too_often_is_left_down() -> None:
+    child = Frail(deaths=9)
+    async with asyncio.timeout(5):
+        await Deployment(Path("m"), Topology(both=1), restarts=3)._watch(cast(Child, child))
+    assert child.starts == 3
