@@ -7,7 +7,6 @@ import pytest
 
 from deploy.deployment import Deployment, Topology
 from deploy.processes import Child, StartError
-from deploy.processes import Child
 
 
 @pytest.mark.parametrize(
