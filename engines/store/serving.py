@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ from pydantic import ByteSize, TypeAdapter
 from engines.errors import SetupError
 from engines.store import client
 
-START_SECONDS = 20.0
+START_SECONDS, LOOK_SECONDS = 20.0, 0.1
 LEAST_BYTES = 16 << 20
 """Mooncake lends no less."""
 PR_SET_PDEATHSIG = 1
@@ -43,19 +42,51 @@ def argument_parser() -> argparse.ArgumentParser:
         prog="triptych store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--host", default="127.0.0.1", help="address of this machine that engines can reach")
-    parser.add_argument("--port", type=int, default=50051, help="of the master; 0 lets the system choose")
-    parser.add_argument("--bytes", type=_bytes, default="4GiB", help="memory for embeddings; the oldest make room")
     parser.add_argument(
-        "--lease", type=float, default=5.0, metavar="S", help="seconds that one stays that was just read or written"
+        "--port", type=_port, default=50051, metavar="N", help="of the master; 0 lets the system choose"
     )
-    parser.add_argument("--join", metavar="HOST:PORT", help="add memory to this master instead of starting one")
+    parser.add_argument(
+        "--bytes", type=_bytes, default="4GiB", help="memory for embeddings (%(default)s); the oldest make room"
+    )
+    parser.add_argument(
+        "--lease", type=seconds, default=5.0, metavar="S", help="that one stays that was just read or written"
+    )
+    parser.add_argument(
+        "--join", type=_master, metavar="HOST:PORT", help="add memory to this master instead of starting one"
+    )
     parser.add_argument("--rdma", action="store_true", help="use RDMA, and refuse to start without it")
-    parser.add_argument("--metrics-port", type=int, default=0, help="of the master's own /metrics; default: any")
+    parser.add_argument(
+        "--metrics-port", type=_port, default=0, metavar="N", help="of the master's own /metrics; 0: any"
+    )
     return parser
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Of a lease; argparse tells this function's name where it raises ValueError."""
+    found = float(text)
+    if not 0 <= found < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds to keep anything for")
+    return found
+
+
+def _master(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} should look like HOST:PORT")
+    return f"{host}:{_port(port)}"
+
+
 def _bytes(text: str) -> int:
-    nbytes = int(TypeAdapter(ByteSize).validate_python(text))
+    try:
+        nbytes = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory: write 64GiB, for one") from None
     if nbytes < LEAST_BYTES:
         raise argparse.ArgumentTypeError(f"{text} is less than the {LEAST_BYTES >> 20}MiB that Mooncake lends at least")
     return nbytes
@@ -100,11 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"triptych store: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     print(f"READY tcp://{address}", flush=True)
-    if master is None:
-        threading.Event().wait()
-    else:
-        code = master.wait()
-        print(f"triptych store: the master ended with {code}", file=sys.stderr, flush=True)
+    while master is None or master.poll() is None:
+        time.sleep(LOOK_SECONDS)  # a signal right before a wait without end would end it no more
+    print(f"triptych store: the master ended with {master.returncode}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

