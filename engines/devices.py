@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,17 @@ class Beside:
         return self._own.stream
 
 
+def launch(device: torch.device) -> None:
+    """The least that can be computed there."""
+    torch.ones(1, device=device)
+
+
 @contextmanager
 def pinned(
-    buffer: memoryview, device: torch.device, cudart: Callable[[], Any] = torch.cuda.cudart
+    buffer: memoryview,
+    device: torch.device,
+    cudart: Callable[[], Any] = torch.cuda.cudart,
+    launch: Callable[[torch.device], None] = launch,
 ) -> Iterator[memoryview]:
     """Within, copies between `buffer` (writable, page-aligned) and a CUDA device need no host thread: `non_blocking`
     ones return at once. For other devices nothing is done.
@@ -95,6 +103,9 @@ def pinned(
     address = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
     error = cudart().cudaHostRegister(address, buffer.nbytes, PORTABLE)
     if int(error) != 0:
+        # CUDA keeps an error until it is asked for its last one: the next kernel that anybody launched would be blamed.
+        with suppress(RuntimeError):
+            launch(device)
         log.warning("%d bytes could not be pinned for %s (%s): copies are slower", buffer.nbytes, device, error)
         yield buffer
         return

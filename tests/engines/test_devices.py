@@ -55,10 +55,16 @@ def test_memory_is_pinned_as_long_as_the_block_and_can_be_unmapped_after_it() ->
 
 
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    cudart = Cudart(answer=2)
-    with pinned(memoryview(bytearray(64)), torch.device("cuda:1"), cudart) as buffer:
+    cudart, launched = Cudart(answer=2), list[torch.device]()
+
+    def launch(device: torch.device) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    with pinned(memoryview(bytearray(64)), torch.device("cuda:1"), cudart, launch) as buffer:
         assert buffer.nbytes == 64
     assert "64 bytes could not be pinned for cuda:1" in caplog.text
+    assert launched == [torch.device("cuda:1")], "the next kernel would be blamed for it"
 
 
 def test_on_a_cpu_there_is_nothing_to_pin() -> None:
