@@ -96,9 +96,24 @@ class Encoding(Loan):
         told.stage = told.stage or "encode"
         raise told
 
+    def _give_back(self, task: asyncio.Task[Entry]) -> None:
+        if task.cancelled() and self._placed.done():
+            self._encoder.cache.not_named(self._placed.result()[0])
+        super()._give_back(task)
+
     def _return(self, entry: Entry) -> None:
         self._encoder.cache.not_named(entry)
         self._encoder.release(entry)
+
+
+class Crowded(Exception):
+    """There was no room, and others had some of it. `returns`: loans that were over when it was looked for, and those
+    of the request itself."""
+
+    def __init__(self, failure: Overloaded, returns: int) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+        self.returns = returns
 
 
 class Lender:
@@ -145,20 +160,20 @@ class Lender:
 
     async def _encoded(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
         await self._others_first()
-        seen = self._returns
         try:
             return await self._try(items)
-        except Overloaded as error:
-            failure, seen = error, seen + len(items)
+        except Crowded as error:
+            crowded = error
         with suppress(TimeoutError):
             async with asyncio.timeout(self._encoder.settings.encode_timeout), self._turn:
-                while failure.code == FULL and await self._more_room(seen):
-                    seen = self._returns
+                while True:
+                    while self._returns == crowded.returns and self._busy():  # noqa: ASYNC110 - flights tell nobody
+                        await asyncio.sleep(POLL)
                     try:
                         return await self._try(items)
-                    except Overloaded as error:
-                        failure, seen = error, seen + len(items)
-        raise failure
+                    except Crowded as error:
+                        crowded = error
+        raise crowded.failure
 
     async def _others_first(self) -> None:
         """Until nobody waits for room who came before. Raises Overloaded."""
@@ -170,25 +185,24 @@ class Lender:
             message = f"others wait for room for their embeddings, for {limit:g} s already; raise --cache-bytes"
             raise Overloaded(message, code=FULL) from None
 
-    async def _more_room(self, seen: int) -> bool:
-        """As soon as more than `seen` loans are over. False: none is left, nor is anything written for nobody."""
-        waited = False
-        while self._returns == seen:
-            if not (self._lent or self._encoder.queue()["items"]):
-                return waited
-            waited = True
-            await asyncio.sleep(POLL)
-        return True
+    def _busy(self) -> bool:
+        """Whether anything is lent, or written, perhaps for nobody any more."""
+        return bool(self._lent or self._encoder.queue()["items"])
 
     async def _try(self, items: Sequence[MediaItem]) -> tuple[list[Encoding], list[tuple[Entry, bool]]]:
-        """Where each will be; on an error, nothing is held, and the loans of all items are over."""
+        """Where each will be; on an error, nothing is held. Raises Crowded and EngineError."""
+        busy, returns = self._busy(), self._returns
         loans = [Encoding(self._encoder, item, self._take_back) for item in items]
         self._lent.update(loans)
         try:
             return loans, await _all(loans)
-        except BaseException:
+        except BaseException as error:
             _release(loans)
             await asyncio.gather(*(loan.over.wait() for loan in loans))
+            returns += len(loans)
+            others = busy or self._busy() or self._returns != returns
+            if isinstance(error, Overloaded) and error.code == FULL and others:
+                raise Crowded(error, returns) from None
             raise
 
     def _take_back(self, loan: Loan) -> None:

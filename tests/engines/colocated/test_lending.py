@@ -210,35 +210,32 @@ async def test_a_cache_that_stays_full_is_not_waited_for_for_ever() -> None:
         await rest(toy)
 
 
-class LargeLater(ToyReader):
-    """Reads what is larger than 4 tokens only once it is `let`."""
+class FirstAlone(ToyReader):
+    """Reads what is not called 0 only once it is `let`."""
 
     def __init__(self) -> None:
         self.let = threading.Event()
 
     def read(self, data: bytes, item: MediaItem) -> Prepared:
-        prepared = super().read(data, item)
-        assert prepared.tokens <= 4 or self.let.wait(30)
-        return prepared
+        assert data.endswith(b"0") or self.let.wait(30)
+        return super().read(data, item)
 
 
 async def test_two_that_stand_in_each_others_way_are_both_served() -> None:
-    async with toy_encoder(tokens=12, media_workers=4) as toy:
-        reader = toy.encoder._reader = LargeLater()
+    async with toy_encoder(tokens=12, media_workers=6) as toy:
+        reader = toy.encoder._reader = FirstAlone()
         toy.model.gate.clear()
-        lender, begun = Lender(toy.encoder), toy.model.entered
+        lender = Lender(toy.encoder)
 
-        async def ask(seed: str) -> None:
-            async with lender.lend(body(image(4, f"{seed}0"), image(8, f"{seed}1"))) as lent:
-                small, large = loans(lent)
-                assert (await small.rows()).equal(embedding(4, f"{seed}0"))
-                assert (await large.rows()).equal(embedding(8, f"{seed}1"))
+        async def ask(*seeds: str) -> None:
+            async with lender.lend(body(*(image(4, seed) for seed in seeds))) as lent:
+                for seed, loan in zip(seeds, loans(lent), strict=True):
+                    assert (await loan.rows()).equal(embedding(4, seed))
 
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-            for seed in "ab":
-                group.create_task(ask(seed))
+            group.create_task(ask("a0", "a1", "a2"))
+            group.create_task(ask("b0", "b1", "b2"))
             await until(lambda: toy.encoder.cache_info()["filling"] == 2)
-            await asyncio.to_thread(begun.acquire)
             reader.let.set()
             await until(lender._turn.locked)
             toy.model.gate.set()
@@ -247,7 +244,7 @@ async def test_two_that_stand_in_each_others_way_are_both_served() -> None:
 
 async def test_who_waits_for_room_hears_of_one_that_leaves_before_it_has_borrowed() -> None:
     async with toy_encoder(tokens=10, media_workers=4) as toy:
-        reader = toy.encoder._reader = LargeLater()
+        reader = toy.encoder._reader = FirstAlone()
         toy.model.gate.clear()
         lender = Lender(toy.encoder)
 
@@ -256,9 +253,9 @@ async def test_who_waits_for_room_hears_of_one_that_leaves_before_it_has_borrowe
                 await asyncio.gather(*(loan.rows() for loan in loans(lent)))
 
         async with asyncio.timeout(30):
-            leaving = asyncio.create_task(ask(image(4, "a"), image(5, "slow")))
+            leaving = asyncio.create_task(ask(image(4, "a0"), image(5, "slow")))
             await asyncio.to_thread(toy.model.entered.acquire)
-            staying = asyncio.create_task(ask(image(4, "b"), image(4, "c")))
+            staying = asyncio.create_task(ask(image(4, "b0"), image(4, "c0")))
             await until(lambda: lender._turn.locked())
             leaving.cancel()
             await asyncio.wait([leaving])
