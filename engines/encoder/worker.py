@@ -6,6 +6,9 @@ queue; later it is computed to the end, because the model already writes its mem
 
     one queue ─┬─▶ device 0: `depth` threads      a batch goes to the device that computes the fewest
                └─▶ device 1: …                    what waits is shared out over those that compute none
+
+What one device fails on, another tries. If that can, the first gets no batch while there is a choice: a broken device
+fails fast, and would take everything.
 """
 
 from __future__ import annotations
@@ -49,11 +52,12 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One device. `busy`: batches that it computes."""
+    """One device. `busy`: batches that it computes. `broken`: it failed on all of its last, and another did not."""
 
     encode: Encode
     threads: ThreadPoolExecutor
     busy: int = 0
+    broken: bool = False
 
 
 class ModelThreads:
@@ -115,7 +119,7 @@ class ModelThreads:
     async def encode(self, item: Item, output: Any, taken: Callable[[], None]) -> None:
         """Compute one item into `output`. `taken()` is called when its batch starts; until then it may be cancelled.
 
-        Raises EngineError when the model failed on this item alone.
+        Raises EngineError when the model failed on this item alone, on two devices where there are.
         """
         job = Job(item, output, asyncio.get_running_loop().create_future(), taken)
         self._batcher.add(job, item.patches)
@@ -143,13 +147,12 @@ class ModelThreads:
                 self._start(worker, [job for job in batch if not job.done.done()])
 
     def _free(self) -> Worker | None:
-        """Whoever computes least, if it may compute more."""
-        worker = min(self._workers, key=lambda worker: worker.busy)
-        return worker if worker.busy < self._depth else None
+        """Whoever computes least of those that may compute more."""
+        return min((worker for worker in self._workers if worker.busy < self._depth), key=_preference, default=None)
 
     def _idle(self) -> int:
         """Among how many devices what waits is to be shared out."""
-        return max(1, sum(not worker.busy for worker in self._workers))
+        return max(1, sum(not (worker.busy or worker.broken) for worker in self._workers))
 
     def _start(self, worker: Worker, batch: list[Job]) -> None:
         if not batch:
@@ -163,17 +166,34 @@ class ModelThreads:
         task.add_done_callback(self._batches.discard)
 
     async def _compute(self, worker: Worker, batch: list[Job]) -> None:
-        loop = asyncio.get_running_loop()
-        errors, seconds = await loop.run_in_executor(worker.threads, _forward, worker.encode, batch)
-        worker.busy -= 1
+        found = dict(zip(batch, await self._on(worker, batch), strict=True))
+        failed = [job for job, error in found.items() if error is not None]
+        worker.broken = len(failed) == len(batch) and len(self._workers) > 1
+        if failed and (others := [other for other in self._workers if other is not worker]):
+            other = min(others, key=_preference)
+            other.busy += 1
+            again = await self._on(other, failed)
+            worker.broken = worker.broken and None in again
+            found.update(zip(failed, again, strict=True))
         self.running -= len(batch)
-        self._work.set()
-        self._observe(len(batch), sum(job.item.patches for job in batch), seconds)
-        for job, error in zip(batch, errors, strict=True):
+        for job, error in found.items():
             if error is None:
                 job.done.set_result(None)
             else:
                 job.done.set_exception(error)
+
+    async def _on(self, worker: Worker, batch: list[Job]) -> list[EngineError | None]:
+        """One error or None per job. The worker counts as busy already."""
+        loop = asyncio.get_running_loop()
+        errors, seconds = await loop.run_in_executor(worker.threads, _forward, worker.encode, batch)
+        worker.busy -= 1
+        self._work.set()
+        self._observe(len(batch), sum(job.item.patches for job in batch), seconds)
+        return errors
+
+
+def _preference(worker: Worker) -> tuple[bool, int]:
+    return worker.broken, worker.busy
 
 
 def _forward(encode: Encode, batch: list[Job]) -> tuple[list[EngineError | None], float]:

@@ -13,6 +13,7 @@ import pytest
 from engines.encoder.batch import Batcher
 from engines.encoder.worker import ModelThreads
 from engines.errors import EngineError
+from tests.support.waiting import until
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,7 @@ async def test_what_waits_is_shared_out_over_idle_devices_and_each_gets_as_much_
         assert await asyncio.gather(*first, *rest, *last) == [2, 4, 6, 8, 10, 12, 14]
 
 
-async def test_a_device_that_fails_fails_its_own_items_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_item_that_no_device_can_compute_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
     models = [Model(), Model()]
     for model in models:
         model.gate.set()
@@ -187,4 +188,43 @@ async def test_a_device_that_fails_fails_its_own_items_alone(caplog: pytest.LogC
         assert await good == 6
         with pytest.raises(EngineError, match="cannot compute"):
             await broken
+        assert [sum(item.broken for batch in model.batches for item in batch) for model in models] == [1, 1]
+        assert not any(worker.broken for worker in thread._workers)
     assert "a forward over 1 items failed" in caplog.text
+
+
+async def test_what_a_broken_device_fails_on_another_computes_and_then_gets_all_it_can_take() -> None:
+    works, ill = Model(), True
+    works.gate.set()
+    tried = list[int]()
+
+    def breaks(batch: Sequence[Item], outputs: Sequence[list[int]]) -> None:
+        tried.append(len(batch))
+        if ill:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        works(batch, outputs)
+
+    async with asyncio.timeout(30), ModelThreads([breaks, works], Batcher(10)) as thread:
+        assert await asyncio.gather(*start(thread, Item(2))) == [4]
+        assert tried == [1]
+        for patches in range(1, 6):
+            assert await asyncio.gather(*start(thread, Item(patches))) == [2 * patches]
+        assert tried == [1], "it is not asked while the other has nothing to do"
+
+        works.gate.clear()
+        first = start(thread, Item(3))
+        await settle()
+        second = start(thread, Item(4))
+        await until(lambda: tried == [1, 1])
+        works.gate.set()
+        assert await asyncio.gather(*first, *second) == [6, 8], "it is asked again when there is no other"
+
+        ill = False
+        works.gate.clear()
+        first = start(thread, Item(5))
+        await settle()
+        second = start(thread, Item(6))
+        await until(lambda: tried == [1, 1, 1])
+        works.gate.set()
+        assert await asyncio.gather(*first, *second) == [10, 12]
+        assert not any(worker.broken for worker in thread._workers)
