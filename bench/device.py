@@ -13,6 +13,7 @@ import asyncio
 import gc
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,8 @@ from engines.language.runner import Runner, runner_of
 from engines.language.scheduler import Limits
 from engines.language.sequence import SamplingParams, Sequence
 from engines.language.varlen import block_size_for
+
+STAGES = ("encode", "prefill", "decode", "waiting")
 
 PICTURE = (1920, 1080)
 BATCH_PATCHES = 16384
@@ -68,19 +71,25 @@ class Subject:
     peak: Peak
 
 
-def measure(report: Report, subject: Subject, repeats: int) -> None:
-    """Add the subject's rows and bars."""
+def measure(report: Report, subject: Subject, repeats: int, stages: Collection[str] = STAGES) -> None:
+    """Add the subject's rows and bars of these stages."""
     with tempfile.TemporaryDirectory() as folder:
         subject.config.save_pretrained(folder)
         facts = ModelFacts.read(Path(folder))
-    encode(report, subject, repeats)
-    tidy(subject.device)
+    if "encode" in stages:
+        encode(report, subject, repeats)
+        tidy(subject.device)
+    if not set(stages) - {"encode"}:
+        return
     model = language_model(subject, facts)
     ours = Ours(runner_over(model))
     theirs = theirs_over(model, subject)
-    prefills(report, subject, ours, theirs, repeats)
-    decodes(report, subject, ours, theirs, repeats)
-    waiting(report, subject, ours.runner)
+    if "prefill" in stages:
+        prefills(report, subject, ours, theirs, repeats)
+    if "decode" in stages:
+        decodes(report, subject, ours, theirs, repeats)
+    if "waiting" in stages:
+        waiting(report, subject, ours.runner)
     del model, ours, theirs
     tidy(subject.device)
 
@@ -255,6 +264,8 @@ def row(
         share_of_best=round(share, 3),
         device=told(subject.device),
     )
+    # said at once, too: a later stage may end the run before its end
+    report.progress(f"{subject.name}: {work}: {rates} {unit}, {share:.3f} of the best")
 
 
 def told(device: torch.device) -> str:
@@ -278,6 +289,7 @@ def waiting(report: Report, subject: Subject, runner: Runner) -> None:
         alone=round(1000 * median(alone), 2),
         device=told(subject.device),
     )
+    report.progress(f"{subject.name}: {1000 * p50:.2f} ms from token to token, p99 {1000 * p99:.2f} ms")
     if subject.name == PROMISED:
         report.bar(f"{subject.name}: between tokens beside prefill, p99 / p50", p99 / p50, 1.5)
 

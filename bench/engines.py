@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads, for both sides")
     parser.add_argument("--device", default="cpu", help="cpu, or the GPU that true shapes are measured on, e.g. cuda")
     parser.add_argument("--shapes", default=",".join(shapes.configs()), help="which of them, with commas between")
+    parser.add_argument("--stages", default=",".join(device.STAGES), help="what is measured of them, likewise")
     parser.add_argument("--peak-tflops", type=float, help="what the GPU does at most; default: by its name")
     parser.add_argument("--peak-gbytes", type=float, help="GB/s of its memory; default: by its name")
     add_arguments(parser)
@@ -176,7 +177,7 @@ def main() -> None:
             subjects = subjects_of(arguments)
         except (SetupError, LookupError) as error:
             parser.error(str(error.args[0]))
-        sys.exit(on_gpu(subjects, arguments.repeats).emit(arguments))
+        sys.exit(on_gpu(subjects, arguments.repeats, arguments.stages.split(",")).emit(arguments))
     folder = arguments.model or asyncio.run(tiny_checkpoint("qwen3_vl", Path(".checkpoints/qwen3_vl")))
     sys.exit(measure(folder, arguments.repeats).emit(arguments))
 
@@ -192,13 +193,15 @@ def subjects_of(arguments: argparse.Namespace) -> list[device.Subject]:
     names = arguments.shapes.split(",")
     if unknown := set(names) - known.keys():
         raise LookupError(f"--shapes {','.join(unknown)}: known are {', '.join(known)}")
+    if unknown := set(arguments.stages.split(",")) - set(device.STAGES):
+        raise LookupError(f"--stages {','.join(unknown)}: known are {', '.join(device.STAGES)}")
     return [device.Subject(name, known[name], chosen, torch.bfloat16, peak) for name in names]
 
 
-def on_gpu(subjects: Sequence[device.Subject], repeats: int) -> Report:
+def on_gpu(subjects: Sequence[device.Subject], repeats: int, stages: Sequence[str]) -> Report:
     report = Report("engines")
     for subject in subjects:
-        device.measure(report, subject, repeats)
+        device.measure(report, subject, repeats, stages)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -66,6 +67,19 @@ def test_every_stage_is_measured_beside_transformers_and_the_best_there_is(famil
     ]
 
 
+@pytest.mark.parametrize(("stages", "works"), [(["encode"], ["encode 1080p"]), (["waiting"], ["2 decode beside"])])
+def test_stages_are_measured_by_themselves_and_told_as_they_end(
+    stages: list[str], works: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report("engines")
+    subject = device.Subject("tiny", tiny("qwen3_vl"), torch.device("cpu"), torch.float32, Peak(1e15, 1e15))
+    device.measure(report, subject, repeats=1, stages=stages)
+    assert [row["work"][: len(work)] for row, work in zip(report.rows, works, strict=True)] == works
+    told = capsys.readouterr().err
+    assert ("of the best" in told) == ("encode" in stages)
+    assert ("from token to token" in told) == ("waiting" in stages)
+
+
 def test_both_sides_have_the_same_weights_and_say_the_same() -> None:
     config = tiny("qwen3_vl")
     subject = device.Subject("tiny", config, torch.device("cpu"), torch.float32, Peak(1e15, 1e15))
@@ -84,6 +98,7 @@ def test_both_sides_have_the_same_weights_and_say_the_same() -> None:
 
 def asked(**flags: Any) -> argparse.Namespace:
     fields = {"device": "cpu", "shapes": "Qwen3-VL-8B,Qwen2.5-VL-3B", "peak_tflops": 100.0, "peak_gbytes": 2000.0}
+    fields |= {"stages": "encode,decode"}
     return argparse.Namespace(**{**fields, **flags})
 
 
@@ -99,6 +114,7 @@ def test_shapes_are_chosen_and_peaks_told_on_the_command_line() -> None:
     ("flags", "told"),
     [
         ({"shapes": "Qwen9"}, "known are Qwen2.5-VL-3B"),
+        ({"stages": "decode,sleep"}, "--stages sleep: known are encode"),
         ({"peak_tflops": None}, "what cpu can do is not known"),
         ({"device": "abacus"}, "--device abacus"),
     ],
@@ -109,6 +125,10 @@ def test_what_cannot_be_measured_is_told_before_anything_is(flags: dict[str, Any
 
 
 def test_every_subject_goes_into_one_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "measure", lambda report, subject, repeats: report.row(work=subject.name, n=repeats))
-    report = engines.on_gpu(engines.subjects_of(asked()), 7)
-    assert report.rows == [{"work": "Qwen3-VL-8B", "n": 7}, {"work": "Qwen2.5-VL-3B", "n": 7}]
+    def measure(report: Report, subject: device.Subject, repeats: int, stages: Sequence[str]) -> None:
+        report.row(work=subject.name, n=repeats, stages=stages)
+
+    monkeypatch.setattr(device, "measure", measure)
+    report = engines.on_gpu(engines.subjects_of(asked()), 7, ["decode"])
+    assert [row["work"] for row in report.rows] == ["Qwen3-VL-8B", "Qwen2.5-VL-3B"]
+    assert all((row["n"], row["stages"]) == (7, ["decode"]) for row in report.rows)
