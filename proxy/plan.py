@@ -24,7 +24,7 @@ from proxy.freight import Cargo, Freight
 from proxy.joint import Pools
 from proxy.prospects import PLAIN, Prospects, Sight, unique
 from proxy.record import Choice
-from proxy.retry import rule
+from proxy.retry import avoidance, rule
 from proxy.routing import paths, router
 
 _INLINE = "encoders failed, encoding inline"
@@ -53,7 +53,7 @@ class Held:
     def failed(self, error: Exception, now: float) -> bool:
         if not isinstance(error, ProxyError):
             return False
-        return self.permit.failed(rule(error).blame, now, error.retry_after)
+        return self.permit.failed(rule(error).blame, now, avoidance(error))
 
     def prefilled(self) -> None:
         if self.cargo is not None:

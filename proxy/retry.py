@@ -60,6 +60,8 @@ RULES: Mapping[Cause, Rule] = {
 # Codes of our engines: an embedding or the KV of a prompt is gone. Making it again helps; after a timeout, elsewhere.
 _LOST = frozenset({"embedding_gone", "embedding_invalid", "kv_gone", "peer_failed", "peer_unreachable"})
 _TURNED = "other_role"
+TURNED_S = 1.0
+"""For so long an engine is left alone that has said so: probes tell what has become of it."""
 _MEDIA = "media_or_engine"
 _ROLES = {Stage.ENCODE: Role.ENCODE, Stage.PREFILL: Role.PREFILL, Stage.DECODE: Role.DECODE}
 STAGES = {Role.ENCODE: Stage.ENCODE, Role.PREFILL: Stage.PREFILL, Role.DECODE: Stage.DECODE, BOTH: Stage.DECODE}
@@ -108,6 +110,13 @@ class fetching:
 
 def rule(error: ProxyError) -> Rule:
     return RULES[cause(error)]
+
+
+def avoidance(error: ProxyError) -> float | None:
+    """Seconds for which an engine that is BUSY is given nothing; None: it does not say."""
+    if error.retry_after is None and isinstance(error, Refused) and error.code == _TURNED:
+        return TURNED_S
+    return error.retry_after
 
 
 def unread(error: ProxyError) -> bool:

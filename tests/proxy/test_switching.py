@@ -173,6 +173,17 @@ async def test_what_an_engine_refuses_as_it_turns_is_served_by_another(handoff: 
         assert d.proxy.health.circuit(of(d, one)) == "CLOSED"
 
 
+async def test_an_engine_that_turns_is_left_alone_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.retry.TURNED_S", 60.0)
+    async with turning("1p1d", probe_interval=30.0, handoff="pull") as d:
+        one = d.decodes[0]
+        one.always = Fault(Kind.STATUS, status=503, error={"message": "no", "code": "other_role"})
+        refused, *others = [await d.post(chat()) for _ in range(4)]
+        assert refused.error["code"] == "other_role"
+        assert {answer.status for answer in others} == {503} and len(one.calls) == 1
+        assert len(d.prefills[0].calls) == 1, "nothing is prefilled that nobody would read"
+
+
 @pytest.mark.parametrize(
     ("topology", "letter", "role", "told"),
     [
