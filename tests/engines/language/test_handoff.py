@@ -165,6 +165,19 @@ async def test_pull(n: int, apart: bool) -> None:
         await decode.at_rest()
 
 
+@pytest.mark.parametrize("pull", [False, True], ids=["push", "pull"])
+async def test_blocks_that_were_kept_of_another_prompt_are_sent_too(pull: bool, apart: bool) -> None:
+    """Blocks out of the prefix cache that no transfer has seen before."""
+    async with pair(apart=apart) as (prefill, decode), metaserver(prefill_for(prefill)) as url:
+        await prefill.answer(Keep(), prefill.job(max_tokens=1))
+        ran = prefill.runner.steps
+        tokens, _ = await decode.answer(await publish(prefill) if pull else Ask(url), decode.job())
+        assert tokens == {0: expected(PROMPT, 6)}
+        assert prefill.runner.steps == ran + 1, "it was there already, but for its last token"
+        await prefill.at_rest()
+        await decode.at_rest()
+
+
 async def test_many_pushes_at_once(apart: bool) -> None:
     async with pair(apart=apart) as (prefill, decode), metaserver(prefill_for(prefill)) as url:
         answers = await asyncio.gather(*(decode.answer(Ask(url), decode.job()) for _ in range(12)))
