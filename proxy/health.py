@@ -137,7 +137,8 @@ class Health:
             instance.failures = 0
             if instance.state is State.DOWN:
                 self._breakers.forget(instance.url)  # another process, most likely
-            self._apply(instance, Event.HEALTHY, "healthy")
+            if instance.state is not State.DRAINING:  # which has its own reason
+                self._apply(instance, Event.HEALTHY, "healthy")
 
     def _failed(self, instance: Instance, reason: str) -> None:
         instance.failures += 1

@@ -55,6 +55,8 @@ async def test_it_ends_what_it_has_and_serves_as_what_it_has_become(handoff: str
         await until(lambda: of(d, one).state is State.DRAINING)
         shown = {i["url"]: i for i in (await d.get("/instances")).json["instances"]}[one.url]
         assert (shown["role"], shown["turning_to"], shown["leases"]) == ("decode", "prefill", 1)
+        await d.proxy.health.tick()
+        assert of(d, one).reason == "drained, to be prefill", "that it is healthy is no reason to drain"
         assert not one.asked, "the engine is asked when it is idle"
         one.gate.set()
         assert [answer.status for answer in await asyncio.gather(*asking)] == [200, 200]
