@@ -172,7 +172,7 @@ def _media(messages: list[Any]) -> list[Media]:
                 raise BadRequest(f"this model has no audio: {kind} is not served", param=path, code=NO_AUDIO)
             elif kind in MEDIA_PARTS:
                 raise BadRequest(
-                    f"this engine has no encoder and takes no {kind}: send the request through the proxy",
+                    f"this engine has no encoder and takes no {kind}: send image_url or video_url through the proxy",
                     param=path,
                     code="no_encoder",
                 )
