@@ -160,8 +160,8 @@ def expand(
     """Repeat the k-th of the `pads` as often as the k-th piece has embeddings. `rate`: positions in a second of video;
     0: its steps are one position apart.
 
-    :raises PromptError: the pads are not as many as the pieces, a grid is not made of whole merged patches, or they make
-        more than MOST_TOKENS.
+    :raises PromptError: the pads are not as many as the pieces, a grid is not made of whole merged patches, or they
+        make more than MOST_TOKENS.
     """
     places = [index for index, token in enumerate(token_ids) if token in pads]
     if len(places) != len(pieces):
