@@ -20,7 +20,7 @@ smoke: install ## the same without staying up; fails unless the answer equals th
 	@$(BIN)/python -m deploy.demo --smoke
 
 test: install ## run the tests (TESTS=path for some of them, JOBS=1 one after the other)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 operations: install ## the tests against real parts: nginx, Envoy, Prometheus, Chromium; installs those from Debian
 	@tests/operations/install.sh

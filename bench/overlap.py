@@ -27,6 +27,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import uvloop
 
 from bench.report import Report, add_arguments
 from engines.checkpoint import make
@@ -46,7 +47,7 @@ TIMEOUT = 60.0
 EXPOSED = 0.02  # of the prefill's time
 HIDDEN = 98.0  # percent of what stays exposed when everything is pushed afterwards
 LINKS = ("mooncake", "zmq")  # which take longer than a copy, from LONG tokens on
-LONG = 4096
+LONG = 8192
 
 
 def layout_of(facts: ModelFacts, tokens: int) -> KVLayout:
@@ -73,7 +74,7 @@ def receiver(pipe: Connection, transport: str, nbytes: int) -> None:
         finally:
             await transfer.close()
 
-    asyncio.run(serve())
+    uvloop.run(serve())  # as engines do
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sys.exit(asyncio.run(measure(arguments)).emit(arguments))
+    sys.exit(uvloop.run(measure(arguments)).emit(arguments))
 
 
 if __name__ == "__main__":
