@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 TESTS ?= tests
-JOBS ?= 2
+JOBS ?= 3
 
 .PHONY: help install demo smoke test operations faults conformance-vllm conformance-sglang lint format clean
 help: ## show this list
