@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,18 @@ SLOW = Path(__file__).parent / "system"
 
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Commands that a test runs in its own process may silence loggers for good; the next test reads what these say."""
+    loggers = {name: logging.getLogger(name) for name in ("", "proxy", "engines")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    disabled = logging.root.manager.disable
+    yield
+    for name, logger in loggers.items():
+        logger.setLevel(levels[name])
+    logging.disable(disabled)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
