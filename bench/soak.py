@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,33 +184,19 @@ class Soak:
 
     async def settled(self, seconds: float = SETTLE_S) -> tuple[dict[str, Any], float]:
         """What is still held by anybody when all should be at rest, and the engines' resident MB."""
-        held: dict[str, Any] = {}
+        left: dict[str, Any] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while held := await self._held():  # noqa: ASYNC110 - nobody tells when
+                while left := await self._held():  # noqa: ASYNC110 - nobody tells when
                     await asyncio.sleep(0.5)
         children = [child for child in self._where.engines.values() if child.returncode is None]
-        return held, round(sum(resident_bytes(tree(child.pid)) for child in children) / MB, 1)
+        return left, round(sum(resident_bytes(tree(child.pid)) for child in children) / MB, 1)
 
     async def _held(self) -> dict[str, Any]:
-        get: Callable[[str], Awaitable[Any]] = self._get
-        held = {
-            f"proxy: {instance['url']}": {key: instance[key] for key in ("state", "leases", "load")}
-            for instance in (await get(f"{self._where.url}/instances"))["instances"]
-            if instance["leases"] or instance["load"] or instance["state"] != "READY"
-        }
-        for name, child in self._where.engines.items():
-            try:
-                busy = busy_parts(await get(f"{child.url}/info"))
-            except (aiohttp.ClientError, TimeoutError) as error:
-                busy = {"unreachable": repr(error)}
-            if busy:
-                held[name] = busy
-        return held
-
-    async def _get(self, url: str) -> Any:
-        async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as response:
-            return await response.json(content_type=None)
+        """An instance that is not READY counts too: its engine may have come back unseen."""
+        instances = (await _get(self._session, f"{self._where.url}/instances"))["instances"]
+        away = {f"proxy:{one['url']}": one for one in instances if one["state"] != "READY"}
+        return away | await held(self._session, self._where)
 
 
 async def _frozen(child: Child, seconds: float) -> None:
@@ -226,6 +212,27 @@ async def _tell_progress(report: Report, until: float, tally: Tally) -> None:
         await asyncio.sleep(min(15.0, left))
         seen = ", ".join(f"{verdict} {number}" for verdict, number in sorted(tally.verdicts.items()))
         report.progress(f"{tally.kills} kills, {tally.freezes} freezes, {tally.audits} audits: {seen}")
+
+
+async def held(session: aiohttp.ClientSession, where: Deployment) -> dict[str, Any]:
+    """Everything that is not at rest, by process; empty when all is."""
+    found: dict[str, Any] = {}
+    for instance in (await _get(session, f"{where.url}/instances"))["instances"]:
+        if instance["load"] or instance["leases"]:
+            found[f"proxy:{instance['url']}"] = instance
+    for name, child in where.engines.items():
+        try:
+            busy = busy_parts(await _get(session, f"{child.url}/info"))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            busy = {"unreachable": repr(error)}
+        if busy:
+            found[name] = busy
+    return found
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> Any:
+    async with session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as response:
+        return await response.json(content_type=None)
 
 
 def busy_parts(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
-import torch
-
+from engines.dtypes import named
 from engines.ec_connector.shelf import Shelf
 from engines.encoder.cache import EmbeddingCache, Entry, State
 from engines.errors import Overloaded
@@ -37,13 +36,8 @@ class Publisher(Protocol):
 def described(folder: Shelf, key: str) -> dict[str, Any]:
     """The entry of a file in a shared folder. Raises TransferError, ValueError."""
     dtype, shape = describe(folder.path(key))
-    where = {"transport": "storage", "key": key, "nbytes": math.prod(shape) * _itemsize(dtype)}
+    where = {"transport": "storage", "key": key, "nbytes": math.prod(shape) * named(dtype).itemsize}
     return _entry(dtype, shape, where)
-
-
-def _itemsize(dtype: str) -> int:
-    found: torch.dtype = getattr(torch, dtype)
-    return found.itemsize
 
 
 def _entry(dtype: str, shape: tuple[int, ...], where: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +86,7 @@ class ArenaPublisher:
     async def _move(self, key: str) -> Entry:
         path = self._shelf.path(key)
         dtype, shape = describe(path)
-        nbytes = math.prod(shape) * _itemsize(dtype)
+        nbytes = math.prod(shape) * named(dtype).itemsize
         entry = self._room(key, nbytes)
         try:
             spans = [(entry.offset, nbytes)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from engines.dtypes import name_of
 from engines.transfer.liveness import machine, started
 from engines.transfer.spans import table
 from engines.transfer.storage import FILE, KEY, TENSOR, save
@@ -55,7 +56,7 @@ class Shelf:
 
     def put(self, key: str, embedding: torch.Tensor) -> None:
         """`embedding`: [tokens, width], on any device. Raises OSError, KeyError for a dtype that no file has."""
-        dtype = str(embedding.dtype).removeprefix("torch.")
+        dtype = name_of(embedding.dtype)
         flat = embedding.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
         save(self.path(key), flat.data, table([(0, flat.nbytes)], flat.nbytes), dtype, embedding.shape)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from engines import weights
+from engines import dtypes, weights
 from engines.devices import Beside
 from engines.encoder.cutting import Prepared
 from engines.encoder.towers import Tower, tower_of
@@ -57,11 +57,11 @@ class VisionModel:
         except (OSError, ValueError) as error:
             raise SetupError(f"--model {folder}: {error}") from None
         family = family_of(folder, config)
-        chosen = _dtype(dtype, config)
+        dtype_there = dtypes.chosen(dtype, config)
         try:
-            attention = implementation(torch.device(device), chosen)
+            attention = implementation(torch.device(device), dtype_there)
             tower = weights.on_meta(lambda: tower_of(family, config, attention))
-            report = weights.load(tower.module, folder, part="vision", dtype=chosen, device=device)
+            report = weights.load(tower.module, folder, part="vision", dtype=dtype_there, device=device)
         except weights.WeightsError as error:
             raise SetupError(f"--model {folder}: {error}") from None
         return cls(tower, config, report, device)
@@ -69,7 +69,7 @@ class VisionModel:
     @property
     def dtype_name(self) -> str:
         """As safetensors and vLLM write it: float32, bfloat16, float16."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtypes.name_of(self.dtype)
 
     def numbers(self) -> dict[str, Any]:
         """For whoever predicts the cost of an image: its family, of its configuration what counts, and the bytes of a
@@ -140,11 +140,3 @@ class Replicas:
     def load(cls, folder: Path, *, dtype: str, devices: Sequence[torch.device]) -> Replicas:
         """Raises SetupError with what to change."""
         return cls([VisionModel.load(folder, dtype=dtype, device=str(device)) for device in devices])
-
-
-def _dtype(name: str, config: Any) -> torch.dtype:
-    if name != "auto":
-        chosen: torch.dtype = getattr(torch, name)
-        return chosen
-    stored = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, stored) if isinstance(stored, str) else stored

@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from engines.dtypes import named
 from engines.encoder.cache import Entry
 from engines.encoder.pickles import embedding_data, modality
 from engines.encoder.request import Embedding, MediaItem
@@ -192,7 +193,7 @@ def metadata(body: Mapping[str, Any], embeddings: Sequence[Embedding] = (), erro
         "modality": modality(str(body.get("modality", "IMAGE"))),
         "embedding": None,
         "send_time": None,
-        "dtype": getattr(torch, embeddings[0].dtype) if embeddings else None,
+        "dtype": named(embeddings[0].dtype) if embeddings else None,
         "shape": [sum(e.tokens for e in embeddings), embeddings[0].shape[1]] if embeddings else None,
         "error_msg": None if error is None else error.message,
         "error_code": None if error is None else error.status,

@@ -97,6 +97,13 @@ def blocks(query: Query, block_size: int) -> int:
     return -(-query.stop // block_size)
 
 
+def fill_tables(tables: npt.NDArray[Any], queries: Sequence[Query], block_size: int) -> None:
+    """Write the blocks of each query's sequence into its row of `tables`, `[queries or more, blocks or more]`."""
+    for row, query in zip(tables, queries, strict=False):
+        used = blocks(query, block_size)
+        row[:used] = query.block_table[:used]
+
+
 def key_rows(cache: KVCache, query: Query) -> Indices:
     """The rows of `KVCache.rows` for the keys of each token of a query."""
     size = cache.layout.block_size

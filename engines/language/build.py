@@ -13,6 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import AutoConfig
 
+from engines import dtypes
 from engines.devices import devices_of, pinned
 from engines.errors import SetupError
 from engines.language.app import LanguageApp, Parts
@@ -127,7 +128,8 @@ def load_model(settings: LanguageSettings, group: Group) -> LanguageModel:
             f"--device {settings.device}: a language engine takes one; --tensor-parallel takes those after it"
         )
     try:
-        return LanguageModel.load(settings.model, _dtype(settings), settings.device, group)
+        dtype = dtypes.chosen(settings.dtype, AutoConfig.from_pretrained(settings.model))
+        return LanguageModel.load(settings.model, dtype, settings.device, group)
     except (OSError, ValueError, WeightsError) as error:
         raise SetupError(f"--model {settings.model}: {error}") from None
 
@@ -140,15 +142,6 @@ def step_parts(
     limits = limits_of(settings, model.facts, layout)
     decoding = (limits.max_num_seqs, limits.max_tokens) if settings.decode_graphs else None
     return cache, runner_of(model, cache, settings.attention, decoding, settings.layers_per_push)
-
-
-def _dtype(settings: LanguageSettings) -> torch.dtype:
-    if settings.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, settings.dtype)
-        return chosen
-    config = AutoConfig.from_pretrained(settings.model)
-    stored = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    return getattr(torch, stored) if isinstance(stored, str) else stored
 
 
 async def _open(

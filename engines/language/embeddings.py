@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from engines.dtypes import name_of
 from engines.errors import BadRequest, Overloaded, SetupError
 from engines.language.embedding_handles import Expected, Handle, Stretch, in_order, whole
 from engines.language.embedding_pool import Claim, EmbeddingPool, Run, size, split
@@ -228,8 +229,8 @@ class EmbeddingReceiver:
         """The embedding from the fallback, in memory of its own: a lost writer may still write into the arena."""
         if self._fallback is None:
             return None
-        rows, dtype = bytearray(handle.shape[0] * handle.row_nbytes), str(handle.dtype).removeprefix("torch.")
-        if not await self._fallback.get(handle.mm_hash, dtype, memoryview(rows)):
+        rows = bytearray(handle.shape[0] * handle.row_nbytes)
+        if not await self._fallback.get(handle.mm_hash, name_of(handle.dtype), memoryview(rows)):
             return None
         return torch.frombuffer(rows, dtype=handle.dtype).view(handle.shape)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from engines.language.attention import Indices, Places, Query, Written, blocks, places
+from engines.language.attention import Indices, Places, Query, Written, blocks, fill_tables, places
 from engines.language.kv import KVCache
 
 # Padding a group's shorter members costs at most as much as their own work; below this many blocks it is cheaper than
@@ -140,10 +140,8 @@ def groups(counts: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def gather_decodes(cache: KVCache, queries: Sequence[Query], first: int) -> Gather:
     size = cache.layout.block_size
-    counts = [blocks(query, size) for query in queries]
-    table = np.zeros((len(queries), counts[0]), np.int64)
-    for row, query, count in zip(table, queries, counts, strict=True):
-        row[:count] = query.block_table[:count]
+    table = np.zeros((len(queries), blocks(queries[0], size)), np.int64)
+    fill_tables(table, queries, size)
     stops = torch.tensor([query.stop for query in queries])
     length = int(stops.max())
     mask = None

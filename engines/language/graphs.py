@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import pad
 
 from engines.devices import into
-from engines.language.attention import Indices, Places, Query, blocks, key_rows
+from engines.language.attention import Indices, Places, Query, blocks, fill_tables, key_rows
 from engines.language.kv import KVCache
 from engines.language.model import LanguageModel
 from engines.language.varlen import Pages, Varlen
@@ -110,10 +110,9 @@ class Inputs:
         numbers[4] = self.cache.key_row(self._scratch, 0)
         numbers[0, :count], numbers[1:4, :count] = token_ids, positions
         for row, query in enumerate(queries):
-            used = blocks(query, self.cache.layout.block_size)
             numbers[4, row : row + 1] = key_rows(self.cache, query)
             lengths[row] = query.stop
-            tables[row, :used] = query.block_table[:used]
+        fill_tables(tables, queries, self.cache.layout.block_size)
         into(self._numbers, numbers)
         into(self._pages, np.concatenate((lengths, tables.ravel())))
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from engines.dtypes import name_of
 from engines.language.mirror import Mirror, Ready
 from engines.transfer.base import LayoutMismatch
 
@@ -78,7 +79,7 @@ class KVLayout:
             "block_size": self.block_size,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": name_of(self.dtype),
         }
 
     def check(self, facts: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from engines.devices import onto
 from engines.errors import SetupError
-from engines.language.attention import Backend, Places, Query, Written, blocks, places
+from engines.language.attention import Backend, Places, Query, Written, blocks, fill_tables, places
 from engines.language.gathering import Gathering
 from engines.language.kv import KVCache, KVLayout
 
@@ -77,9 +77,7 @@ class Pages:
         """`counts` of the last rows of each of `queries` attend."""
         lengths = [query.stop for query in queries]
         table = np.zeros((len(queries), blocks(max(queries, key=lambda query: query.stop), size)), Int32)
-        for row, query in zip(table, queries, strict=True):
-            used = blocks(query, size)
-            row[:used] = query.block_table[:used]
+        fill_tables(table, queries, size)
         return cls(
             sums(counts, device),
             onto(np.array(lengths, Int32), device),

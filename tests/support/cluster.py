@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.soak import busy_parts
+from bench.soak import held
 from deploy.deployment import Deployment, Topology
 from deploy.processes import Child
 from tests.support.checkpoints import checkpoint
@@ -122,18 +122,7 @@ class Cluster(Client):
 
     async def held(self) -> dict[str, Any]:
         """Everything that is not at rest, by process; empty when all is."""
-        held: dict[str, Any] = {}
-        for instance in (await self.get("/instances"))["instances"]:
-            if instance["load"] or instance["leases"]:
-                held[f"proxy:{instance['url']}"] = instance
-        for name, child in self.deployment.engines.items():
-            try:
-                busy = busy_parts(await self.client(child).get("/info"))
-            except aiohttp.ClientError as error:
-                busy = {"unreachable": error}
-            if busy:
-                held[name] = busy
-        return held
+        return await held(self._session, self.deployment)
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
+from engines.dtypes import named
 from engines.language.attention import Query
 from engines.language.mirror import Ready
 from engines.language.parallel.group import Group
@@ -113,7 +114,7 @@ class Follower:
         )
 
     def _patch(self, rows: Rows) -> Patch:
-        dtype: torch.dtype = getattr(torch, rows.dtype)
+        dtype = named(rows.dtype)
         whole = torch.empty(rows.count, rows.width, dtype=dtype, device=self._runner.model.device)
         self._group.spread(whole)
         return Patch(rows.first, whole)

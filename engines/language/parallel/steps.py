@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
+from engines.dtypes import name_of
 from engines.errors import ShuttingDown
 from engines.language.engine import Cache
 from engines.language.kv import KVLayout
@@ -149,10 +150,6 @@ def step_of(pack: Pack, errands: bool) -> Step:
         list(pack.last_rows),
         errands,
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 class KVStore(Cache, Protocol):

@@ -13,12 +13,13 @@ import openai
 import pytest
 import pytest_asyncio
 
+from bench.soak import busy_parts
 from engines.language.app import LanguageApp
 from engines.language.build import build
 from engines.serve import running
 from engines.settings import LanguageSettings
 from tests.support.checkpoints import checkpoint
-from tests.support.cluster import Answer, Client, busy_parts
+from tests.support.cluster import Answer, Client
 from tests.support.reference import reference
 from tests.support.waiting import eventually
 

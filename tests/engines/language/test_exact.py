@@ -12,10 +12,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from bench.soak import busy_parts
 from deploy.processes import Child
 from engines.transfer import create
 from tests.support.checkpoints import checkpoint
-from tests.support.cluster import Answer, Client, busy_parts
+from tests.support.cluster import Answer, Client
 from tests.support.drive import CASES, Case, case
 from tests.support.metaserver import metaserver
 from tests.support.reference import reference
