@@ -26,7 +26,7 @@ from tests.system.cases import CASES
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
 
 FAMILY = "qwen2_5_vl"
-PROXY = ("--encode-timeout", "6", "--prefill-timeout", "6", "--first-token-timeout", "8", "--stream-idle-timeout", "4")
+PROXY = ("--encode-timeout", "6", "--prefill-timeout", "10", "--first-token-timeout", "8", "--stream-idle-timeout", "4")
 ENGINES = ("--transfer-timeout", "5", "--grace", "2")
 LEASES = {"prefill": ("--kv-lease", "3", "--no-prefix-cache"), "decode": ("--metaserver-timeout", "8")}
 EVERYTHING = "everything"  # at once: two ranks, mirrored caches, embeddings in many pieces, a shared store
@@ -109,15 +109,14 @@ async def in_phase(
 ) -> AsyncIterator[asyncio.Task[Answer]]:
     """Send the phase's request, and run the body once it is there.
 
-    A pull takes milliseconds, so its decode engine is frozen between the prefill and the end of the body; `frozen`
-    names an engine that the body freezes and that must stay so.
+    A pull takes milliseconds, so its decode engine, which is asked for nothing before the prefill is done, is frozen
+    until the end of the body; `frozen` names an engine that the body freezes and that must stay so.
     """
-    task = asyncio.create_task(cluster.chat(phase.content, stream=stream, timeout=DEADLINE, **phase.fields))
     held = cluster.engine("decode") if phase.name == "transfer" and cluster.deployment.kv_handoff == "pull" else None
     if held is not None:
-        await seen(cluster, task, PHASES["prefill"])
         held.signal(signal.SIGSTOP)
     try:
+        task = asyncio.create_task(cluster.chat(phase.content, stream=stream, timeout=DEADLINE, **phase.fields))
         await seen(cluster, task, phase)
         yield task
     finally:
@@ -130,7 +129,7 @@ async def seen(cluster: Cluster, task: asyncio.Task[Answer], phase: Phase) -> No
         return task.done() or await phase.reached(cluster)
 
     await eventually(reached, 15)
-    assert not task.done(), f"the request was over before it was seen in {phase.name}: {task}"
+    assert not task.done(), f"over before it was seen in {phase.name}: {task.result().body or task.result().events}"
 
 
 async def serves_exactly(cluster: Cluster) -> None:
