@@ -1,8 +1,8 @@
 """How fast the engines' cores are beside `transformers` doing the same work, in one process and one run.
 
-Prefill and decode go through the language engine's runner, images through the encoder's model, both on one small
-checkpoint in float32; HTTP and transfers are not in these figures. Every compared pair is measured in turns, and the
-medians are compared. `--model DIR` measures a checkpoint of your own.
+Prefill and decode go through the language engine's runner, images through the encoder's cutter and model, all on one
+small checkpoint in float32; HTTP and transfers are not in these figures. Every compared pair is measured in turns, and
+the medians are compared. `--model DIR` measures a checkpoint of your own.
 
 `--device cuda` measures random weights at the true shapes of served models on a GPU instead, beside `transformers` and
 beside what the GPU could do at best: see `bench.device`.
@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 
 from bench import device, shapes
-from bench.pictures import image_file
+from bench.pictures import draw, image_file
 from bench.reference import Reference, load_reference
 from bench.report import Report, add_arguments
 from bench.stepping import Ours, Work, decode, interleave, prefill, timed
 from deploy.up import tiny_checkpoint
 from engines.devices import devices_of
-from engines.encoder.cutting import Prepared
+from engines.encoder.cutting import Prepared, cutter_of
 from engines.encoder.model import VisionModel
 from engines.errors import SetupError
 from engines.language.kv import KVCache, KVLayout
@@ -41,6 +41,8 @@ STEPS = 16
 BATCHES = (1, 8, 32)
 PROMPTS = (512, 2048)
 PICTURES = ((448, 336), (336, 448), (512, 288), (280, 280))
+LARGE = (1920, 1080)
+UNSHRUNK = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
 
 NOT_SLOWER = 0.97
 """The same forward on both sides differs by 2 % from run to run."""
@@ -81,6 +83,15 @@ def decode_theirs(reference: Reference, batch: int, prompt: list[int]) -> Work:
         return timed(steps)
 
     return work
+
+
+def cut_ours(folder: Path, picture: Image.Image) -> Work:
+    cutter = cutter_of(folder)
+    return lambda: timed(lambda: cutter.cut(picture, UNSHRUNK))
+
+
+def cut_theirs(reference: Reference, picture: Image.Image) -> Work:
+    return lambda: timed(lambda: reference.images(images=[picture], size=UNSHRUNK, return_tensors="pt"))
 
 
 def prepare(reference: Reference) -> list[Prepared]:
@@ -139,6 +150,14 @@ def measure(folder: Path, repeats: int) -> Report:
         compare(report, f"decode batch {batch}", "tokens/s", batch * STEPS, seconds)
         rate[batch] = batch * STEPS / seconds["triptych"]
     report.bar("decode: batch 32 / one by one", rate[32] / rate[1], 5.0, ">=")
+
+    progress("cut a 1080p image")
+    picture = draw(*LARGE)
+    seconds = interleave(
+        {"triptych": cut_ours(folder, picture), "transformers": cut_theirs(reference, picture)}, repeats
+    )
+    compare(report, "cut a 1080p image", "images/s", 1, seconds)
+    report.bar("cut a 1080p image: ours / transformers", ratio(seconds), 2.0, ">=")
 
     progress(f"encode {len(PICTURES)} images")
     items = prepare(reference)

@@ -10,6 +10,11 @@ def test_every_stage_is_measured_beside_transformers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(engines, "PICTURES", ((64, 64), (96, 64)))
     report = engines.measure(checkpoint("qwen3_vl"), repeats=1)
     work = [row["work"] for row in report.rows]
-    assert work == ["prefill 32 tokens", *(f"decode batch {batch}" for batch in (1, 8, 32)), "encode 2 images"]
+    assert work == [
+        "prefill 32 tokens",
+        *(f"decode batch {batch}" for batch in (1, 8, 32)),
+        "cut a 1080p image",
+        "encode 2 images",
+    ]
     assert all(row["triptych"] > 0 and row["transformers"] > 0 for row in report.rows)
-    assert [bar.op for bar in report.bars] == [">="] * 3
+    assert [bar.op for bar in report.bars] == [">="] * 4
