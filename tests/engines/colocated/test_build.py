@@ -14,11 +14,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from pydantic import ValidationError
 
+from bench.soak import busy_parts
 from engines.colocated.build import build
 from engines.serve import running
 from engines.settings import ColocatedSettings
 from tests.support.checkpoints import checkpoint
-from tests.support.cluster import Client, busy_parts
+from tests.support.cluster import Client
 from tests.support.pictures import image_file, image_part
 from tests.support.waiting import eventually, until
 from tests.system.cases import CASES, MAX_TOKENS, Case

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,18 @@ def test_a_rank_alone_changes_nothing() -> None:
 
 
 def test_a_rank_that_does_not_come_makes_the_others_raise() -> None:
+    met = threading.Event()
+
     def work(group: Processes) -> str:
         if group.rank == 1:
+            assert met.wait(10)
             return "went away"
+        met.set()
         with pytest.raises(RuntimeError):
             group.sum(part(0))
         return "raised"
 
-    assert on_ranks(2, work, timeout=0.5) == ["raised", "went away"]
+    assert on_ranks(2, work, timeout=2.0) == ["raised", "went away"]
 
 
 def test_nobody_at_the_meeting_is_an_error(tmp_path: Path) -> None:
