@@ -146,7 +146,8 @@ class Handoffs:
 
     @asynccontextmanager
     async def _push(self, plan: Push, job: Job) -> AsyncIterator[Leg]:
-        """Write each group of layers into the decode engine's blocks while the next is computed."""
+        """Write each group of layers into the decode engine's blocks while the next is computed. It is told that all is
+        there as soon as that is so: our own first token is not waited for."""
         sender = await self._carrier.open(plan.offer, timeout=self._waits.handoff_timeout)
         copies: list[Ready] = []
         try:
@@ -171,7 +172,7 @@ class Handoffs:
         self._metrics.kv_transfer.labels("sent").observe(time.monotonic() - began)
 
     def _sink(self, sender: Sender, blocks: tuple[int, ...], seq: Sequence, copies: list[Ready]) -> Sink:
-        """Sends what each chunk completes."""
+        """Sends what each chunk completes; a step that is run again after the last of it sends nothing more."""
         self._layout.check(sender.facts)
         remote = replace(self._layout, num_blocks=int(sender.facts["num_blocks"]))
         size = self._layout.block_size
@@ -181,12 +182,17 @@ class Handoffs:
                 param=f"{descriptors.FIELD}.remote_block_ids",
             )
 
+        whole = False
+
         def sink(entry: Scheduled, first: int, last: int) -> None:
+            nonlocal whole
             done, layers = self._completed(entry), range(first, last)
             ours, theirs = seq.block_table[done], blocks[done]
-            if ours:
+            if ours and not whole:
                 ready = self._stage(layers, ours, copies)
-                sender.write(self._arena, self._layout.spans(layers, ours), remote.spans(layers, theirs), ready)
+                whole = last == self._layout.num_layers and done.stop == len(blocks)
+                spans = self._layout.spans(layers, ours), remote.spans(layers, theirs)
+                sender.write(self._arena, *spans, ready, last=whole)
 
         return sink
 

@@ -87,7 +87,7 @@ class Runner:
         """Compute the KV of every scheduled token; one `Sampled` per entry with `sample`, in the batch's order.
 
         `on_layers(first, last)` is called in this thread once the KV of layers `first` to `last - 1` is in the cache
-        for the whole batch, a group of `layers_per_push` layers at a time, while later layers are still to be
+        for the whole batch, a group of at most `layers_per_push` layers at a time, while later layers are still to be
         computed.
 
         :raises BadEmbeddings: before anything is computed.
@@ -149,14 +149,17 @@ class Runner:
         return hidden, deepstack
 
     def _groups(self, on_layers: OnLayers | None) -> Written:
-        """Turn "layer i is written" into "this group of layers is written"."""
+        """Turn "layer i is written" into "this group of layers is written". The last layer goes alone: nothing is
+        computed behind it that would hide much."""
         if on_layers is None:
             return lambda layer: None
-        last, size = self.model.facts.num_layers - 1, self.layers_per_push
+        last, size, first = self.model.facts.num_layers - 1, self.layers_per_push, 0
 
         def written(layer: int) -> None:
-            if layer == last or (layer + 1) % size == 0:
-                on_layers(layer - layer % size, layer + 1)
+            nonlocal first
+            if layer >= last - 1 or (layer + 1) % size == 0:
+                on_layers(first, layer + 1)
+                first = layer + 1
 
         return written
 

@@ -138,13 +138,16 @@ class Push(Protocol):
     def facts(self) -> Mapping[str, Any]:
         """The receiver's `Transfer.facts`."""
 
-    def write(self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None) -> None:
+    def write(
+        self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None, last: bool = False
+    ) -> None:
         """Queue a copy of `source` (ours) to `target` (the receiver's); returns at once, from any thread.
 
         Writes of one push are done in order, by one thread per peer, which calls `ready` first: it returns once the
         source bytes are there. They must stay unchanged until `finish` returns. Raises LayoutMismatch if the total
         lengths differ or a span lies outside the arena or the offer, TransferCancelled once the push has ended. A write
-        that fails later makes `finish` raise.
+        that fails later makes `finish` raise. After the `last` one the receiver is told as soon as all is there, and
+        `finish` only waits for that.
         """
 
     async def finish(self) -> None:

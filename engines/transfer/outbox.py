@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -219,6 +219,9 @@ class SendingSide:
 
     def settled(self, push: OutgoingPush) -> None:
         self._pushes.pop(push.ticket, None)
+
+    def spawn(self, work: Coroutine[Any, Any, TransferError | None]) -> asyncio.Task[TransferError | None]:
+        return self._tasks.spawn(work)
 
     async def _close_ticket(self, push: OutgoingPush, close: Close, timeout: float) -> bool:
         """True if the receiver says that no byte of ours can arrive any more. Raises what it refuses with."""

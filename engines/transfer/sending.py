@@ -2,7 +2,7 @@
 
     model thread / loop            peer's thread                    loop
     push.write ── queue ──▶ plane channel.write, in order
-    push.finish ─ queue ──▶ flush ──────────────────▶ drained ─▶ "done" to the receiver
+    last, finish ─ queue ─▶ flush ──────────────────▶ drained ─▶ "done" to the receiver
 
 A push's state says only whether its source bytes may still be read; the table is in `lifecycle`.
 """
@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,6 +143,9 @@ class Outbox(Protocol):
 
     def settled(self, push: OutgoingPush) -> None: ...
 
+    def spawn(self, work: Coroutine[Any, Any, TransferError | None]) -> asyncio.Task[TransferError | None]:
+        """Runs until all is closed, at the latest."""
+
 
 class OutgoingPush:
     """`Push` over a plane; also the `Halt` of its running write."""
@@ -162,7 +165,8 @@ class OutgoingPush:
         self._loop = asyncio.get_running_loop()
         self._drained: asyncio.Future[None] = self._loop.create_future()
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = False  # takes no more writes
+        self._delivery: asyncio.Task[TransferError | None] | None = None
         self._on_free: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
@@ -178,7 +182,9 @@ class OutgoingPush:
 
     # -- any thread
 
-    def write(self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None) -> None:
+    def write(
+        self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None, last: bool = False
+    ) -> None:
         goal = table(target, self._target_nbytes, "receiver's arena")
         moves = pair(table(source, arena.nbytes), goal)
         if not self._granted.holds(goal):
@@ -187,6 +193,9 @@ class OutgoingPush:
             if self._closed:
                 raise TransferCancelled(f"{self!r} takes no more writes")
             self._sender.put(Write(self, arena, moves, ready))
+            if last:
+                self._loop.call_soon_threadsafe(self._complete)
+                self._close()
 
     @property
     def halted(self) -> bool:
@@ -222,29 +231,20 @@ class OutgoingPush:
             for on_free in callbacks:
                 on_free()
 
-    def _end(self, event: PushEvent) -> None:
-        """No more writes; the flush behind the last one says when it is over."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._sender.put(Flush(self))
-        if self._machine.allows(event):
-            self._fire(event)
+    def _close(self) -> None:
+        """No more writes; the flush behind the last one says when it is over. Any thread, under the lock."""
+        if not self._closed:
+            self._closed = True
+            self._sender.put(Flush(self))
 
-    def stop(self, error: TransferError) -> None:
-        """End without success; idempotent. The receiver is told once the running write has ended."""
-        if self.state not in (PushState.OPEN, PushState.DRAINING):
-            return
-        finishing = self.state is PushState.DRAINING
-        self.error = self.error or error
-        self._end(PushEvent.STOP)
-        if not finishing:  # else `finish` wakes up with the error and concludes
-            self._outbox.conclude(self)
+    def _complete(self) -> None:
+        """Nothing is missing: once it is there, the receiver is told. Idempotent; nothing once stopped."""
+        if self._machine.allows(PushEvent.FINISH):
+            self._fire(PushEvent.FINISH)
+            self._delivery = self._outbox.spawn(self._deliver())
 
-    async def finish(self) -> None:
-        if self._closed:
-            raise self.error or TransferCancelled(f"{self!r} has ended")
-        self._end(PushEvent.FINISH)
+    async def _deliver(self) -> TransferError | None:
+        """Returns what went wrong."""
         try:
             await self._wait_drained()
             if self.error is not None:
@@ -252,10 +252,36 @@ class OutgoingPush:
             await self._outbox.deliver(self)
         except TransferError as error:
             self._give_up(error)
-            raise
+            return error
+        return None
+
+    def stop(self, error: TransferError) -> None:
+        """End without success; idempotent. The receiver is told once the running write has ended."""
+        if self.state not in (PushState.OPEN, PushState.DRAINING):
+            return
+        delivering = self.state is PushState.DRAINING
+        self.error = self.error or error
+        with self._lock:
+            self._close()
+        self._fire(PushEvent.STOP)
+        if not delivering:  # else that wakes up with the error and concludes
+            self._outbox.conclude(self)
+
+    async def finish(self) -> None:
+        with self._lock:
+            self._close()
+        self._complete()
+        if self._delivery is None:
+            raise self.error or TransferCancelled(f"{self!r} has ended")
+        try:
+            await asyncio.wait([self._delivery])
         except asyncio.CancelledError:
-            self._give_up(TransferCancelled("the sender's request was cancelled"))
+            self.stop(TransferCancelled("the sender's request was cancelled"))
             raise
+        if self._delivery.cancelled():
+            raise TransferCancelled("the sender is shutting down")
+        if (error := self._delivery.result()) is not None:
+            raise error
 
     def _give_up(self, error: TransferError) -> None:
         self.error = self.error or error

@@ -74,10 +74,12 @@ def layout(num_blocks: int, block_size: int) -> KVLayout:
 
 @dataclass
 class FakeRunner:
-    """`fails` may raise for a batch; `gate`, when cleared, holds the model thread inside a step."""
+    """`fails` may raise for a batch, `head` too, once its KV is there; `gate`, when cleared, holds the model thread
+    inside a step."""
 
     cache: FakeCache
     fails: Callable[[Sequence[Scheduled]], None] = lambda batch: None
+    head: Callable[[Sequence[Scheduled]], None] = lambda batch: None
     gate: threading.Event = field(default_factory=threading.Event)
     steps: int = 0
 
@@ -96,6 +98,7 @@ class FakeRunner:
                     self.cache.write(entry.seq.block_table, position, token, slice(layer, layer + 1))
             if on_layers is not None:
                 on_layers(layer, layer + 1)
+        self.head(batch)
         for entry in batch:
             if entry.sample:
                 assert entry.start + entry.count == entry.seq.num_tokens

@@ -71,7 +71,7 @@ class Side:
         for link in self.links:
             for write in self.written:
                 assert link.rank is not None
-                link.rank.write(write.key, unpacked_spans(write.source), unpacked_spans(write.target), None)
+                link.rank.write(write.key, unpacked_spans(write.source), unpacked_spans(write.target), None, write.last)
         self.written.clear()
 
 

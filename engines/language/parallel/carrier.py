@@ -225,11 +225,13 @@ class ParallelPush:
     def facts(self) -> Mapping[str, Any]:
         return self._own.facts
 
-    def write(self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None) -> None:
+    def write(
+        self, arena: Arena, source: Spans, target: Spans, ready: Callable[[], None] | None = None, last: bool = False
+    ) -> None:
         """In the model thread, during a step."""
-        self._own.write(arena, source, target, ready)
+        self._own.write(arena, source, target, ready, last)
         if self._errand is not None:
-            self._errand(Write(self.key, packed_spans(source), packed_spans(target), ready is not None))
+            self._errand(Write(self.key, packed_spans(source), packed_spans(target), ready is not None, last))
 
     async def finish(self) -> None:
         await every([self._own.finish(), *(link.ask(Finish(self.key)) for link in self._others)])

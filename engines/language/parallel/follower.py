@@ -33,8 +33,8 @@ from engines.language.parallel.wire import Wire
 from engines.language.runner import Pack, Patch, Runner
 from engines.transfer.base import Spans
 
-WritePush = Callable[[int, Spans, Spans, Ready | None], None]
-"""(key, source, target, ready): go on with a push of this rank's."""
+WritePush = Callable[[int, Spans, Spans, Ready | None, bool], None]
+"""(key, source, target, ready, last): go on with a push of this rank's."""
 
 
 class Follower:
@@ -102,7 +102,7 @@ class Follower:
                         self._staged(ready)
                 case Write():
                     spans = unpacked_spans(errand.source), unpacked_spans(errand.target)
-                    self._write(errand.key, *spans, ready if errand.staged else None)
+                    self._write(errand.key, *spans, ready if errand.staged else None, errand.last)
 
     def _pack(self, step: Step) -> Pack:
         return Pack(

@@ -91,6 +91,7 @@ class Write(msgspec.Struct, frozen=True, tag=True):
     source: bytes
     target: bytes
     staged: bool
+    last: bool
 
 
 class Errands(msgspec.Struct, frozen=True, tag=True):

@@ -57,13 +57,13 @@ class RankTransfers:
         """A copy has begun of blocks that something here holds."""
         self._copies.append(ready)
 
-    def write(self, key: int, source: Spans, target: Spans, ready: Ready | None) -> None:
+    def write(self, key: int, source: Spans, target: Spans, ready: Ready | None, last: bool) -> None:
         """Go on with a push; one that has ended meanwhile needs no more."""
         push = self._pushes.get(key)
         if push is None:
             return
         try:
-            push.write(self._arena, source, target, ready)
+            push.write(self._arena, source, target, ready, last)
         except TransferError as error:
             self._failed.setdefault(key, error)
 

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Sequence as Listing
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from engines.language.metaserver import Metaserver
 from engines.language.metrics import Metrics
 from engines.language.parallel.carrier import Carrier
 from engines.language.scheduler import Limits
-from engines.language.sequence import SamplingParams, Sequence
+from engines.language.sequence import SamplingParams, Scheduled, Sequence
 from engines.transfer import create
 from engines.transfer.base import Transfer
 from tests.support.fake_runner import FakeCache, FakeRunner, expected, layout
@@ -154,6 +155,42 @@ async def test_push(n: int, apart: bool) -> None:
         await prefill.at_rest()
         await decode.at_rest()
         assert (len(prefill.prefilled), len(decode.prefilled)) == (1, 1)
+
+
+async def test_decode_answers_while_prefill_is_still_at_its_own_token(apart: bool) -> None:
+    answered = threading.Event()
+    async with pair(apart=apart) as (prefill, decode), metaserver(prefill_for(prefill)) as url:
+
+        def head(batch: Listing[Scheduled]) -> None:
+            assert not batch[0].sample or answered.wait(20)
+
+        prefill.runner.head = head
+        assert await decode.answer(Ask(url), decode.job()) == ({0: expected(PROMPT, 6)}, None)
+        assert prefill.engine.stats.running == 1
+        answered.set()
+        await prefill.at_rest()
+        await decode.at_rest()
+
+
+async def test_a_step_that_is_run_again_sends_nothing_twice() -> None:
+    short, failures = PROMPT[:5], list[int]()
+    async with pair() as (prefill, decode), metaserver(prefill_for(prefill, short)) as url:
+
+        def head(batch: Listing[Scheduled]) -> None:
+            if len(batch) > 1 and batch[0].sample:
+                failures.append(len(batch))
+                raise RuntimeError("the head is too large")
+
+        prefill.runner.head = head
+        prefill.runner.gate.clear()
+        asks = [asyncio.create_task(decode.answer(Ask(url), decode.job(short))) for _ in range(3)]
+        await until(lambda: prefill.transfer.audit()["pushes"] == 3)
+        await asyncio.sleep(0.1)  # the first is in a step of its own, the others in the next
+        prefill.runner.gate.set()
+        assert await asyncio.gather(*asks) == [({0: expected(short, 6)}, None)] * 3
+        await prefill.at_rest()
+        await decode.at_rest()
+        assert failures
 
 
 @pytest.mark.parametrize("n", [1, 3])

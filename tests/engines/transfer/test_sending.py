@@ -32,6 +32,9 @@ class Notes:
     def settled(self, push):
         self.events.append("settled")
 
+    def spawn(self, work):
+        return asyncio.create_task(work)
+
 
 class Bench:
     """A push from `plane` to a receiver of 100 bytes, of which 10 to 60 are offered."""
@@ -46,8 +49,8 @@ class Bench:
         offer = Offer("memory", Peer.of(self.address), "0" * 32, "kv", 100, [(10, 50)], {"arena": "kv"})
         self.push = OutgoingPush(self.notes, self.sender, offer, {}, time.monotonic() + deadline)
 
-    def write(self, source=0, target=10, length=10):
-        self.push.write(self.arena, [(source, length)], [(target, length)])
+    def write(self, source=0, target=10, length=10, last=False):
+        self.push.write(self.arena, [(source, length)], [(target, length)], last=last)
 
     def close(self):
         self.sender.close(5)
@@ -93,8 +96,73 @@ async def test_writes_after_the_end_are_refused(bench):
     await bench.push.finish()
     with pytest.raises(TransferCancelled, match="no more writes"):
         bench.write()
-    with pytest.raises(TransferCancelled):
+    await bench.push.finish()
+    assert bench.notes.events == ["settled", "deliver"]
+
+
+async def test_the_last_write_delivers_by_itself(bench):
+    bench.write()
+    bench.write(50, 50, 10, last=True)
+    await until(lambda: "deliver" in bench.notes.events)
+    assert bytes(bench.target.buffer[50:60]) == bytes(range(50, 60))
+    with pytest.raises(TransferCancelled, match="no more writes"):
+        bench.write()
+    await bench.push.finish()
+    assert bench.notes.events == ["settled", "deliver"]
+
+
+async def test_a_finish_right_behind_the_last_write_delivers_once(bench):
+    bench.write(last=True)
+    await bench.push.finish()
+    await asyncio.sleep(0)
+    assert bench.notes.events == ["settled", "deliver"]
+
+
+async def test_a_last_write_that_fails_is_told_without_being_asked_and_to_who_asks(bench):
+    def fail(moves):
+        raise PeerFailed("gone")
+
+    bench.plane.script = fail
+    bench.write(last=True)
+    await until(lambda: bench.notes.events == ["settled", "conclude"])
+    with pytest.raises(PeerFailed, match="gone"):
         await bench.push.finish()
+
+
+async def test_a_push_stopped_behind_its_last_write_is_not_delivered(bench):
+    entered, go = threading.Event(), threading.Event()
+    bench.plane.script = lambda moves: (entered.set(), go.wait(10))
+    bench.write(last=True)
+    await until(lambda: entered.is_set() and bench.push.state is PushState.DRAINING)
+    bench.push.stop(TransferCancelled("enough"))
+    go.set()
+    await until(lambda: "conclude" in bench.notes.events)
+    assert bench.notes.events == ["settled", "conclude"]
+    with pytest.raises(TransferCancelled, match="enough"):
+        await bench.push.finish()
+
+
+async def test_a_push_stopped_before_the_loop_has_heard_of_its_last_write_is_not_delivered(bench):
+    bench.write(last=True)
+    bench.push.stop(TransferCancelled("enough"))
+    await until(lambda: bench.push.settled)
+    assert bench.notes.events == ["conclude", "settled"]
+    with pytest.raises(TransferCancelled, match="enough"):
+        await bench.push.finish()
+
+
+async def test_whoever_stops_waiting_for_the_end_stops_the_push(bench):
+    go = threading.Event()
+    bench.plane.script = lambda moves: go.wait(10)
+    bench.write()
+    finishing = asyncio.create_task(bench.push.finish())
+    await asyncio.sleep(0.01)
+    finishing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await finishing
+    assert bench.push.state is PushState.STOPPING
+    go.set()
+    await until(lambda: bench.notes.events == ["settled", "conclude"])
 
 
 async def test_nothing_outside_the_offer_is_even_queued(bench):

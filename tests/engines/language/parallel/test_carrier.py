@@ -166,7 +166,7 @@ async def test_a_write_that_fails_on_another_rank_fails_the_push(two: tuple[Side
     ticket = await receiver.carrier.reserve(receiver.arenas[0], THEIRS, timeout=5.0, on_free=lambda: None)
     push = await sender.carrier.open(ticket.offer(), timeout=5.0)
     assert sender.links[0].rank is not None
-    sender.links[0].rank.write(push.key, [(0, 16)], [(0, 16)], None)  # type: ignore[attr-defined]
+    sender.links[0].rank.write(push.key, [(0, 16)], [(0, 16)], None, False)  # type: ignore[attr-defined]
     with pytest.raises(LayoutMismatch, match="outside the spans"):
         await push.finish()
     await push.abort("a rank failed")

@@ -126,9 +126,9 @@ def test_errands_are_done_in_the_midst_of_a_step() -> None:
         for layer in range(2):
             ready = ParallelCache(own, steps).stage(range(layer, layer + 1), [3])
             assert ready is not None
-            steps.errand(Write(9, packed_spans([(0, 4)]), packed_spans([(8, 4)]), staged=layer == 1))
+            steps.errand(Write(9, packed_spans([(0, 4)]), packed_spans([(8, 4)]), staged=layer == 1, last=layer == 1))
             steps.run_errands()
-    assert writes == [(9, [(0, 4)], [(8, 4)], None), (9, [(0, 4)], [(8, 4)], copies[1])]
+    assert writes == [(9, [(0, 4)], [(8, 4)], None, False), (9, [(0, 4)], [(8, 4)], copies[1], True)]
     assert len(copies) == 2
 
 

@@ -38,7 +38,7 @@ def test_spans_travel_as_bytes(spans: list[tuple[int, int]]) -> None:
     "command",
     [
         Step(b"ids", b"positions", [Share(b"blocks", 3, 2)], [Rows(1, 2, 64, "float32")], [4], errands=True),
-        Errands([Stage(0, 2, b"blocks"), Write(7, b"source", b"target", staged=True)]),
+        Errands([Stage(0, 2, b"blocks"), Write(7, b"source", b"target", staged=True, last=True)]),
         Errands([]),
     ],
     ids=["step", "errands", "no errands"],

@@ -32,7 +32,7 @@ from engines.language.sequence import Scheduled
 from tests.support.drive import Driver, case, driver
 from tests.support.fake_runner import FakeCache
 
-WRITE = Write(1, b"source", b"target", staged=False)
+WRITE = Write(1, b"source", b"target", staged=False, last=False)
 
 
 class Recorded(Wire):
@@ -89,7 +89,7 @@ def test_errands_of_a_group_of_layers_are_told_in_the_midst_of_the_step(wire: Re
     ParallelRunner(own.runner, steps, Alone()).run(
         [scheduled(own, "text", 4)], lambda first, last: steps.errand(WRITE) if first == 0 else None
     )
-    assert wire.heard[1:] == [Errands([WRITE]), Errands([])]
+    assert wire.heard[1:] == [Errands([WRITE]), Errands([]), Errands([])]
 
 
 def test_a_step_that_cannot_be_packed_is_told_to_nobody(wire: Recorded, steps: Steps, reasons: list[str]) -> None:

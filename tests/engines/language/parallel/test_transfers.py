@@ -77,9 +77,9 @@ async def test_a_write_to_a_push_that_is_over_is_left_out(rank: Rank) -> None:
     assert offer is not None
     await rank.transfers.answer(Open(2, offer, 5.0))
     await rank.transfers.answer(Abort(2, "enough"))
-    rank.transfers.write(2, [(0, 16)], [(0, 16)], None)
+    rank.transfers.write(2, [(0, 16)], [(0, 16)], None, False)
     await rank.transfers.answer(Release(2))
-    rank.transfers.write(2, [(0, 16)], [(0, 16)], None)
+    rank.transfers.write(2, [(0, 16)], [(0, 16)], None, False)
     await rank.transfers.answer(Release(1))
     await rank.at_rest(1, 2)
 
