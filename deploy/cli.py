@@ -11,7 +11,7 @@ COMMANDS = {
     "up": ("deploy.up", "a whole deployment on this machine: engines and proxy"),
     "proxy": ("proxy", "the OpenAI-compatible front door to encode, prefill and decode servers"),
     "check": ("proxy.check", "say what would fail of a proxy's flags, files and engines, and what to do about it"),
-    "key": ("proxy.mint", "make an API key, and its entry for the proxy's --api-keys"),
+    "key": ("proxy.auth.mint", "make an API key, and its entry for the proxy's --api-keys"),
     "plan": ("deploy.plan", "how busy a running proxy's engines are, and what one more would buy"),
     "top": ("deploy.top", "a running proxy in the terminal: engines, load, latest requests; /ui shows the same"),
     "bench": ("bench.load", "ask any OpenAI-compatible URL and measure its answers"),

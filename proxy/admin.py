@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
+from proxy.auth.guard import Guard
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.core import Instance, Role, State
 from proxy.errors import BadRequest, Conflict, NotFound
-from proxy.guard import Guard
 from proxy.health import Health
 from proxy.http.message import Response, json_response
 from proxy.http.router import Audience, Route, delete, get, post
 from proxy.http.server import Request
-from proxy.links import labels
-from proxy.membership import REGISTERED, Membership
+from proxy.joining.membership import REGISTERED, Membership
+from proxy.planning.links import labels
 from proxy.settings import Endpoint
 from proxy.settings.endpoint import SECRET
 from proxy.switching import Switching

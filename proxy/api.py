@@ -16,23 +16,23 @@ from typing import Any
 import orjson
 from prometheus_client.exposition import choose_encoder
 
+from proxy.advice.sizing import Sizing
+from proxy.auth.guard import Caller, Guard
 from proxy.balancer.fleet import Fleet
 from proxy.core import Api, Instance, Job, Role
 from proxy.dispatch import Dispatcher, Run
 from proxy.errors import BadRequest, EngineFailed, NoInstance, NotFound, ProxyError, ShuttingDown
-from proxy.guard import Caller, Guard
 from proxy.http.message import JSON, HttpError, Response, json_response
 from proxy.http.router import Audience, Handler, NoRoute, Route, Router, get, post
 from proxy.http.server import Request
-from proxy.metrics import Metrics
-from proxy.reading import Reading
+from proxy.intake.reading import Reading
 from proxy.record import Record
-from proxy.redaction import redacted
 from proxy.relay import ClientSink
 from proxy.routing import router
-from proxy.sizing import Sizing
-from proxy.trace import Trace
-from proxy.tracing import Tracing
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.redaction import redacted
+from proxy.telemetry.trace import Trace
+from proxy.telemetry.tracing import Tracing
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)

@@ -8,61 +8,65 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy import api, callbacks, derived, flow, heartbeats, history, quota
-from proxy.access import AccessLog
+from proxy import api, callbacks, derived
 from proxy.admin import Admin
-from proxy.admission import Admission
-from proxy.advising import Advising
+from proxy.advice import flow
+from proxy.advice.advising import Advising
+from proxy.advice.rebalancing import Rebalancing
+from proxy.advice.sizing import Sizing
+from proxy.auth import quota
+from proxy.auth.guard import Guard
 from proxy.balancer.balance import PRIORS, Balancer
 from proxy.balancer.fleet import Fleet
 from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers
 from proxy.callbacks import Metaserver
 from proxy.core import Instance, State
-from proxy.costs import Costs
-from proxy.crew import Seat
 from proxy.derived import Secrets
 from proxy.dialects import FEEDS, INLINE, Speakers
 from proxy.dialects.base import Options
 from proxy.dispatch import Dispatcher
-from proxy.encoder_calls import EncoderCalls
 from proxy.encoding import Encoding
-from proxy.endings import Endings
-from proxy.families import Families
-from proxy.fetching import Fetching
-from proxy.gate import Gate
-from proxy.guard import Guard
 from proxy.health import Health
 from proxy.hedge import Hedge
 from proxy.http.router import Audience, Route, post
 from proxy.http.server import Server
-from proxy.inlining import Inlining
-from proxy.introduction import Introduction
+from proxy.intake.admission import Admission
+from proxy.intake.gate import Gate
+from proxy.intake.outlooks import Outlooks, idle
+from proxy.intake.reading import Reading
+from proxy.joining import heartbeats
+from proxy.joining.introduction import Introduction
+from proxy.joining.membership import Membership
 from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
-from proxy.measuring import Measuring
-from proxy.membership import Membership
-from proxy.metrics import Metrics
-from proxy.outlooks import Outlooks, idle
-from proxy.page import Page
-from proxy.pictures import Pictures
-from proxy.plan import Planner
-from proxy.profiles import Profiles, flagged
+from proxy.media.costs import Costs
+from proxy.media.fetching import Fetching
+from proxy.media.inlining import Inlining
+from proxy.media.measuring import Measuring
+from proxy.media.profiles import Profiles, flagged
+from proxy.media.resolving import Resolver
+from proxy.planning.families import Families
+from proxy.planning.plan import Planner
+from proxy.planning.prospects import Sight
 from proxy.profiling import Profiling
-from proxy.prospects import Sight
-from proxy.reading import Reading
-from proxy.rebalancing import Rebalancing
-from proxy.receipts import Receipts
-from proxy.resolving import Resolver
 from proxy.serving import Serving
 from proxy.settings import ProxySettings
-from proxy.sizing import Sizing
-from proxy.snapshot import Owners, Snapshots
-from proxy.standing import Standing
+from proxy.sglang.encoder_calls import EncoderCalls
+from proxy.sglang.pictures import Pictures
+from proxy.sglang.virtual_encoder import VirtualEncoder
 from proxy.switching import Switching
-from proxy.tracing import Tracing
+from proxy.telemetry import history
+from proxy.telemetry.access import AccessLog
+from proxy.telemetry.endings import Endings
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.page import Page
+from proxy.telemetry.receipts import Receipts
+from proxy.telemetry.snapshot import Owners, Snapshots
+from proxy.telemetry.standing import Standing
+from proxy.telemetry.tracing import Tracing
 from proxy.upstream import Upstream
-from proxy.virtual_encoder import VirtualEncoder
+from proxy.workers.crew import Seat
 
 log = logging.getLogger(__name__)
 

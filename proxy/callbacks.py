@@ -23,8 +23,8 @@ from proxy.errors import BadRequest, Conflict, NotFound, ProxyError, StageTimeou
 from proxy.http.message import JSON, Response
 from proxy.http.server import Request
 from proxy.places import NO_PLACES, Places, Taken
-from proxy.siblings import Kind, Siblings
 from proxy.tasks import Owed
+from proxy.workers.siblings import Kind, Siblings
 
 ROUTE = "/v1/metaserver"
 # Of the n-th choice and the m-th prompt: 1_chatcmpl-<id>, cmpl-<id>-0, 1_cmpl-<id>-0. Whoever fails to take off the

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from proxy import detect
 from proxy.app import Proxy
 from proxy.core import Instance, State
 from proxy.discovery import finder
 from proxy.discovery.base import Unreadable
 from proxy.errors import EngineFailed
-from proxy.fitting import Engine, misfits
+from proxy.joining import detect
+from proxy.joining.fitting import Engine, misfits
 from proxy.reloading import verify
 from proxy.routing import router
 from proxy.settings import Endpoint, ProxySettings, Sources, Wrong

@@ -183,7 +183,7 @@ class Instance:
     failures: int = 0  # probes failed in a row
     secret: str | None = field(default=None, repr=False)  # the credential it asks for; never shown
     weight: float = 1.0  # capacity, relative to that of the others with its role
-    sources: frozenset[str] = frozenset()  # who lists it: see `proxy.membership`
+    sources: frozenset[str] = frozenset()  # who lists it: see `proxy.joining.membership`
     listed_as: Role | None = None  # the role that they list it with, where the engine has turned to another since
     switch: Switch | None = None
 

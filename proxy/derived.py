@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
-from proxy.admission import Limits
+from proxy.auth.guard import Rights
+from proxy.auth.keys import Keys
 from proxy.balancer import POLICIES
 from proxy.balancer.policy import Means, Policy
 from proxy.balancer.rates import Rates
@@ -16,17 +17,16 @@ from proxy.breaker import Thresholds
 from proxy.core import Role
 from proxy.dialects.base import Media
 from proxy.dispatch import Rules
-from proxy.fetching import Bounds
-from proxy.gate import Targets
-from proxy.guard import Rights
 from proxy.health import Probing
 from proxy.http.server import Limits as HttpLimits
-from proxy.inlining import Memory
-from proxy.introduction import Patience
-from proxy.keys import Keys
-from proxy.limits import Limits as RequestLimits
-from proxy.links import Links
-from proxy.prospects import Sight
+from proxy.intake.admission import Limits
+from proxy.intake.gate import Targets
+from proxy.intake.limits import Limits as RequestLimits
+from proxy.joining.introduction import Patience
+from proxy.media.fetching import Bounds
+from proxy.media.inlining import Memory
+from proxy.planning.links import Links
+from proxy.planning.prospects import Sight
 from proxy.settings import ProxySettings
 from proxy.tls import Certificates, Connector, Files, Listener
 from proxy.upstream import Timeouts

@@ -19,16 +19,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from proxy import relay, wishes
+from proxy import relay
 from proxy.callbacks import Metaserver, PrefillCall
-from proxy.candidates import NOBODY
 from proxy.core import BOTH, Body, Job, Leg, Order, Plan, Role, Stage
 from proxy.encoding import Encoded, Encoding, Handles
 from proxy.errors import DeadlineExceeded, GaveUp, NoInstance, ProxyError
-from proxy.gate import Gate
+from proxy.intake import wishes
+from proxy.intake.gate import Gate
 from proxy.legs import Legs
 from proxy.lessons import ahead, generated, prompted
-from proxy.plan import Holds, Planner, reader
+from proxy.planning.candidates import NOBODY
+from proxy.planning.plan import Holds, Planner, reader
 from proxy.record import LegRecord, Record
 from proxy.relay import Sink
 from proxy.resume import Tape, TapedSink

@@ -19,7 +19,7 @@ from proxy.errors import ProxyError, Refused
 from proxy.hedge import Hedge
 from proxy.legs import Legs
 from proxy.lessons import ahead
-from proxy.plan import Holds, Planner, reader
+from proxy.planning.plan import Holds, Planner, reader
 from proxy.record import LegRecord
 from proxy.retry import cause, fetching, rule
 from proxy.tasks import race, together

@@ -34,7 +34,7 @@ from typing import Any
 import orjson
 
 from proxy.core import Stage
-from proxy.redaction import redacted
+from proxy.telemetry.redaction import redacted
 
 _LONGEST = 500  # characters of what an engine said in no message, that are passed on
 

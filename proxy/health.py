@@ -7,13 +7,13 @@ import logging
 import time
 from dataclasses import dataclass
 
-from proxy import detect
 from proxy.balancer.balance import Balancer
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Circuit
 from proxy.core import Instance, State, Switch
 from proxy.errors import EngineFailed, Unreachable
-from proxy.introduction import Introduction, Unfit
+from proxy.joining import detect
+from proxy.joining.introduction import Introduction, Unfit
 from proxy.tasks import together
 from proxy.upstream import Upstream
 

@@ -15,10 +15,10 @@ from proxy.dialects.base import BadReply, Dialect
 from proxy.errors import Broken, ProxyError, Unreachable, within_200
 from proxy.http.message import size
 from proxy.lessons import Lessons
-from proxy.metrics import Metrics
 from proxy.record import CANCELLED, OK, LegRecord, Record
 from proxy.retry import STAGES, cause
 from proxy.sse import DONE, Splitter
+from proxy.telemetry.metrics import Metrics
 from proxy.upstream import Post, Upstream
 
 _ENCODE_ROUTE = "/v1/chat/completions"

@@ -12,8 +12,8 @@ from typing import Any
 from proxy.balancer.balance import Balancer
 from proxy.balancer.pace import SEQUENCE, STEP, TOKEN
 from proxy.core import Handle, Job, Leg, Role, model_of
-from proxy.costs import Costs
-from proxy.plan import Held
+from proxy.media.costs import Costs
+from proxy.planning.plan import Held
 
 _SAME = 4  # answers, and counts of prompts, of which one is looked at: those of one time are much alike
 _ENOUGH = 4  # tokens of an answer that tell of its pace

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import orjson
 from blake3 import blake3
 
-from proxy import splice
 from proxy.core import Api, Body, Item, Job, field_lines, model_of
-from proxy.costs import Costs, price_of
 from proxy.errors import BadRequest, ForbiddenField
-from proxy.limits import Limits
-from proxy.splice import Cut, Media, Pieces
-from proxy.text import BYTES_PER_TOKEN
-from proxy.vision import Vision
+from proxy.intake.limits import Limits
+from proxy.media import splice
+from proxy.media.costs import Costs, price_of
+from proxy.media.splice import Cut, Media, Pieces
+from proxy.media.text import BYTES_PER_TOKEN
+from proxy.media.vision import Vision
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # core's Job has its Record
     from proxy.core import Stage
-    from proxy.trace import Trace
+    from proxy.telemetry.trace import Trace
 
 OK = "ok"
 CANCELLED = "cancelled"

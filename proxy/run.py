@@ -12,13 +12,13 @@ from functools import partial
 
 import uvloop
 
-from proxy import tally
 from proxy.app import Proxy, local_url
-from proxy.crew import Crew, Seat
-from proxy.membership import Membership
+from proxy.joining.membership import Membership
 from proxy.reloading import Configuration
 from proxy.tasks import together
-from proxy.workers import Reload, Supervisor, reserve
+from proxy.telemetry import tally
+from proxy.workers.crew import Crew, Seat
+from proxy.workers.supervisor import Reload, Supervisor, reserve
 
 log = logging.getLogger(__name__)
 

@@ -12,17 +12,18 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
-from proxy import api, callbacks, derived, lag
+from proxy import api, callbacks, derived
 from proxy.core import UNASKED, Order, Role
 from proxy.discovery import finder
 from proxy.discovery.watching import Discovery
-from proxy.enrolment import Enrolment
 from proxy.http.router import Audience, Route, Router, post
 from proxy.http.server import Server
 from proxy.routing import router
-from proxy.siblings import Kind
+from proxy.sglang.enrolment import Enrolment
 from proxy.tasks import together
+from proxy.telemetry import lag
 from proxy.tls import Listener
+from proxy.workers.siblings import Kind
 
 if TYPE_CHECKING:
     from proxy.app import Proxy

@@ -17,20 +17,23 @@ from hypothesis.strategies import SearchStrategy
 
 from bench.fuzzing import bodies, wire
 from bench.fuzzing.peers import Connected
-from proxy import media, openai, pieces, splice, wishes
-from proxy.addresses import Remote, Rules, is_public
+from proxy import openai
 from proxy.core import BOTH, Api, Handle, Instance, Job, Stage
 from proxy.dialects import Speakers
 from proxy.dialects.base import BadReply, Options
 from proxy.errors import BadRequest, ProxyError, Refused, within_200
 from proxy.http.content import unpack
 from proxy.http.message import HttpError
-from proxy.limits import Limits
+from proxy.intake import wishes
+from proxy.intake.limits import Limits
+from proxy.media import formats, splice
+from proxy.media.addresses import Remote, Rules, is_public
+from proxy.media.sizes import grid_of
+from proxy.media.splice import Media
 from proxy.openai import Identity
 from proxy.relay import StreamCheck
 from proxy.resume import Tape
-from proxy.sizes import grid_of
-from proxy.splice import Media
+from proxy.sglang import pieces
 from proxy.sse import EventTooLong, Splitter
 
 Run = Callable[[bytes, Random], bool]
@@ -155,7 +158,7 @@ def header(data: bytes, dice: Random) -> bool:
         return data[start : start + count]
 
     head, nbytes = data[: dice.choice((16, 64, len(data)))], dice.choice((len(data), len(data), 1 << 40))
-    shape = media.measure(dice.choice(("image", "video", "audio")), head, nbytes, dice.choice((None, more, more)))
+    shape = formats.measure(dice.choice(("image", "video", "audio")), head, nbytes, dice.choice((None, more, more)))
     if looks > _MEDIA_LOOKS * 8:
         raise AssertionError(f"{looks} looks")
     told = [shape.width, shape.height, shape.frames, shape.seconds]

@@ -1,7 +1,7 @@
 """A discrete-event simulation of engines behind the live proxy's own planner, balancer, fleet, breakers and rates.
 
-Engines are simulated, decisions are not: `proxy.plan.Planner` draws every plan, at the simulated time. A scenario says
-who is there and what comes:
+Engines are simulated, decisions are not: `proxy.planning.plan.Planner` draws every plan, at the simulated time. A
+scenario says who is there and what comes:
 
     model = models.QWEN3_VL_30B
     machines = [

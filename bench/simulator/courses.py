@@ -25,7 +25,7 @@ from bench.simulator.stations import Station
 from proxy.core import BOTH, Handle, Leg, Plan, Role
 from proxy.errors import Broken, EngineFailed, ProxyError, Unreachable
 from proxy.lessons import Lessons, ahead
-from proxy.plan import Holds, Planner, family_of, reader
+from proxy.planning.plan import Holds, Planner, family_of, reader
 from proxy.retry import STAGES
 
 ATTEMPTS = 3  # of a request's legs at each stage, as `--max-attempts`

@@ -7,9 +7,9 @@ from itertools import count
 from bench.simulator.engines import Part
 from bench.simulator.models import Vision
 from bench.simulator.requests import Media, Request, Text
-from proxy import vision
 from proxy.core import Api, Item, Job
-from proxy.media import Shape
+from proxy.media import vision
+from proxy.media.formats import Shape
 
 _IMAGE = {"type": "image_url"}
 _BYTES_PER_TOKEN = 4

@@ -24,12 +24,12 @@ from proxy.balancer.policy import Means
 from proxy.balancer.rates import Rates
 from proxy.breaker import Breakers, Thresholds
 from proxy.core import ROLES, Role
-from proxy.costs import Costs
-from proxy.families import Families
 from proxy.lessons import Lessons
-from proxy.plan import Planner
-from proxy.prospects import PLAIN, Sight
-from proxy.vision import FAMILIES, Vision
+from proxy.media.costs import Costs
+from proxy.media.vision import FAMILIES, Vision
+from proxy.planning.families import Families
+from proxy.planning.plan import Planner
+from proxy.planning.prospects import PLAIN, Sight
 
 FAMILY = "native"
 PROBE_S = 1.0  # until the proxy's probes see that an engine died, or is back

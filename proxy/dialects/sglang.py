@@ -1,7 +1,7 @@
 """SGLang. Prefill and decode get the same request at once and meet in a room; media go to whoever prefills.
 
 No encoder is called here: a server with `--language-only` takes ordinary bodies and calls encoders itself, real ones or
-the proxy as one (`proxy.virtual_encoder`). Wire read in SGLang 0.5.10 and 0.5.23.
+the proxy as one (`proxy.sglang.virtual_encoder`). Wire read in SGLang 0.5.10 and 0.5.23.
 """
 
 from __future__ import annotations

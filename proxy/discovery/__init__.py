@@ -1,5 +1,5 @@
 """Engines behind names, as other systems know them: name servers, the API server of a Kubernetes cluster. Nothing here
-joins or drains anybody: what is found is told to `proxy.membership`.
+joins or drains anybody: what is found is told to `proxy.joining.membership`.
 """
 
 from __future__ import annotations

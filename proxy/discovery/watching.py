@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from proxy.discovery.base import Finder, Unreadable
-from proxy.membership import Membership
+from proxy.joining.membership import Membership
 from proxy.settings.endpoint import Endpoint
 from proxy.tasks import together
 

@@ -9,8 +9,8 @@ from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validat
 from proxy.balancer import POLICIES
 from proxy.core import ROLES, Role
 from proxy.hedge import Hedge
-from proxy.links import Links
-from proxy.profiles import flagged
+from proxy.media.profiles import flagged
+from proxy.planning.links import Links
 
 
 class ChoosingSettings(BaseModel):

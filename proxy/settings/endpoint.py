@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from proxy.dialects import DIALECTS
-from proxy.links import LABELS, labels
+from proxy.planning.links import LABELS, labels
 
 FINDERS: Mapping[str, str] = {
     "dns": "dns+http://name:port lists the addresses of a name",

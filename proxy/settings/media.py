@@ -8,7 +8,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from proxy.addresses import SCHEMES, Mode, Rules, hosts, networks
+from proxy.media.addresses import SCHEMES, Mode, Rules, hosts, networks
 
 T = TypeVar("T")
 

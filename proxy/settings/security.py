@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from proxy.auth.strikes import Networks
 from proxy.settings.endpoint import SECRET
-from proxy.strikes import Networks
 
 
 class SecuritySettings(BaseModel):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from engines.settings import EngineSettings
+from proxy.auth.keys import Keys
 from proxy.core import Role, State
 from proxy.dialects import DIALECTS, INLINE
 from proxy.errors import BadRequest
-from proxy.keys import Keys
 from proxy.routing import paths, router
 from proxy.settings import ProxySettings
 from tests.support.commands import settings_of

@@ -237,16 +237,16 @@ async def _(d: Deployment) -> Answer:
 
 ELSEWHERE = {
     "an engine is slow": "tests/bench/simulator/scenarios/test_policies.py",
-    "many wrong keys from one address": "tests/proxy/test_guard.py",
-    "a key over its limits": "tests/proxy/test_quota.py",
-    "a worker of the proxy dies": "tests/proxy/test_workers.py",
+    "many wrong keys from one address": "tests/proxy/auth/test_guard.py",
+    "a key over its limits": "tests/proxy/auth/test_quota.py",
+    "a worker of the proxy dies": "tests/proxy/workers/test_supervisor.py",
     "a proxy dies": "tests/operations/test_fronts.py",
-    "the proxy has too little CPU": "tests/proxy/test_lag.py",
+    "the proxy has too little CPU": "tests/proxy/telemetry/test_lag.py",
     "a proxy is stopped": "tests/operations/test_fronts.py",
     "decode engines cannot reach the proxy (`kv_handoff: push`)": "tests/proxy/test_callbacks.py",
     "DNS or the API server cannot be read": "tests/proxy/discovery",
     "a changed configuration is wrong": "tests/proxy/test_reloading.py",
-    "the trace collector is gone": "tests/proxy/test_tracing.py",
+    "the trace collector is gone": "tests/proxy/telemetry/test_tracing.py",
     "Prometheus is gone": "deploy/prometheus/alerts.yml",
 }
 """Failures that other tests bring about."""

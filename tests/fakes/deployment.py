@@ -15,7 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy.app import Proxy
 from proxy.core import State
-from proxy.membership import CONFIGURED
+from proxy.joining.membership import CONFIGURED
 from proxy.settings import ProxySettings
 from tests.fakes import native
 from tests.fakes.native import Decode, Encoder, Engine, Language, Prefill

@@ -11,15 +11,15 @@ import pytest
 from aiohttp import web
 
 from proxy.app import Proxy
+from proxy.auth.keys import made
 from proxy.core import State
-from proxy.keys import made
+from proxy.media.vision import FAMILIES
 from proxy.settings import ProxySettings
 from proxy.tls import Listener
-from proxy.vision import FAMILIES
 from tests.fakes.deployment import FAST, Deployment, deployment
 from tests.fakes.media import chat
 from tests.fakes.native import ENGINES, Encoder, Language
-from tests.proxy.test_measuring import hosted, parts
+from tests.proxy.media.test_measuring import hosted, parts
 from tests.support.tls import Authority
 from tests.support.waiting import until
 

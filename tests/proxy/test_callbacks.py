@@ -12,7 +12,7 @@ from proxy.callbacks import Metaserver
 from proxy.core import Instance, Role
 from proxy.errors import Conflict, NotFound, ProxyError, StageTimeout, Unreachable
 from proxy.places import NO_PLACES
-from proxy.siblings import Kind, Siblings
+from proxy.workers.siblings import Kind, Siblings
 from tests.fakes.deployment import deployment
 from tests.fakes.media import chat
 

@@ -6,21 +6,21 @@ from math import inf
 from typing import Any
 
 from proxy import derived
-from proxy.addresses import Rules as AddressRules
-from proxy.admission import Limits
 from proxy.balancer.balance import PRIORS
 from proxy.balancer.rates import Rates
 from proxy.breaker import Thresholds
 from proxy.core import ROLES, Role
 from proxy.dispatch import Rules
-from proxy.fetching import Bounds
-from proxy.gate import Targets
 from proxy.health import Probing
-from proxy.inlining import Memory
-from proxy.introduction import Patience
-from proxy.limits import Limits as RequestLimits
-from proxy.links import Links
-from proxy.prospects import Sight
+from proxy.intake.admission import Limits
+from proxy.intake.gate import Targets
+from proxy.intake.limits import Limits as RequestLimits
+from proxy.joining.introduction import Patience
+from proxy.media.addresses import Rules as AddressRules
+from proxy.media.fetching import Bounds
+from proxy.media.inlining import Memory
+from proxy.planning.links import Links
+from proxy.planning.prospects import Sight
 from proxy.settings import ProxySettings
 from proxy.upstream import Timeouts
 

@@ -18,25 +18,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proxy import openai
-from proxy.admission import Admission, Limits, Outlook
 from proxy.balancer.fleet import Event, Fleet
 from proxy.breaker import Breakers, Thresholds
 from proxy.callbacks import Metaserver
 from proxy.core import BOTH, Api, Instance, Job, Order, Role, State
-from proxy.costs import Costs
 from proxy.dialects.base import Dialect, Media, Options
 from proxy.dialects.native import Native
 from proxy.dialects.vllm import Vllm
 from proxy.dispatch import Dispatcher, Rules
 from proxy.encoding import Encoding
 from proxy.errors import ProxyError
-from proxy.gate import Gate, Targets
 from proxy.hedge import Hedge
+from proxy.intake.admission import Admission, Limits, Outlook
+from proxy.intake.gate import Gate, Targets
 from proxy.legs import Legs, Suspicion
 from proxy.lessons import Lessons
-from proxy.metrics import Metrics
+from proxy.media.costs import Costs
 from proxy.openai import Identity
-from proxy.plan import Planner
+from proxy.planning.plan import Planner
+from proxy.telemetry.metrics import Metrics
 from tests.fakes.media import chat, image, part
 from tests.fakes.wire import ENDINGS, Wire
 from tests.support.balancing import balancer

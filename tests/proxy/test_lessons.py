@@ -13,9 +13,9 @@ from proxy.balancer.pace import SEQUENCE, STEP, TOKEN
 from proxy.balancer.policy import Demand
 from proxy.breaker import Breakers, Thresholds
 from proxy.core import BOTH, Api, Handle, Item, Job, Leg, Role
-from proxy.costs import Costs
 from proxy.lessons import Lessons, ahead, charged, generated
-from proxy.plan import Held
+from proxy.media.costs import Costs
+from proxy.planning.plan import Held
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, image, part

@@ -15,10 +15,10 @@ from PIL import Image
 
 from proxy import openai
 from proxy.core import Api, Handle, Item, Job
-from proxy.costs import Costs
 from proxy.errors import BadRequest, ForbiddenField
+from proxy.media.costs import Costs
+from proxy.media.vision import DEFAULT, FAMILIES, UNKNOWN_TOKENS, Vision
 from proxy.openai import Identity
-from proxy.vision import DEFAULT, FAMILIES, UNKNOWN_TOKENS, Vision
 from tests.fakes.media import chat, data_url, image, part
 
 PNG, JPEG = image(56, 28), image(28, 28, "JPEG")

@@ -6,7 +6,7 @@ from itertools import count
 
 from proxy.core import Stage
 from proxy.record import Event, Record
-from proxy.trace import begin
+from proxy.telemetry.trace import begin
 
 
 def test_legs_are_told_in_the_order_they_began_with_the_attempt_they_belong_to() -> None:

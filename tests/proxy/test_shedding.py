@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from proxy.advice.flow import Sum
 from proxy.core import Role
-from proxy.flow import Sum
 from tests.fakes.deployment import Answer, Deployment, deployment
 from tests.fakes.media import chat, image, part
 from tests.support.waiting import until

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from proxy.core import BOTH, Instance, Role, State, Switch
-from proxy.membership import CONFIGURED
+from proxy.joining.membership import CONFIGURED
 from tests.fakes.deployment import Answer, Deployment, deployment
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.encoder import addresses as engines
-from proxy import addresses as proxy
+from proxy.media import addresses as proxy
 
 EDGES = [
     *("0.0.0.0", "1.0.0.0", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0", "126.255.255.255"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from proxy.keys import made
+from proxy.auth.keys import made
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.media import chat
 

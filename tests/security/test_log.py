@@ -10,7 +10,7 @@ import aiohttp
 import orjson
 import pytest
 
-from proxy.keys import made
+from proxy.auth.keys import made
 from tests.fakes.faults import Fault, Kind
 from tests.fakes.media import chat, data_url, image, part
 from tests.fakes.native import Decode, Encoder, Prefill

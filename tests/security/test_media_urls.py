@@ -13,10 +13,10 @@ import dns.message
 import dns.query
 import pytest
 
-from proxy import resolving
+from proxy.media import resolving
 from tests.fakes.deployment import Answer, Deployment, deployment
 from tests.fakes.media import chat, data_url, image
-from tests.proxy.test_fetching import Host, hosted
+from tests.proxy.media.test_fetching import Host, hosted
 from tests.support.names import Names, named
 
 HERE = "127.0.0.0/8"

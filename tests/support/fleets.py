@@ -14,8 +14,8 @@ from proxy.balancer.policy import Means
 from proxy.balancer.pool import Pool
 from proxy.balancer.rates import Rates
 from proxy.core import BOTH, ROLES, Api, Instance, Item, Job, Role
-from proxy.joint import Pools
-from proxy.links import HOP, Links, Place
+from proxy.planning.joint import Pools
+from proxy.planning.links import HOP, Links, Place
 
 KV = 1000  # bytes per token
 

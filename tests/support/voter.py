@@ -11,7 +11,7 @@ import sys
 from proxy.balancer.board import Board
 from proxy.balancer.policy import Demand
 from proxy.core import Role
-from proxy.segment import Segment
+from proxy.workers.segment import Segment
 from tests.support.balancing import balancer, pool
 
 

@@ -13,11 +13,12 @@ import pytest
 from engines.encoder.app import build
 from engines.serve import running
 from engines.settings import EncoderSettings
-from proxy import detect, openai
+from proxy import openai
 from proxy.core import Api
-from proxy.costs import Costs, OneVision
+from proxy.joining import detect
+from proxy.media.costs import Costs, OneVision
+from proxy.media.vision import Vision
 from proxy.openai import Identity
-from proxy.vision import Vision
 from tests.fakes.media import chat, image, part
 from tests.support.checkpoints import FAMILIES, checkpoint
 

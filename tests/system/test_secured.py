@@ -13,8 +13,8 @@ from engines.language.build import build as language
 from engines.serve import running
 from engines.settings import EncoderSettings, LanguageSettings
 from proxy.app import Proxy
+from proxy.auth.keys import made
 from proxy.core import State
-from proxy.keys import made
 from proxy.settings import ProxySettings
 from tests.fakes.media import chat, image, part
 from tests.support.checkpoints import FAMILIES, checkpoint

@@ -23,7 +23,7 @@ from bench.simulator.models import H100, QWEN3_VL_30B
 from bench.simulator.requests import Media
 from bench.simulator.simulation import Simulation
 from bench.simulator.workloads import FULL_HD, HD, MIXED, VGA, Arrival, Gallery, Shape, Size, Span, poisson, requests
-from proxy.capacity import Carried, Offered, advise
+from proxy.advice.capacity import Carried, Offered, advise
 from proxy.core import Role
 
 ENGINES = 8

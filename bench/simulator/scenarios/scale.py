@@ -31,8 +31,8 @@ from bench.simulator.workloads import VGA, Arrival, Gallery, Shape, poisson, req
 from proxy.balancer.policy import Demand
 from proxy.balancer.pool import Pool
 from proxy.core import Role
-from proxy.plan import Holds
-from proxy.vision import FAMILIES
+from proxy.media.vision import FAMILIES
+from proxy.planning.plan import Holds
 
 REQUESTS = 1_000_000
 INSTANCES = 1000

@@ -5,10 +5,11 @@ import orjson
 import zstandard
 
 from bench.fuzzing import bodies
-from proxy import media, openai
-from proxy.addresses import Rules
+from proxy import openai
 from proxy.core import Api
 from proxy.errors import BadRequest
+from proxy.media import formats
+from proxy.media.addresses import Rules
 from proxy.openai import Identity
 from tests.support.drawing import drawn
 
@@ -25,10 +26,13 @@ def test_bodies_are_json_of_which_some_are_requests_with_media() -> None:
 def test_media_are_of_formats_whose_size_is_known() -> None:
     heads = drawn(bodies.media(), 200)
     known = {
-        modality for data in heads for modality in ("image", "video") if media.measure(modality, data, len(data)).width
+        modality
+        for data in heads
+        for modality in ("image", "video")
+        if formats.measure(modality, data, len(data)).width
     }
     assert known == {"image", "video"}
-    assert any(media.measure("audio", data, len(data)).seconds for data in heads)
+    assert any(formats.measure("audio", data, len(data)).seconds for data in heads)
 
 
 def test_urls_are_taken_and_refused() -> None:

@@ -6,7 +6,7 @@ from bench.simulator.models import H100, QWEN3_VL_30B
 from bench.simulator.parsing import Parser, prompt
 from bench.simulator.requests import Media, Request, Text
 from proxy.balancer.prefix import Chain
-from proxy.vision import FAMILIES
+from proxy.media.vision import FAMILIES
 
 QWEN3 = FAMILIES["qwen3_vl"]
 VISION = QWEN3_VL_30B.vision(H100)

@@ -15,7 +15,7 @@ from proxy.balancer.board import ROWS, Board, Standing, alone, size
 from proxy.balancer.ledger import Lease, Ledger
 from proxy.balancer.policy import Demand
 from proxy.core import Instance, Role
-from proxy.segment import Segment
+from proxy.workers.segment import Segment
 from tests.support.balancing import balancer, pool
 
 PORTS = range(10)
@@ -167,7 +167,7 @@ def test_balancers_in_three_processes_choose_as_one_does(policy: str) -> None:
 def test_a_cell_is_read_whole_while_it_is_written() -> None:
     """Two values that differ in every byte, written as fast as can be in another process."""
     code = (
-        "import sys; from proxy.segment import Segment\n"
+        "import sys; from proxy.workers.segment import Segment\n"
         "cells = Segment(int(sys.argv[1])).buffer.cast('q'); print('go', flush=True)\n"
         "while True: cells[1] = 0x0101010101010101; cells[1] = 0x0202020202020202"
     )

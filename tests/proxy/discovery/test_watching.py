@@ -14,12 +14,12 @@ import aiohttp
 import pytest
 
 from bench.scripted.names import Names, naming
-from proxy import heartbeats
 from proxy.balancer.fleet import Fleet
 from proxy.core import BOTH, State
 from proxy.discovery.base import Say
 from proxy.discovery.watching import Discovery
-from proxy.membership import Membership
+from proxy.joining import heartbeats
+from proxy.joining.membership import Membership
 from proxy.settings import Endpoint
 from tests.fakes.deployment import Deployment, deployment
 from tests.fakes.media import chat

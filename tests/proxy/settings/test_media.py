@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from proxy.addresses import Rules
+from proxy.media.addresses import Rules
 from proxy.settings import load
 from tests.support.settings import refused
 
