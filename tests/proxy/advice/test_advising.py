@@ -47,7 +47,9 @@ async def test_after_requests_it_advises() -> None:
         advised = await gauges(d, "triptych_advised_instances")
         assert advised == {role: found["advised"] for role, found in roles.items()}
         busy = await gauges(d, "triptych_stage_utilisation")
-        assert busy["encode"] == pytest.approx(roles["encode"]["utilisation"], rel=0.5)
+        later = busy["decode"] / roles["decode"]["utilisation"]  # all fall alike while nothing more is asked
+        assert 0 < later <= 1
+        assert busy == pytest.approx({role: later * found["utilisation"] for role, found in roles.items()})
 
 
 async def test_it_splits_as_many_engines_as_one_asks_for() -> None:
