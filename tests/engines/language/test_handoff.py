@@ -185,7 +185,7 @@ async def test_a_step_that_is_run_again_sends_nothing_twice() -> None:
         prefill.runner.gate.clear()
         asks = [asyncio.create_task(decode.answer(Ask(url), decode.job(short))) for _ in range(3)]
         await until(lambda: prefill.transfer.audit()["pushes"] == 3)
-        await asyncio.sleep(0.1)  # the first is in a step of its own, the others in the next
+        await asyncio.sleep(0.3)  # the first is in a step of its own, the others in the next
         prefill.runner.gate.set()
         assert await asyncio.gather(*asks) == [({0: expected(short, 6)}, None)] * 3
         await prefill.at_rest()
