@@ -187,16 +187,10 @@ class Soak:
         left: dict[str, Any] = {}
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while left := await self._held():  # noqa: ASYNC110 - nobody tells when
+                while left := await held(self._session, self._where, away=True):  # noqa: ASYNC110 - nobody tells when
                     await asyncio.sleep(0.5)
         children = [child for child in self._where.engines.values() if child.returncode is None]
         return left, round(sum(resident_bytes(tree(child.pid)) for child in children) / MB, 1)
-
-    async def _held(self) -> dict[str, Any]:
-        """An instance that is not READY counts too: its engine may have come back unseen."""
-        instances = (await _get(self._session, f"{self._where.url}/instances"))["instances"]
-        away = {f"proxy:{one['url']}": one for one in instances if one["state"] != "READY"}
-        return away | await held(self._session, self._where)
 
 
 async def _frozen(child: Child, seconds: float) -> None:
@@ -214,11 +208,12 @@ async def _tell_progress(report: Report, until: float, tally: Tally) -> None:
         report.progress(f"{tally.kills} kills, {tally.freezes} freezes, {tally.audits} audits: {seen}")
 
 
-async def held(session: aiohttp.ClientSession, where: Deployment) -> dict[str, Any]:
-    """Everything that is not at rest, by process; empty when all is."""
+async def held(session: aiohttp.ClientSession, where: Deployment, away: bool = False) -> dict[str, Any]:
+    """Everything that is not at rest, by process; empty when all is. `away`: an instance that is not READY counts too,
+    for its engine may have come back unseen."""
     found: dict[str, Any] = {}
     for instance in (await _get(session, f"{where.url}/instances"))["instances"]:
-        if instance["load"] or instance["leases"]:
+        if instance["load"] or instance["leases"] or (away and instance["state"] != "READY"):
             found[f"proxy:{instance['url']}"] = instance
     for name, child in where.engines.items():
         try:

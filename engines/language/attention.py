@@ -99,7 +99,7 @@ def blocks(query: Query, block_size: int) -> int:
 
 def fill_tables(tables: npt.NDArray[Any], queries: Sequence[Query], block_size: int) -> None:
     """Write the blocks of each query's sequence into its row of `tables`, `[queries or more, blocks or more]`."""
-    for row, query in zip(tables, queries, strict=False):
+    for row, query in zip(tables[: len(queries)], queries, strict=True):
         used = blocks(query, block_size)
         row[:used] = query.block_table[:used]
 

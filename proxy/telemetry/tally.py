@@ -17,29 +17,36 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 
+class _Number:
+    """What a Counter, Gauge or Histogram asks of a number: one cell, without the library's lock: used on the event loop
+    only."""
+
+    cell: Cell
+
+    def inc(self, amount: float) -> None:
+        self.cell[0] += amount
+
+    def set(self, value: float, timestamp: float | None = None) -> None:
+        self.cell[0] = value
+
+    def get(self) -> float:
+        return self.cell[0]
+
+    def set_exemplar(self, exemplar: object) -> None:
+        pass
+
+    def get_exemplar(self) -> None:
+        return None
+
+
 def install_alone() -> None:
     """From now on every metric made in this process counts without the library's locks: on the event loop only."""
 
-    class Value:
+    class Value(_Number):
         _multiprocess = False
 
         def __init__(self, *_: Any, **__: Any) -> None:
             self.cell = [0.0]
-
-        def inc(self, amount: float) -> None:
-            self.cell[0] += amount
-
-        def set(self, value: float, timestamp: float | None = None) -> None:
-            self.cell[0] = value
-
-        def get(self) -> float:
-            return self.cell[0]
-
-        def set_exemplar(self, exemplar: object) -> None:
-            pass
-
-        def get_exemplar(self) -> None:
-            return None
 
     values.ValueClass = Value
 
@@ -61,9 +68,8 @@ def install(folder: Path, worker: int) -> None:
             files[kind] = MmapedDict(str(path))  # type: ignore[no-untyped-call]
         return files[kind]
 
-    class Value:
-        """What a Counter, Gauge or Histogram asks of a number: one cell of its file. Used on the event loop only, so
-        without the library's lock; and written in place, where the library packs and copies (80 ns against 1.2 µs)."""
+    class Value(_Number):
+        """A cell of its file, written in place, where the library packs and copies (80 ns against 1.2 µs)."""
 
         _multiprocess = True
 
@@ -84,21 +90,6 @@ def install(folder: Path, worker: int) -> None:
             at = file._positions[key]
             # A file that has grown is mapped again. Writing through the old mapping still reaches it.
             self.cell = memoryview(file._m)[at : at + 8].cast("d")
-
-        def inc(self, amount: float) -> None:
-            self.cell[0] += amount
-
-        def set(self, value: float, timestamp: float | None = None) -> None:
-            self.cell[0] = value
-
-        def get(self) -> float:
-            return self.cell[0]
-
-        def set_exemplar(self, exemplar: object) -> None:
-            pass
-
-        def get_exemplar(self) -> None:
-            return None
 
     values.ValueClass = Value
 

@@ -79,6 +79,7 @@ def test_all_threads_of_a_process_keep_to_one_core() -> None:
 async def test_real_engines_answer_alike() -> None:
     mixture = Mixture(epd.MODEL, words=5, tokens=4, share=0.5, sizes=((64, 48),))
     report = Report("epd")
-    await epd.measure(report, checkpoint("qwen3_vl"), Plan(("1e1pd",), (2,), 4, 1, 20.0, mixture))
+    await epd.measure(report, checkpoint("qwen3_vl"), Plan(("1e1pd", "2epd"), (2,), 4, 1, 20.0, mixture))
     assert [bar for bar in report.bars[:2] if not bar.holds] == []  # so few requests say nothing of a pace
-    assert sum(row["completed"] for row in report.rows) == 4
+    assert {row["topology"] for row in report.rows} == {"1e1pd", "2epd"}
+    assert sum(row["completed"] for row in report.rows) == 8

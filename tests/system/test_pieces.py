@@ -67,9 +67,11 @@ async def test_videos_arrive_in_pieces_too(deployment: Cluster) -> None:
     await deployment.idle()
 
 
-async def test_mooncake_brings_pieces_as_well() -> None:
-    pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are not installed")
-    async with cluster(FAMILY, "1e1pd", transfer="mooncake", role_arguments={"both": pool(1)}) as deployment:
+@pytest.mark.parametrize(("transport", "default"), [("zmq", 0), ("mooncake", 1)])
+async def test_every_transport_brings_pieces(transport: str, default: int) -> None:
+    if transport == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="Mooncake or its system libraries are not installed")
+    async with cluster(FAMILY, "1e1pd", transfer=transport, role_arguments={"both": pool(default)}) as deployment:
         await answers_exactly(deployment)
 
 
