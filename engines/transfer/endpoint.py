@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -153,8 +153,8 @@ class Endpoint:
             if not isinstance(answer, Granted):
                 raise PeerFailed(f"the receiver answered a claim with {type(answer).__name__}")
             return self._sending.push(parsed, answer.facts, timeout)
-        except (TransferTimeout, LayoutMismatch, asyncio.CancelledError):
-            # the claim was granted or may still arrive: the same link brings this right behind it
+        except (TransferTimeout, LayoutMismatch, PeerFailed, asyncio.CancelledError):
+            # the claim was granted or may still arrive: the same link brings this right behind it, or a new one
             self._tasks.spawn(self._disclaim(receiver, parsed.ticket))
             raise
 
@@ -166,7 +166,7 @@ class Endpoint:
     def audit(self) -> dict[str, int]:
         return self._receiving.audit() | self._sending.audit()
 
-    async def _answer(self, peer: Address, question: Question) -> Response:
+    def _answer(self, peer: Address, question: Question) -> Response | Coroutine[Any, Any, Response]:
         match question:
             case Claim():
                 return self._receiving.claim(peer, question.ticket)
@@ -176,9 +176,12 @@ class Endpoint:
                 self._sending.fetch(peer, question)
                 return Accepted()
             case Ask():
-                return Answer(await self.plane.answer(question.body))
+                return self._asked(question)
             case _:
                 return Stopped(self._sending.revoke(peer, question.ticket))
+
+    async def _asked(self, ask: Ask) -> Answer:
+        return Answer(await self.plane.answer(ask.body))
 
     async def _ask(self, peer: Address, body: dict[str, Any], timeout: float) -> dict[str, Any]:
         answer = await self._control.request(peer, Ask(body), timeout=timeout)
@@ -197,4 +200,4 @@ class Endpoint:
             except Exception:  # the edge: an owner's failing on_free must not end the search for proofs
                 logger.exception("housekeeping of the transfer layer failed")
             self._deaths.retain(self._sending.peers() | self._receiving.peers())
-            self._control.drop_idle()
+            self._control.tick()

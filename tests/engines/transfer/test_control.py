@@ -3,18 +3,21 @@
 import asyncio
 import os
 import socket
+from contextlib import suppress
 
 import msgspec
 import pytest
-import zmq
-import zmq.asyncio
 
-from engines.transfer.base import GoneError, PeerUnreachable, TransferTimeout, TransportUnavailable
-from engines.transfer.control import Control, PeerReplaced
-from engines.transfer.messages import Accepted, Answer, Ask, Refused, Revoke, Stopped
+from engines.transfer.base import GoneError, PeerFailed, PeerUnreachable, TransferTimeout, TransportUnavailable
+from engines.transfer.control import Control, PeerReplaced, frame
+from engines.transfer.messages import Accepted, Answer, Ask, Peer, Refused, Reply, Request, Revoke, Stopped
 from tests.support.waiting import until
 
 QUESTION = Revoke("0" * 32)
+
+
+async def read_frame(reader):
+    return await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
 
 
 class Handler:
@@ -22,14 +25,17 @@ class Handler:
         self.asked = []
         self.answer = Stopped(settled=True)
 
-    async def __call__(self, peer, question):
+    def __call__(self, peer, question):
         self.asked.append((peer, question))
         if isinstance(self.answer, Exception):
             raise self.answer
-        if isinstance(question, Ask):
-            await asyncio.sleep(question.body["wait"])
-            return Answer(question.body)
-        return self.answer
+        return self._later(question) if isinstance(question, Ask) else self.answer
+
+    async def _later(self, question):
+        await asyncio.sleep(question.body["wait"])
+        if question.body.get("fails"):
+            raise GoneError("no such key")
+        return Answer(question.body)
 
 
 @pytest.fixture
@@ -76,6 +82,12 @@ async def test_refusals_and_bugs_of_the_handler_are_answers(controls, caplog):
     assert await one.request(two.address, QUESTION, timeout=5) == Accepted()
 
 
+async def test_what_decides_later_may_refuse_too(controls):
+    (one, _), (two, _) = await controls(), await controls()
+    answer = await one.request(two.address, Ask({"wait": 0, "fails": True}), timeout=5)
+    assert answer == Refused("gone", "no such key")
+
+
 async def test_a_slow_answer_does_not_hold_up_the_next(controls):
     (one, _), (two, _) = await controls(), await controls()
     slow = asyncio.ensure_future(one.request(two.address, Ask({"wait": 0.5}), timeout=5))
@@ -114,42 +126,115 @@ async def test_dropping_a_link_fails_its_questions(controls):
     one.drop(two.address)
     with pytest.raises(PeerUnreachable, match="closed"):
         await waiting
-    one.drop_idle()
+    one.tick()
     assert await one.request(two.address, QUESTION, timeout=5) == Stopped(settled=True)
 
 
-@pytest.mark.parametrize("frames", [[b""], [b"\xc1"], [os.urandom(64)], [b"\x80"], [b"a", b"b", b"c"], [b"x" * 100000]])
-async def test_garbage_is_dropped_and_the_channel_goes_on(controls, frames):
+@pytest.mark.parametrize("message", [b"", b"\xc1", os.urandom(64), b"\x80", b"x" * 100000])
+async def test_garbage_is_dropped_and_its_connection_goes_on(controls, message):
     (one, _), (two, handler) = await controls(), await controls()
-    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.set(zmq.LINGER, 0)
-        stranger.connect(f"tcp://{two.address.host}:{two.address.port}")
-        await stranger.send_multipart(frames)
-        await until(lambda: two.garbage == 1)
-    assert await one.request(two.address, QUESTION, timeout=5) == Stopped(settled=True)
-    assert len(handler.asked) == 1
+    reader, writer = await asyncio.open_connection(two.address.host, two.address.port)
+    writer.write(frame(message))
+    await until(lambda: two.garbage == 1)
+    question = Request(7, two.address.nonce, Peer.of(one.address), QUESTION)
+    writer.write(frame(msgspec.msgpack.encode(question)))
+    reply = msgspec.msgpack.decode(await read_frame(reader), type=Reply)
+    assert reply == Reply(7, two.address.nonce, Stopped(settled=True))
+    assert handler.asked == [(one.address, QUESTION)]
+    writer.close()
 
 
-async def test_bytes_that_are_no_zmq_are_dropped(controls):
+async def test_a_frame_that_is_too_long_ends_its_connection_and_no_other(controls):
     (one, _), (two, _) = await controls(), await controls()
-    _, writer = await asyncio.open_connection(two.address.host, two.address.port)
-    writer.write(b"GET / HTTP/1.1\r\n\r\n" + os.urandom(4096))
+    assert await one.request(two.address, QUESTION, timeout=5) == Stopped(settled=True)
+    reader, writer = await asyncio.open_connection(two.address.host, two.address.port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n" + os.urandom(4096))  # its first four bytes are a length of 1.2 GB
+    with pytest.raises((asyncio.IncompleteReadError, OSError)):
+        await read_frame(reader)
+    assert two.garbage == 1
     assert await one.request(two.address, QUESTION, timeout=5) == Stopped(settled=True)
     writer.close()
 
 
-async def test_garbage_answers_are_dropped_too(controls):
+@pytest.fixture
+async def liar(controls):
+    """An address at which `said` is answered to everything, and then, if it ends with None, the connection closed."""
     one, _ = await controls()
-    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as liar:
-        liar.set(zmq.LINGER, 0)
-        port = liar.bind_to_random_port("tcp://127.0.0.1")
-        peer = msgspec.structs.replace(one.address, port=port, nonce="e" * 32)
-        asking = asyncio.ensure_future(one.request(peer, QUESTION, timeout=0.5))
-        identity, _ = await liar.recv_multipart()
-        await liar.send_multipart((identity, b"\xff garbage"))
-        with pytest.raises(TransferTimeout):
-            await asking
+    servers, serving = [], []
+
+    async def start(*said):
+        async def serve(reader, writer):
+            serving.append(asyncio.current_task())
+            await read_frame(reader)
+            writer.writelines(data for data in said if data is not None)
+            if None not in said:
+                with suppress(OSError):
+                    await reader.read()
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        servers.append(server)
+        port = server.sockets[0].getsockname()[1]
+        return one, msgspec.structs.replace(one.address, port=port, nonce="e" * 32)
+
+    yield start
+    for server in servers:
+        server.close()
+    await one.close()
+    await asyncio.gather(*serving)
+
+
+async def test_garbage_answers_are_dropped_too(liar):
+    one, peer = await liar(frame(b"\xff garbage"))
+    with pytest.raises(TransferTimeout):
+        await one.request(peer, QUESTION, timeout=0.5)
     assert one.garbage == 1
+
+
+async def test_a_link_that_is_lost_ends_its_questions_at_once_and_the_next_opens_another(liar):
+    one, peer = await liar(None)
+    for _ in range(2):
+        with pytest.raises(PeerFailed, match="was lost"):
+            await one.request(peer, QUESTION, timeout=60)
+    assert one.garbage == 0
+
+
+async def test_an_answer_that_is_too_long_ends_the_link(liar):
+    one, peer = await liar(b"\xff" * 64)
+    with pytest.raises(PeerFailed, match="was lost"):
+        await one.request(peer, QUESTION, timeout=60)
+    assert one.garbage == 1
+
+
+async def test_a_port_at_which_nobody_listens_is_known_at_once(controls):
+    (one, _), (two, _) = await controls(), await controls()
+    await two.close()
+    with pytest.raises(PeerUnreachable, match="cannot reach"):
+        await one.request(two.address, QUESTION, timeout=60)
+
+
+async def test_a_peer_that_takes_nothing_is_not_sent_more_than_the_limit(controls, monkeypatch):
+    monkeypatch.setattr("engines.transfer.control.MAX_UNSENT", 1 << 20)
+    one, _ = await controls()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        peer = msgspec.structs.replace(one.address, port=deaf.getsockname()[1], nonce="e" * 32)
+        large = Ask({"filling": b"x" * (1 << 20)})
+        asking = [asyncio.ensure_future(one.request(peer, large, timeout=1)) for _ in range(64)]
+        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)  # the first ones wait for the connection
+        with pytest.raises(PeerUnreachable, match="takes no more questions"):
+            await one.request(peer, large, timeout=5)
+        assert {type(await_.exception()) for await_ in asking if await_.done()} == {TransferTimeout}
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_the_wildcard_of_ipv6_takes_ipv4_too(controls):
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    (one, _), (two, _) = await controls(), await controls("::")
+    there = msgspec.structs.replace(two.address, host="127.0.0.1")
+    assert await one.request(there, QUESTION, timeout=5) == Stopped(settled=True)
 
 
 async def test_a_host_that_is_not_ours_cannot_be_listened_on():
