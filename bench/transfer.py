@@ -149,9 +149,13 @@ def synchronous(use: Use) -> Method:
     return timed
 
 
-async def measure(methods: dict[str, Method], repeats: int, report: Report) -> dict[tuple[str, str], float]:
-    """Median seconds by (method, shape); every repeat runs everything once."""
-    times: dict[tuple[str, str], list[float]] = {}
+Times = dict[tuple[str, str], list[float]]
+"""Seconds of each repeat, by (method, shape)."""
+
+
+async def measure(methods: dict[str, Method], repeats: int, report: Report) -> Times:
+    """Every repeat runs everything once."""
+    times: Times = {}
     warm_up = 2
     for repeat in range(warm_up + repeats):
         report.progress(f"repeat {repeat + 1} of {warm_up + repeats}")
@@ -160,7 +164,7 @@ async def measure(methods: dict[str, Method], repeats: int, report: Report) -> d
                 took = await method(shape)
                 if repeat >= warm_up:
                     times.setdefault((name, shape.name), []).append(took)
-    return {key: median(samples) for key, samples in times.items()}
+    return times
 
 
 async def run(report: Report, repeats: int, transports: list[str]) -> None:
@@ -193,8 +197,14 @@ def stop(child: Any, pipe: Connection) -> None:
         child.join()
 
 
-def fill(report: Report, seconds: dict[tuple[str, str], float], methods: list[str]) -> None:
+def fill(report: Report, times: Times, methods: list[str]) -> None:
+    """A ratio is the median of what each repeat gave, since the machine's load drifts between them."""
     by_name = {shape.name: shape for shape in shapes()}
+    seconds = {key: median(samples) for key, samples in times.items()}
+
+    def ratio(name: str, other: str, shape: str) -> float:
+        return median(a / b for a, b in zip(times[name, shape], times[other, shape], strict=True))
+
     for name in methods:
         for shape in by_name.values():
             took = seconds[name, shape.name]
@@ -203,16 +213,15 @@ def fill(report: Report, seconds: dict[tuple[str, str], float], methods: list[st
                 shape=shape.name,
                 us=round(took * 1e6, 1),
                 gb_per_s=round(shape.nbytes / took / 1e9, 3),
-                times_memcpy=round(took / seconds["memcpy", shape.name], 2),
+                times_memcpy=round(ratio(name, "memcpy", shape.name), 2),
             )
     for shape_name in ("16 MiB", "1000 x 16 KiB"):
         if "shm" in methods:
-            ratio = seconds["shm", shape_name] / seconds["memcpy", shape_name]
-            report.bar(f"shm over memcpy, {shape_name}", ratio, MEMCPY_LIMIT)
-        raw = [seconds[name, shape_name] for name in methods if name.startswith("raw mooncake")]
+            report.bar(f"shm over memcpy, {shape_name}", ratio("shm", "memcpy", shape_name), MEMCPY_LIMIT)
+        raw = {name: seconds[name, shape_name] for name in methods if name.startswith("raw mooncake")}
         if raw:
-            ratio = seconds["mooncake", shape_name] / min(raw)
-            report.bar(f"mooncake over its best raw use, {shape_name}", ratio, RAW_LIMIT)
+            best = min(raw, key=raw.__getitem__)
+            report.bar(f"mooncake over its best raw use, {shape_name}", ratio("mooncake", best, shape_name), RAW_LIMIT)
 
 
 def usable(name: str, report: Report) -> bool:
@@ -227,7 +236,7 @@ def usable(name: str, report: Report) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.transfer", description=__doc__.split("\n\n")[0])
     add_arguments(parser)
-    parser.add_argument("--repeats", type=int, default=11, help="samples per cell; the median counts (default 11)")
+    parser.add_argument("--repeats", type=int, default=21, help="samples per cell; the median counts (default 21)")
     parser.add_argument(
         "--transports", default=",".join((*COPYING, "storage")), help="comma-separated (default: %(default)s)"
     )

@@ -31,7 +31,7 @@ POLL = 20e-6
 IN_FLIGHT = 512
 """Descriptors under way at a time; beyond about 2,000 to one peer the library fails them all."""
 PIECE = 64 << 20
-GATHERED = 1 << 20
+GATHERED = 2 << 20
 """A slot is filled and sent in pieces of this size, so that the first byte leaves early and the caches hold a piece."""
 LANES = 2
 """Slots per write: one is gathered while the other travels."""
@@ -155,11 +155,12 @@ class MooncakeChannel:
         owner = f"{self._peer.nonce}-{next(self._leases)}"
         ours = self._plane.staging.lease(owner, LANES)
         try:
-            theirs = self.ask(Lease(target.ticket, LANES)).result().get("offsets", [])
+            lease = self.ask(Lease(target.ticket, LANES))
+            slots = batches(moves, min(self._plane.staging.size, target.slot))  # while it travels
+            theirs = lease.result().get("offsets", [])
             lanes = [Lane(mine, offset) for mine, offset in zip(ours, theirs, strict=False) if isinstance(offset, int)]
             if lanes:
-                size = min(self._plane.staging.size, target.slot)
-                Staged(self, target, lanes, self._plane.staging.address).run(batches(moves, size), halt)
+                Staged(self, target, lanes, self._plane.staging.address).run(slots, halt)
                 self.ask(Return(target.ticket))
             else:
                 self._direct(target, moves, halt)

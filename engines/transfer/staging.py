@@ -62,14 +62,15 @@ def batches(moves: Moves, size: int) -> list[Moves]:
     """Cut at least one move into consecutive batches of `size` bytes and a rest, splitting a move where it must be."""
     ends = np.cumsum(moves[:, 2])
     cuts = np.arange(size, int(ends[-1]), size)
-    if not np.isin(cuts, ends).all():
+    last = np.searchsorted(ends, cuts)
+    if (ends[last] != cuts).any():
         pieces = np.union1d(ends, cuts)
         starts = np.r_[0, pieces[:-1]]
         row = np.searchsorted(ends, starts, side="right")
         skipped = starts - (ends[row] - moves[row, 2])
         moves = np.stack((moves[row, 0] + skipped, moves[row, 1] + skipped, pieces - starts), axis=1)
-        ends = pieces
-    return np.split(moves, np.searchsorted(ends, cuts) + 1)
+        last = np.searchsorted(pieces, cuts)
+    return np.split(moves, last + 1)
 
 
 def packed(lengths: Table, start: int) -> Table:
