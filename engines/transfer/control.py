@@ -37,6 +37,7 @@ from engines.transfer.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 LENGTH = 4
+CONNECT_TIMEOUT = 5.0
 MAX_MESSAGE = 64 << 20
 MAX_UNSENT = 64 << 20
 """Bytes of questions that a peer has not taken yet."""
@@ -65,6 +66,8 @@ class Frames(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by inheritance
+        # a host that is gone says nothing: the system finds out, and ends the connection
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -99,6 +102,7 @@ class Frames(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
+        """Bytes."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
 
@@ -120,9 +124,12 @@ class Link(Frames):
 
     async def open(self) -> None:
         """What goes wrong, the questions are told."""
+        host, port = self.peer.host.strip("[]"), self.peer.port
         try:
-            host, port = self.peer.host.strip("[]"), self.peer.port
-            await asyncio.get_running_loop().create_connection(lambda: self, host, port)
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await asyncio.get_running_loop().create_connection(lambda: self, host, port)
+        except TimeoutError:
+            self.end(PeerUnreachable, f"cannot reach {self.peer}: no connection within {CONNECT_TIMEOUT:g} s")
         except OSError as error:
             self.end(PeerUnreachable, f"cannot reach {self.peer}: {error}")
 
@@ -141,10 +148,10 @@ class Link(Frames):
     def ask(self, message: bytes) -> None:
         """Raises PeerUnreachable."""
         self.used = asyncio.get_running_loop().time()
+        if self.unsent + sum(map(len, self._early)) > MAX_UNSENT:
+            raise PeerUnreachable(f"{self.peer} takes no more questions: is it stopped?")
         if self._transport is None:
             self._early.append(message)
-        elif self.unsent > MAX_UNSENT:
-            raise PeerUnreachable(f"{self.peer} takes no more questions: is it stopped?")
         else:
             self.write(message)
 

@@ -490,6 +490,32 @@ async def test_a_closed_peer_fails_fetches_and_pushes(nodes, transport, freed):
     await receiver.transfer.close()
 
 
+async def test_a_claim_whose_answer_is_lost_does_not_keep_the_ticket(pair, freed):
+    sender, receiver = pair
+    ticket = reserve(receiver, [(0, 4)], on_free=freed("ticket"))
+    offer = ticket.offer()
+    ways = asyncio.TaskGroup()
+
+    async def lose_answers(reader, writer):
+        _, there = await asyncio.open_connection("127.0.0.1", port)
+        there.write(await reader.read(1 << 16))
+        await until(lambda: ticket.state is not TicketState.RESERVED)
+        there.close()
+        writer.close()
+
+    port = offer["address"]["port"]
+    lossy = await asyncio.start_server(lambda *way: ways.create_task(lose_answers(*way)), "127.0.0.1", 0)
+    offer["address"]["port"] = lossy.sockets[0].getsockname()[1]
+    async with ways:
+        with pytest.raises(PeerFailed, match="was lost"):
+            await sender.transfer.open(offer, timeout=5)
+        with pytest.raises(PeerFailed, match="gave up before it was let in"):
+            await ticket.wait()
+    lossy.close()
+    ticket.release()
+    await until(lambda: freed.names == ["ticket"])
+
+
 async def test_closing_ends_every_wait(pair, freed):
     _, receiver = pair
     unclaimed = reserve(receiver, [(0, 4)], on_free=freed("unclaimed"))
