@@ -130,7 +130,11 @@ async def test_dropping_a_link_fails_its_questions(controls):
     assert await one.request(two.address, QUESTION, timeout=5) == Stopped(settled=True)
 
 
-@pytest.mark.parametrize("message", [b"", b"\xc1", os.urandom(64), b"\x80", b"x" * 100000])
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"\xc1", os.urandom(64), b"\x80", b"x" * 100000],
+    ids=["nothing", "no msgpack", "random", "an empty map", "long"],
+)
 async def test_garbage_is_dropped_and_its_connection_goes_on(controls, message):
     (one, _), (two, handler) = await controls(), await controls()
     reader, writer = await asyncio.open_connection(two.address.host, two.address.port)
@@ -221,12 +225,12 @@ async def test_a_peer_that_takes_nothing_is_not_sent_more_than_the_limit(control
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         peer = msgspec.structs.replace(one.address, port=deaf.getsockname()[1], nonce="e" * 32)
         large = Ask({"filling": b"x" * (1 << 20)})
-        asking = [asyncio.ensure_future(one.request(peer, large, timeout=1)) for _ in range(64)]
-        await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)  # the first ones wait for the connection
+        early = await asyncio.gather(*(one.request(peer, large, timeout=1) for _ in range(8)), return_exceptions=True)
+        assert {type(error) for error in early} == {TransferTimeout, PeerUnreachable}  # those, before it was connected
+        late = [asyncio.ensure_future(one.request(peer, large, timeout=1)) for _ in range(32)]
+        assert PeerUnreachable in {type(error) for error in await asyncio.gather(*late, return_exceptions=True)}
         with pytest.raises(PeerUnreachable, match="takes no more questions"):
             await one.request(peer, large, timeout=5)
-        assert {type(await_.exception()) for await_ in asking if await_.done()} == {TransferTimeout}
-        await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_the_wildcard_of_ipv6_takes_ipv4_too(controls):
