@@ -27,7 +27,10 @@ from engines.transfer.staging import batches, one_run, packed, worth_staging
 if TYPE_CHECKING:
     from engines.transfer.mooncake import MooncakePlane
 
-POLL = 20e-6
+POLL, LONGEST_POLL = 20e-6, 300e-6
+POLLS = 16
+"""A write is looked at again after a sixteenth of the time it has taken: a thread that looks without a pause takes the
+core that the library's own threads need."""
 IN_FLIGHT = 512
 """Descriptors under way at a time; beyond about 2,000 to one peer the library fails them all."""
 PIECE = 64 << 20
@@ -119,12 +122,12 @@ class MooncakeChannel:
 
     def settle(self, target: Target, handles: list[int]) -> None:
         """Until each has ended, also after the deadline: a pending write may still move. Empties the list."""
-        lost = 0
+        lost, began = 0, time.monotonic()
         while handles:
             # a handle is freed by the check that finds it ended: never look at it again
             status = self._plane.engine.transfer_check_status(handles[-1])
             if status == PENDING:
-                time.sleep(POLL)
+                time.sleep(min(max(POLL, (time.monotonic() - began) / POLLS), LONGEST_POLL))
                 continue
             handles.pop()
             lost += status != APPLIED
