@@ -161,8 +161,11 @@ async def test_a_deadline_ends_every_leg(stage: str, handoff: str, stream: bool)
     async with deployment("1e1p1d", handoff) as d:
         engine: Engine = {"encode": d.encoders, "prefill": d.prefills, "decode": d.decodes}[stage][0]  # type: ignore[index]
         engine.fail(Fault(Kind.HANG))
-        answer = await d.post(chat(part(image()), stream=stream), x_request_timeout="0.3")
-        assert (answer.status, answer.error["code"], answer.error["attempts"]) == (504, "request_timeout", 1)
+        for seconds in ("0.3", "5"):  # a busy machine may not come to the engine within the first
+            answer = await d.post(chat(part(image()), stream=stream), x_request_timeout=seconds)
+            assert (answer.status, answer.error["code"], answer.error["attempts"]) == (504, "request_timeout", 1)
+            if engine.calls:
+                break
         await engine.until(lambda: engine.aborted == 1)
         await d.settle()
         for decode in d.decodes:
