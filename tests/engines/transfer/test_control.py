@@ -225,9 +225,9 @@ async def test_a_peer_that_takes_nothing_is_not_sent_more_than_the_limit(control
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         peer = msgspec.structs.replace(one.address, port=deaf.getsockname()[1], nonce="e" * 32)
         large = Ask({"filling": b"x" * (1 << 20)})
-        early = await asyncio.gather(*(one.request(peer, large, timeout=1) for _ in range(8)), return_exceptions=True)
+        early = await asyncio.gather(*(one.request(peer, large, timeout=0.3) for _ in range(8)), return_exceptions=True)
         assert {type(error) for error in early} == {TransferTimeout, PeerUnreachable}  # those, before it was connected
-        late = [asyncio.ensure_future(one.request(peer, large, timeout=1)) for _ in range(32)]
+        late = [asyncio.ensure_future(one.request(peer, large, timeout=0.3)) for _ in range(32)]
         assert PeerUnreachable in {type(error) for error in await asyncio.gather(*late, return_exceptions=True)}
         with pytest.raises(PeerUnreachable, match="takes no more questions"):
             await one.request(peer, large, timeout=5)
