@@ -57,6 +57,16 @@ def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
+def end_if_cancelled() -> None:
+    """Raise CancelledError if this task was told to end and what it awaited has kept that to itself.
+
+    `asyncio.wait_for` does so before Python 3.12 where its result comes at that moment, and so does what uses it.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def race(
     first: Coroutine[Any, Any, T],
     second: Callable[[], Coroutine[Any, Any, T] | None],

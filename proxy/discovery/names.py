@@ -20,6 +20,7 @@ from dns.resolver import NXDOMAIN, NoAnswer
 from proxy.discovery.base import Say, Unreadable, joined
 from proxy.settings.endpoint import Endpoint
 from proxy.settings.fleet import FleetSettings
+from proxy.tasks import end_if_cancelled
 
 _PATIENCE_S = 5.0  # with all name servers, for one question
 _PORT = 53
@@ -51,6 +52,8 @@ class _Names:
             return []
         except (DNSException, OSError) as error:
             raise Unreadable(f"{kind} of {name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+        finally:
+            end_if_cancelled()  # dnspython waits with asyncio.wait_for
 
     def _resolver(self) -> Resolver:
         """Made anew for each question: resolv.conf changes while machines move."""

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from proxy.tasks import Owed, race, together
+from proxy.tasks import Owed, end_if_cancelled, race, together
 
 
 async def test_the_first_failure_is_raised_itself_and_cancels_the_rest() -> None:
@@ -153,3 +154,21 @@ async def test_what_is_owed_can_be_stopped() -> None:
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert not len(owed)
+
+
+async def test_a_cancellation_that_was_swallowed_still_ends_the_task() -> None:
+    async def deaf() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async def runs() -> None:
+        await deaf()
+        end_if_cancelled()
+        pytest.fail("it went on")
+
+    end_if_cancelled()
+    task = asyncio.create_task(runs())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task], timeout=1)
+    assert task.cancelled()

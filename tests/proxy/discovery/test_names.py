@@ -92,3 +92,25 @@ async def test_a_name_is_asked_again_and_again() -> None:
             await changed.wait()
         watching.cancel()
         assert said[:3] == [["10.0.0.1:80"], ["10.0.0.2:80"], ["10.0.0.3:80"]]
+
+
+@pytest.mark.parametrize("text", ["dns+http://enc.test:80", "srv+http://_e._tcp.test"], ids=["dns", "srv"])
+async def test_a_watch_that_is_ended_as_its_answer_comes_ends(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint.parse(text, "auto")
+    async with naming() as names:
+        answered, answer = asyncio.Event(), names.datagram_received
+
+        def datagram_received(data: bytes, addr: tuple[str, int]) -> None:
+            answer(data, addr)
+            answered.set()
+
+        monkeypatch.setattr(names, "datagram_received", datagram_received)
+        for turns in range(12):  # of the event loop, in one of which the answer is there and not yet taken
+            watching = asyncio.create_task(finder(endpoint.finder, settings(names)).watch(endpoint, lambda _: None))
+            answered.clear()
+            await answered.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            watching.cancel()
+            await asyncio.wait([watching], timeout=1)
+            assert watching.cancelled(), f"it goes on, ended {turns} turns after an answer"
