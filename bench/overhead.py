@@ -1,8 +1,10 @@
 """What a proxy costs: CPU per request and per streamed token, time added to the first token, memory.
 
 Triptych's proxy with both KV handoffs, nginx with one hop, and the routers of vLLM and SGLang (prefill and decode
-apart) stand in front of the same fast scripted engines. One candidate works at a time, in turns within one run, on a
-core of its own; engines and load have another. What is compared are ratios: the machine may be shared.
+apart) stand in front of the same fast scripted engines; so does `bare`, for text: a relay on asyncio and uvloop that
+sends a request to prefill and decode and decides nothing, which is the least that any such proxy can cost. One
+candidate works at a time, in turns within one run, on a core of its own; engines and load have another. What is
+compared are ratios: the machine may be shared.
 
 - CPU of a request: user and system time of the proxy's whole process tree over a run, by requests answered.
 - CPU of a token: the streamed workload's CPU per request less the unstreamed one's, by 64 tokens.
@@ -25,7 +27,18 @@ import uvloop
 
 from bench.report import Report, add_arguments
 from bench.scripted import answers, usage
-from bench.scripted.candidates import HANDOFFS, PEERS, Candidate, Fleet, NotStarted, Options, found, known, running
+from bench.scripted.candidates import (
+    BARE,
+    HANDOFFS,
+    PEERS,
+    Candidate,
+    Fleet,
+    NotStarted,
+    Options,
+    found,
+    known,
+    running,
+)
 from bench.scripted.client import Client
 from bench.scripted.load import NotServed, Workload, connected, drive
 from deploy.processes import Child
@@ -94,7 +107,7 @@ class Figures:
 
     def by(self, other: Figures | None, workload: str) -> float | None:
         """CPU by another's: the median of what each repeat gave, since the machine's load drifts between them."""
-        if other is None:
+        if other is None or workload not in other.cpu:
             return None
         return median(mine / theirs for mine, theirs in zip(self.cpu[workload], other.cpu[workload], strict=True))
 
@@ -180,9 +193,13 @@ async def turns(
             if workload.name == STREAM:
                 await measure_direct(fleet.decode[0], workload, results[DIRECT])
             for candidate in started[number % len(started) :] + started[: number % len(started)]:
+                if candidate.name == BARE and workload.name not in (TEXT, STREAM):
+                    continue
                 await measure(candidate, workload, results[candidate.name])
     held = held_requests(max(1, round(HELD_REQUESTS * scale)))
     for candidate in started:
+        if candidate.name == BARE:
+            continue
         report.progress(f"memory of {candidate.name}")
         slow = fleet.decode if candidate.name == "nginx" else (*fleet.encode, *fleet.prefill)
         await measure_memory(candidate, slow, held, results[candidate.name])
@@ -194,7 +211,7 @@ async def turns(
 def tell(report: Report, results: Results) -> None:
     """Rows and bars; a bar against a peer that was not measured is left out."""
     direct = results[DIRECT].first_ms()
-    nginx, router = results.get("nginx"), results.get("vllm-router")
+    nginx, router, bare = results.get("nginx"), results.get("vllm-router"), results.get(BARE)
     for name, figures in results.items():
         if name == DIRECT:
             continue
@@ -207,6 +224,7 @@ def tell(report: Report, results: Results) -> None:
                 cpu_us_per_request=figures.cpu_us(workload),
                 by_nginx=figures.by(nginx, workload),
                 by_vllm_router=figures.by(router, workload),
+                by_bare=figures.by(bare, workload),
                 cpu_us_per_token=median(figures.tokens()) * 1e6 if streams else None,
                 added_ttft_ms_median=added["median"] if streams else None,
                 added_ttft_ms_p99=added["p99"] if streams else None,
@@ -267,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options(arguments.peers_bin)
     try:
         peers = chosen(report, [name for name in arguments.peers.split(",") if name], options)
-        names = [*(f"triptych-{handoff}" for handoff in HANDOFFS), *peers]
+        names = [*(f"triptych-{handoff}" for handoff in HANDOFFS), *peers, BARE]
         results = uvloop.run(run(report, names, options, max(1, arguments.repeats), arguments.scale))
     except (NotStarted, NotServed, ValueError) as error:
         print(f"overhead: {error}", file=sys.stderr)

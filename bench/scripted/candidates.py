@@ -25,6 +25,7 @@ from deploy.processes import die_with_parent
 
 PEERS = {"nginx": "nginx", "vllm-router": "vllm-router", "sglang-router": "sglang-router"}
 HANDOFFS = ("push", "pull")
+BARE = "bare"  # bench.scripted.bare
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 
@@ -122,7 +123,7 @@ class Candidate:
 
 @asynccontextmanager
 async def running(name: str, fleet: Fleet, options: Options) -> AsyncIterator[Candidate]:
-    """`name` (triptych-push, triptych-pull, or a peer) in front of `fleet`, serving. Raises NotStarted."""
+    """`name` (triptych-push, triptych-pull, bare, or a peer) in front of `fleet`, serving. Raises NotStarted."""
     with TemporaryDirectory(prefix="bench-") as folder:
         port = free_port()
         command = command_of(name, fleet, options, port, Path(folder))
@@ -165,6 +166,9 @@ def command_of(name: str, fleet: Fleet, options: Options, port: int, folder: Pat
     """How to start a candidate on `port`."""
     if name.startswith("triptych-"):
         return _triptych(fleet, options, port, name.removeprefix("triptych-"))
+    if name == BARE:
+        engines = ["--prefill", fleet.prefill[0], "--decode", fleet.decode[0]]
+        return [sys.executable, "-m", "bench.scripted.bare", *engines, "--port", str(port)]
     program = found(name, options)
     if program is None:
         raise NotStarted(f"{name} is not installed")

@@ -72,6 +72,8 @@ def test_a_small_run_prints_its_rows(capsys: pytest.CaptureFixture[str], monkeyp
     printed = json.loads(capsys.readouterr().out)
     rows = [row for row in printed["rows"] if row["candidate"].startswith("triptych-")]
     assert len(rows) == 8
+    assert [row["workload"] for row in printed["rows"] if row["candidate"] == "bare"] == [TEXT, STREAM]
+    assert [row["by_bare"] is not None for row in rows] == [True, True, False, False] * 2
     assert all(row["cpu_us_per_request"] > 0 for row in rows)
     assert status == (0 if all(bar["holds"] for bar in printed["bars"]) else 1)
 

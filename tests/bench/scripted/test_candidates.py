@@ -19,7 +19,7 @@ async def fleet() -> AsyncIterator[Fleet]:
         yield Fleet((encode.url,), (prefill.url,), (decode.url,))
 
 
-@pytest.mark.parametrize("name", ["triptych-push", "triptych-pull", "nginx"])
+@pytest.mark.parametrize("name", ["triptych-push", "triptych-pull", "nginx", "bare"])
 async def test_a_candidate_serves_and_leaves_nothing(name: str) -> None:
     if name == "nginx" and candidates.found(name, Options()) is None:
         pytest.skip("nginx is not installed")
