@@ -30,11 +30,11 @@ import torch
 import uvloop
 
 from bench.report import Report, add_arguments
-from engines.checkpoint import make
 from engines.language.kv import KVCache, KVLayout
 from engines.language.model import LanguageModel, ModelFacts
 from engines.language.runner import Runner
 from engines.language.sequence import SamplingParams, Scheduled, Sequence
+from engines.tiny import make
 from engines.transfer import create
 from engines.transfer.base import Arena, Push, Transfer
 

@@ -12,13 +12,14 @@ what it needs and ends it:
             await app.close()                        # bounded; /dev/shm is clean afterwards
 
     if __name__ == "__main__":
-        serve(EncoderSettings, build, prog="triptych encoder")
+        serve(EncoderSettings, lambda settings: build, prog="triptych encoder")
 
-`serve` parses the flags, runs uvloop, prints `READY http://127.0.0.1:PORT` once requests are answered, and registers at
-the proxies of --register. On SIGTERM or SIGINT it first has those send it nothing more, answers new requests with 503,
-gives those in flight and `Engine.drain()` together `--grace` seconds, leaves the context manager and exits 0. A second
-signal, or one before READY, ends it at once, cleanly too. Status 2: it could not start, with the reason (`SetupError`)
-and no traceback. Status 1: it could not go on (`Fatal`, raised within the context), likewise.
+`serve` parses the flags, imports what the engine is made of, runs uvloop, prints `READY http://127.0.0.1:PORT` once
+requests are answered, and registers at the proxies of --register. On SIGTERM or SIGINT it first has those send it
+nothing more, answers new requests with 503, gives those in flight and `Engine.drain()` together `--grace` seconds,
+leaves the context manager and exits 0. A second signal, or one before READY, ends it at once, cleanly too once the
+event loop runs. Status 2: it could not start, with the reason (`SetupError`) and no traceback. Status 1: it could not
+go on (`Fatal`, raised within the context), likewise.
 
 Tests run an engine in their own loop: `async with running(engine, settings) as url`.
 """
@@ -26,6 +27,7 @@ Tests run an engine in their own loop: `async with running(engine, settings) as 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -50,6 +52,8 @@ sender that copies 1000 blocks would wait 5 ms for the model thread again and ag
 
 SettingsT = TypeVar("SettingsT", bound=EngineSettings)
 Build = Callable[[SettingsT], AbstractAsyncContextManager[Engine]]
+Find = Callable[[SettingsT], Build[SettingsT]]
+"""Imports what an engine needs and gives its `build`: torch and transformers take seconds, --help must not."""
 
 
 @asynccontextmanager
@@ -114,17 +118,29 @@ def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def serve(cls: type[SettingsT], build: Build[SettingsT], *, prog: str, argv: list[str] | None = None) -> None:
+def _found(find: Find[SettingsT], settings: SettingsT) -> Build[SettingsT]:
+    """What `find` gives. The garbage collector does not look through what that imports: a million objects that stay,
+    in which a tenth of the start and, later, tenths of a second at once would go."""
+    gc.disable()
+    try:
+        return find(settings)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def serve(cls: type[SettingsT], find: Find[SettingsT], *, prog: str, argv: list[str] | None = None) -> None:
     """Run an engine until a signal ends it, or its own failure. Exits the process: 0 after a signal, 2 when it cannot
     start, 1 when it cannot go on.
     """
     try:
         settings = load(cls, sys.argv[1:] if argv is None else argv, prog=prog)
         _log_to_stderr(settings.log_level)
+        build = _found(find, settings)
         sys.setswitchinterval(SWITCH_INTERVAL)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_main(settings, build))
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, KeyboardInterrupt):
         sys.exit(0)
     except SetupError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from engines.encoder.app import build
-from engines.serve import serve
+from engines.serve import Build, serve
 from engines.settings import EncoderSettings
 
 
 def main(argv: list[str] | None = None, *, prog: str = "triptych encoder") -> None:
-    serve(EncoderSettings, build, prog=prog, argv=argv)
+    serve(EncoderSettings, _find, prog=prog, argv=argv)
+
+
+def _find(settings: EncoderSettings) -> Build[EncoderSettings]:
+    from engines.encoder.app import build
+
+    return build
 
 
 if __name__ == "__main__":

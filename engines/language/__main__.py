@@ -4,24 +4,23 @@ encoder beside it."""
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractAsyncContextManager
 
-from engines.http import Engine
-from engines.language.build import build
-from engines.serve import serve
+from engines.serve import Build, serve
 from engines.settings import ColocatedSettings
 
 
 def main(argv: list[str] | None = None, *, prog: str = "triptych language") -> None:
-    serve(ColocatedSettings, _build, prog=prog, argv=argv)
+    serve(ColocatedSettings, _find, prog=prog, argv=argv)
 
 
-def _build(settings: ColocatedSettings) -> AbstractAsyncContextManager[Engine]:
-    if not settings.encode:
-        return build(settings)
-    from engines.colocated.build import build as build_both  # what only encoders need takes long to import
+def _find(settings: ColocatedSettings) -> Build[ColocatedSettings]:
+    if settings.encode:
+        from engines.colocated.build import build as build_both
 
-    return build_both(settings)
+        return build_both
+    from engines.language.build import build
+
+    return build
 
 
 if __name__ == "__main__":

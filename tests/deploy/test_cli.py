@@ -31,10 +31,13 @@ def test_an_unknown_command_names_those_there_are(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_command_explains_itself(command: str) -> None:
-    asked = [sys.executable, "-m", "deploy.cli", command, "--help"]
+    asked = [sys.executable, "-X", "importtime", "-m", "deploy.cli", command, "--help"]
     done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
     assert f"triptych {command}" in done.stdout
     assert "--" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers"}, "these take seconds"
 
 
 def test_engines_without_torch_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ async def build(settings):
     finally:
         print("CLOSED", flush=True)
 
-serve(EngineSettings, build, prog="toy")
+serve(EngineSettings, lambda settings: build, prog="toy")
 """
 
 

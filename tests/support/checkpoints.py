@@ -21,7 +21,7 @@ def checkpoint(family: str, seed: int = 0) -> Path:
     with (FOLDER / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            from engines.checkpoint import make
+            from engines.tiny import make
 
             make(family, folder, seed)
     return folder
