@@ -33,6 +33,18 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+async def spawn(command: Sequence[str]) -> asyncio.subprocess.Process:
+    """`command` as a process whose output is read here."""
+    return await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        preexec_fn=die_with_parent,
+        limit=LONGEST_LINE,
+    )
+
+
 class Child:
     """One `python -m MODULE ARGUMENTS` that serves a URL.
 
@@ -78,14 +90,7 @@ class Child:
         :raises StartError: it ended or was not ready in `timeout` seconds; it is gone then.
         """
         self._ready.clear()
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            preexec_fn=die_with_parent,
-            limit=LONGEST_LINE,
-        )
+        self._process = await spawn(self._command)
         for stream in (self._process.stdout, self._process.stderr):
             assert stream is not None
             task = asyncio.create_task(self._read(stream))  # noqa: TID251 - kept in _readers, awaited in _reap

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from deploy import processes
+from tests.support.nursery import Nursery
+
 SLOW = Path(__file__).parent / "system"
 
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -25,6 +28,16 @@ def logs_as_before() -> Iterator[None]:
     for name, logger in loggers.items():
         logger.setLevel(levels[name])
     logging.disable(disabled)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_in_a_moment() -> Iterator[None]:
+    """Engines that tests start begin where the imports, which take seconds of all cores, have been done."""
+    spawn, nursery = processes.spawn, Nursery(processes.spawn)
+    processes.spawn = nursery.spawn
+    yield
+    processes.spawn = spawn
+    nursery.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ EVERYTHING = "everything"  # at once: two ranks, mirrored caches, embeddings in 
 RANKS = ("--tensor-parallel", "2", "--rank-timeout", "20", "--kv-mirror")
 PIECES = ("--embedding-bytes", "1MiB", "--embedding-block-tokens", "1", "--embedding-default-tokens", "64")
 DEADLINE = 25.0
+MAY_RESTART = asyncio.Event()
+MAY_RESTART.set()
 BIG = [image_part(image_file(1400, 1000, seed=seed)) for seed in range(6)]
 NOVEL = "It was a dark and stormy night; the rain fell in torrents. " * 90
 
@@ -99,8 +102,25 @@ async def deployment(request: pytest.FixtureRequest) -> AsyncIterator[Cluster]:
         roles = {role: (*flags, *RANKS, *PIECES) for role, flags in LEASES.items()}
         options |= {"kv_handoff": "push", "role_arguments": roles, "embedding_store": "64MiB"}
     async with cluster(FAMILY, "1e1p1d", **options) as running:
+        for child in running.deployment.engines.values():
+            child.start = partial(start_when_allowed, child.start)  # type: ignore[method-assign]
         running.deployment.keep_alive()
         yield running
+
+
+async def start_when_allowed(start: Callable[[float], Awaitable[str]], timeout: float) -> str:
+    await MAY_RESTART.wait()
+    return await start(timeout)
+
+
+@contextmanager
+def staying_dead() -> Iterator[None]:
+    """Within, no engine is started again: one that is back soon enough serves what its death would have failed."""
+    MAY_RESTART.clear()
+    try:
+        yield
+    finally:
+        MAY_RESTART.set()
 
 
 @asynccontextmanager
@@ -160,9 +180,11 @@ def assert_truthful(answer: Answer, stages: set[str]) -> None:
 @pytest.mark.parametrize(("phase", "role"), STRUCK, ids=lambda name: name)
 async def test_a_killed_engine_fails_its_request_truthfully(deployment: Cluster, phase: str, role: str) -> None:
     streamed = deployment.deployment.kv_handoff == "push"  # and whole answers with pull
-    async with in_phase(deployment, PHASES[phase], streamed) as task:
-        deployment.engine(role).signal(signal.SIGKILL)
-    assert_truthful(await task, {role, phase if phase != "transfer" else "prefill"})
+    with staying_dead():
+        async with in_phase(deployment, PHASES[phase], streamed) as task:
+            deployment.engine(role).signal(signal.SIGKILL)
+        answer = await task
+    assert_truthful(answer, {role, phase if phase != "transfer" else "prefill"})
     await serves_exactly(deployment)
 
 

@@ -58,7 +58,7 @@ async def test_it_is_on_every_list_while_it_lasts_and_on_none_afterwards() -> No
         async with enrolment.kept("0.0.0.0", 7):
             await until(lambda: bool(one.urls and two.urls))
             assert one.urls == two.urls == ["http://127.0.0.1:7"], "the address that leads there"
-            assert repr(enrolment) == "<Enrolment on 2 of 2 lists>"
+            await until(lambda: repr(enrolment) == "<Enrolment on 2 of 2 lists>")
         assert one.urls == two.urls == []
 
 
