@@ -121,6 +121,7 @@ def _serve(requests: socket.socket) -> list[str] | None:
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end is the nursery's
     signal.set_wakeup_fd(wake)
     statuses: dict[int, int] = {}  # where each fork's is told, by pid
     while True:
@@ -137,6 +138,7 @@ def _serve(requests: socket.socket) -> list[str] | None:
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             requests.close()
             return _settled(json.loads(data), fds, [woken, wake, *statuses.values()])
         statuses[pid] = fds.pop()
@@ -167,7 +169,8 @@ def _reap(statuses: dict[int, int]) -> None:
             if pid == 0:
                 return
             if (told := statuses.pop(pid, None)) is not None:
-                os.write(told, b"%d" % os.waitstatus_to_exitcode(status))
+                with suppress(BrokenPipeError):  # its test has ended, and reads nothing more
+                    os.write(told, b"%d" % os.waitstatus_to_exitcode(status))
                 os.close(told)
 
 
